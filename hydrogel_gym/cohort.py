@@ -1,0 +1,203 @@
+"""The patient table: which files are read, and what a row must satisfy to be a virtual patient.
+
+Columns, units and ranges are `spaces.PATIENT_FIELDS`; `patients/README.md` describes the shipped
+cohorts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from hydrogel_gym.spaces import PATIENT_FIELDS
+
+ID_COLUMN = "patient_id"
+FEATURE_COLUMNS = [field.name for field in PATIENT_FIELDS]
+SHIPPED = {"train": "cohort.csv", "holdout": "cohort_holdout.csv"}
+SUFFIXES = (".csv", ".parquet")
+
+# Users round their tables, so an identity holds to the rounding that is usual in print: with LVEF in
+# whole percent and volumes in whole mL the shipped cohort is off by up to 1.05 points; three
+# significant digits in both factors of the border-zone stress put their product off by up to 1 %.
+LVEF_TOLERANCE_PP = 1.1
+BZ_STRESS_TOLERANCE_FRAC = 0.01
+# assumed: scar and border zone share one ventricle with the remote muscle that carries the load.
+MAX_SCAR_PLUS_BZ_PCT = 65.0
+
+
+class CohortError(ValueError):
+    """A patient table cannot be used; the message names file, row, column, value and range."""
+
+
+@dataclass(frozen=True, eq=False)
+class Cohort:
+    """Virtual patients in table order.
+
+    `load_cohort` checks what it reads; a `Cohort` built by hand is taken as it is.
+
+    Attributes:
+        patient_ids: P unique names.
+        features: (P, 11) float64 on the CPU, columns and units of `PATIENT_FIELDS`.
+        extra: P rows of the table's other columns, untouched.
+        name: path of the file; "shipped train" or "shipped holdout".
+    """
+
+    patient_ids: tuple[str, ...]
+    features: Tensor
+    extra: pd.DataFrame
+    name: str
+
+    def __len__(self) -> int:
+        return len(self.patient_ids)
+
+    def index(self, patient_id: str) -> int:
+        """Row of a patient.
+
+        Raises:
+            ValueError: the cohort has no such patient; the message offers the nearest names.
+        """
+        if patient_id not in self._row_of:
+            nearest = difflib.get_close_matches(patient_id, self.patient_ids, cutoff=0.0)
+            raise ValueError(
+                f"{self.name} has no patient {patient_id!r}; nearest: {', '.join(nearest)}"
+            )
+        return self._row_of[patient_id]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {patient_id: row for row, patient_id in enumerate(self.patient_ids)}
+
+
+def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
+    """Read and check a patient table.
+
+    Args:
+        path: a `.csv` or `.parquet` file with the columns `patient_id` and `PATIENT_FIELDS`, in
+            any order and among others; or a shipped cohort, `"train"` (2,000 virtual patients,
+            the default) or `"holdout"` (500 more).
+
+    Raises:
+        CohortError: the file cannot be read, lacks a column or has one twice, or has no row; or
+            in some row the id is blank or used before, a value is not a number in its field's
+            range, LVEF or border-zone stress disagrees with the columns it follows from, or scar
+            and border zone leave too little of the ventricle.
+    """
+    name, frame = _read("train" if path is None else path)
+    _check_columns(name, frame)
+    ids = frame[ID_COLUMN].astype(object).where(frame[ID_COLUMN].notna(), "").astype(str)
+
+    def fault(bad: np.ndarray, column: str, values: pd.Series | np.ndarray, allowed: str) -> str:
+        row, others = int(bad.argmax()), int(bad.sum()) - 1
+        return (
+            f"{name}, row {row + 1} (patient {ids[row]!r}), {column}: {str(values[row])!r}; "
+            f"allowed: {allowed}" + (f"; other rows with this fault: {others}" if others else "")
+        )
+
+    for bad, allowed in (
+        (ids.str.strip() == "", "a name that is not blank"),
+        (ids.duplicated(), "each name once"),
+    ):
+        if bad.any():
+            raise CohortError(fault(bad.to_numpy(), ID_COLUMN, ids, allowed))
+    numbers = {column: _numbers(frame[column]) for column in FEATURE_COLUMNS}
+    for column, values, low, high, reason in _limits(numbers):
+        bad = ~((values >= low) & (values <= high))  # NaN is bad
+        if bad.any():
+            row_low, row_high = (np.broadcast_to(x, bad.shape)[bad.argmax()] for x in (low, high))
+            allowed = f"a number from {row_low:g} to {row_high:g}{reason}"
+            raise CohortError(fault(bad, column, frame.get(column, values), allowed))
+    return Cohort(
+        tuple(ids),
+        torch.from_numpy(np.column_stack(list(numbers.values()))),
+        frame.drop(columns=[ID_COLUMN, *FEATURE_COLUMNS]),
+        name,
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[str, pd.DataFrame]:
+    """Name of the table, and its cells: text from a CSV, typed from Parquet."""
+    if path in SHIPPED:
+        name = f"shipped {path}"
+        source = files("hydrogel_gym.patients") / SHIPPED[path]
+    else:
+        name, source = os.fspath(path), Path(path)
+    suffix = os.path.splitext(source.name)[1].lower()
+    if suffix not in SUFFIXES:
+        raise CohortError(
+            f"{name}: suffix {suffix!r}; allowed: {', '.join(SUFFIXES)}, or a shipped cohort: "
+            f"{', '.join(SHIPPED)}"
+        )
+    try:
+        with source.open("rb") as stream:
+            if suffix == ".parquet":
+                # Unlike pandas' reader, adds no column for a folder called `key=value`.
+                frame = pq.ParquetFile(stream).read().to_pandas()
+                return name, frame.reset_index(drop=frame.index.names == [None])
+            # Without a header pandas neither renames a repeated column nor turns one into an index.
+            cells = pd.read_csv(
+                stream, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
+            )
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise CohortError(f"{name}: cannot be read: {error}".strip()) from error
+    frame = cells.iloc[1:].reset_index(drop=True)
+    frame.columns = pd.Index(cells.iloc[0].to_list())
+    return name, frame
+
+
+def _check_columns(name: str, frame: pd.DataFrame) -> None:
+    """Raise unless every wanted column is there, none is there twice, and there is a row."""
+    missing = [column for column in [ID_COLUMN, *FEATURE_COLUMNS] if column not in frame.columns]
+    if missing:
+        found = ", ".join(map(str, frame.columns))
+        raise CohortError(f"{name}: missing columns: {', '.join(missing)}; columns found: {found}")
+    twice = frame.columns[frame.columns.duplicated()].unique()
+    if len(twice):
+        raise CohortError(f"{name}: columns that occur twice: {', '.join(map(str, twice))}")
+    if frame.empty:
+        raise CohortError(f"{name}: no patient, only a header")
+
+
+def _numbers(cells: pd.Series) -> np.ndarray:
+    """Float64 values of a column, as `float()` reads them; NaN for what it does not read."""
+    try:
+        return cells.to_numpy(np.float64, na_value=np.nan)
+    except (TypeError, ValueError):
+        return np.array([_number(cell) for cell in cells])
+
+
+def _number(cell: object) -> float:
+    try:
+        return float(cell)
+    except (TypeError, ValueError):
+        return np.nan
+
+
+def _limits(
+    numbers: dict[str, np.ndarray],
+) -> Iterator[tuple[str, np.ndarray, float | np.ndarray, float | np.ndarray, str]]:
+    """Column, its values, their lower and upper limit, and what these follow from."""
+    for field in PATIENT_FIELDS:
+        yield field.name, numbers[field.name], field.low, field.high, ""
+    # From here on every value is in its range, so nothing divides by zero.
+    lvef = 100.0 * (numbers["edv_ml"] - numbers["esv_ml"]) / numbers["edv_ml"]
+    low, high = lvef - LVEF_TOLERANCE_PP, lvef + LVEF_TOLERANCE_PP
+    yield "lvef_pct", numbers["lvef_pct"], low, high, ", from 100 (edv_ml - esv_ml) / edv_ml"
+    stress = numbers["stress_concentration"] * numbers["healthy_stress_kpa"]
+    low = stress / (1.0 + BZ_STRESS_TOLERANCE_FRAC)
+    high = stress / (1.0 - BZ_STRESS_TOLERANCE_FRAC)
+    reason = ", from stress_concentration * healthy_stress_kpa"
+    yield "bz_stress_kpa", numbers["bz_stress_kpa"], low, high, reason
+    lesion_pct = numbers["scar_fraction_pct"] + numbers["bz_fraction_pct"]
+    yield "scar_fraction_pct + bz_fraction_pct", lesion_pct, 0.0, MAX_SCAR_PLUS_BZ_PCT, ""

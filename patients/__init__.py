@@ -1,0 +1,1 @@
+"""Virtual cohorts as installable data; `README.md` is their data card."""
