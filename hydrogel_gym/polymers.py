@@ -1,0 +1,186 @@
+"""The polymer table: what each of the 24 hydrogels can be made to be, and how tissue takes it.
+
+`polymers.csv` holds one row per polymer with the evidence for it in the columns `source` and
+`confidence` (A read in a study's abstract, B secondary source, C from memory of the literature,
+D assumption). The windows are those of the public HYDRA-BERT configuration [Potluri2026] and are
+not individually sourced there. The indices are ranks expressed as numbers, ordered by the studies
+that each row names; no index is a measurement.
+
+References:
+    [Potluri2026] Potluri. HYDRA-BERT, public configuration, MIT licence. 2026.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from importlib.resources import files
+from os import PathLike, fspath
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hydrogel_gym.spaces import NUM_POLYMERS
+
+_TEXT_COLUMNS = ("name", "category", "smiles", "source", "confidence")
+_WINDOWS = {
+    "youngs_modulus_kpa": ("youngs_modulus_min_kpa", "youngs_modulus_max_kpa"),
+    "half_life_days": ("half_life_min_days", "half_life_max_days"),
+    "conductivity_s_per_m": ("conductivity_min_s_per_m", "conductivity_max_s_per_m"),
+}
+# A request is compared with these windows as a ratio, so their ends must not be zero.
+_POSITIVE_WINDOWS = ("youngs_modulus_kpa", "half_life_days")
+_INDICES = (
+    "bioactivity",
+    "base_toxicity",
+    "filler_toxicity",
+    "filler_mid_dose_s_per_m",
+    "foreign_body_tendency",
+    "cohesion",
+)
+_COLUMNS = (
+    "polymer_id",
+    *_TEXT_COLUMNS,
+    *(column for ends in _WINDOWS.values() for column in ends),
+    *_INDICES,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class PolymerTable:
+    """Properties of the polymers; row i is `polymer_id` i.
+
+    Attributes:
+        names: unique name, as in [Potluri2026].
+        categories: chemical family, as in [Potluri2026].
+        smiles: repeat unit or its mimic, as in [Potluri2026]; not used by the built-in model.
+        sources: the evidence behind the row.
+        confidences: grade of the windows, of the indices and of the order of the indices.
+        youngs_modulus_kpa: (24, 2) lowest and highest stiffness it can be made with, kPa.
+        half_life_days: (24, 2) shortest and longest degradation half-life, days. Read the upper
+            end of the PEGDA windows as "slower than that".
+        conductivity_s_per_m: (24, 2) lowest and highest conductivity, S/m; 0 to 0 without filler.
+        bioactivity: (24,) index, 0 (inert) to 1: how well cells take to it.
+        base_toxicity: (24,) index: hazard of the gel itself at a reference dose.
+        filler_toxicity: (24,) index: additional hazard of a conductive filler at saturation, 0
+            without filler.
+        filler_mid_dose_s_per_m: (24,) conductivity at which half of that hazard is reached, S/m;
+            1 without filler, where the file is blank.
+        foreign_body_tendency: (24,) index, 0 to 1: tendency to be walled off while it persists.
+        cohesion: (24,) index, 0 to 1: how well it holds together and in place.
+
+    All numbers are float64 CPU tensors.
+    """
+
+    names: tuple[str, ...]
+    categories: tuple[str, ...]
+    smiles: tuple[str, ...]
+    sources: tuple[str, ...]
+    confidences: tuple[str, ...]
+    youngs_modulus_kpa: Tensor
+    half_life_days: Tensor
+    conductivity_s_per_m: Tensor
+    bioactivity: Tensor
+    base_toxicity: Tensor
+    filler_toxicity: Tensor
+    filler_mid_dose_s_per_m: Tensor
+    foreign_body_tendency: Tensor
+    cohesion: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def index(self, name: str) -> int:
+        """Row of the polymer called `name`.
+
+        Raises:
+            ValueError: there is no such polymer.
+        """
+        try:
+            return self.names.index(name)
+        except ValueError:
+            raise ValueError(f"polymer is {name!r}; allowed: {', '.join(self.names)}") from None
+
+
+def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
+    """Read and validate a polymer table.
+
+    Args:
+        path: a CSV file with the columns of the packaged one, in any order; extra columns are
+            ignored. None reads the packaged table.
+
+    Raises:
+        ValueError: names the file, the row (`polymer_id`), the column, the value and what is
+            allowed.
+    """
+    resource = files("hydrogel_gym") / "polymers.csv" if path is None else Path(fspath(path))
+    with resource.open("r", encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file)
+        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+        rows = list(reader)
+    if missing:
+        raise ValueError(f"{resource}: columns {missing} are missing")
+    if len(rows) != NUM_POLYMERS:
+        raise ValueError(f"{resource}: {len(rows)} rows; expected {NUM_POLYMERS}, one per polymer")
+
+    def fail(row: int, column: str, allowed: str) -> ValueError:
+        return ValueError(
+            f"{resource}, row {row}, column {column}: value {rows[row][column]!r}; "
+            f"allowed: {allowed}"
+        )
+
+    def number(row: int, column: str) -> float:
+        try:
+            value = float(rows[row][column])
+        except (TypeError, ValueError):  # TypeError: a row with too few cells
+            value = math.nan
+        if not (math.isfinite(value) and value >= 0.0):
+            raise fail(row, column, "a finite number, at least 0")
+        return value
+
+    def window(row: int, field: str) -> list[float]:
+        low, high = _WINDOWS[field]
+        ends = [number(row, low), number(row, high)]
+        if ends[0] > ends[1]:
+            raise fail(row, high, f"at least {low}, {ends[0]:g}")
+        if field in _POSITIVE_WINDOWS and ends[0] == 0.0:
+            raise fail(row, low, "a number above 0")
+        return ends
+
+    def index_value(row: int, column: str) -> float:
+        if column != "filler_mid_dose_s_per_m":
+            return number(row, column)
+        if number(row, "filler_toxicity") == 0.0 and not rows[row][column]:
+            return 1.0  # divides the dose, then is multiplied by zero: any number but 0 will do
+        value = number(row, column)
+        if value == 0.0:
+            raise fail(row, column, "a number above 0")
+        return value
+
+    every_row = range(len(rows))
+    for row in every_row:
+        if rows[row]["polymer_id"] != str(row):
+            raise fail(row, "polymer_id", f"the row number, {row}")
+        if rows[row]["name"] in [earlier["name"] for earlier in rows[:row]]:
+            raise fail(row, "name", "a name that no other row has")
+        for column in _TEXT_COLUMNS:
+            if not rows[row][column]:
+                raise fail(row, column, "a text that is not empty")
+
+    def texts(column: str) -> tuple[str, ...]:
+        return tuple(row[column] for row in rows)
+
+    def floats(values: list[float] | list[list[float]]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    return PolymerTable(
+        names=texts("name"),
+        categories=texts("category"),
+        smiles=texts("smiles"),
+        sources=texts("source"),
+        confidences=texts("confidence"),
+        **{field: floats([window(row, field) for row in every_row]) for field in _WINDOWS},
+        **{field: floats([index_value(row, field) for row in every_row]) for field in _INDICES},
+    )
