@@ -1,0 +1,333 @@
+"""The design problem as pure batched functions: episodes, observation, transition and reward.
+
+Nothing here keeps state, draws from a global generator, reads a tensor on the host or branches on
+data, so every function runs on any device (`"meta"` included) and inside one compiled graph. The
+Stage-1 model comes in as an argument. Shapes: B environments, P patients.
+
+The reward is section 2.1 of the HYDRA-BERT Stage-2 document, whole; its section 4.2 forgets the
+fibrosis penalty and the novelty bonus.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from numbers import Real
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydrogel_gym.spaces import (
+    FORMULATION_FIELDS,
+    NUM_POLYMERS,
+    OUTCOME_FIELDS,
+    Design,
+    Outcomes,
+)
+
+RewardMode = Literal["score", "improvement"]
+PatientAssignment = Literal["fixed", "random"]
+RewardFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Outcomes]
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Weights, safety limits and thresholds of the reward; defaults are the source's, section 2.1.
+
+    Raises:
+        ValueError: a value is not a finite number.
+    """
+
+    delta_ef_weight: float = 3.0  # per percentage point
+    stress_reduction_weight: float = 1.5  # per 100 %
+    optimal_prob_weight: float = 1.0
+    toxicity_limit: float = 0.15
+    toxicity_penalty: float = 2.0
+    integrity_limit: float = 0.80
+    integrity_penalty: float = 1.0
+    fibrosis_limit: float = 0.20
+    fibrosis_penalty: float = 0.5
+    novelty_bonus: float = 0.1
+    # The hard label `is_optimal`: Stage-1 definition, not part of the reward.
+    optimal_delta_ef_pct: float = 3.0
+    optimal_stress_reduction_pct: float = 15.0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not (isinstance(value, Real) and math.isfinite(value)):
+                raise ValueError(f"RewardConfig.{item.name} is {value!r}; allowed: a finite number")
+
+    @property
+    def max_score(self) -> float:
+        """Largest reward of one step for outcomes within their physical ranges."""
+        delta_ef, stress_reduction = OUTCOME_FIELDS[0].high, OUTCOME_FIELDS[1].high
+        return (
+            abs(self.delta_ef_weight) * delta_ef
+            + abs(self.stress_reduction_weight) * stress_reduction / 100.0
+            + sum(
+                max(0.0, gain)
+                for gain in (
+                    self.optimal_prob_weight,
+                    -self.toxicity_penalty,
+                    -self.integrity_penalty,
+                    -self.fibrosis_penalty,
+                    self.novelty_bonus,
+                )
+            )
+        )
+
+
+class RewardTerms(NamedTuple):
+    """The signed terms whose sum is the score of a design; each a tensor of the batch shape."""
+
+    reward_delta_ef: Tensor
+    reward_stress_reduction: Tensor
+    reward_optimal_prob: Tensor
+    reward_toxicity: Tensor
+    reward_integrity: Tensor
+    reward_fibrosis: Tensor
+    reward_novelty: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class EnvParams:
+    """What a user may vary, fixed for the life of an environment.
+
+    `patients` is the (P, 11) float32 table in the order of `PATIENT_FIELDS`.
+    """
+
+    patients: Tensor
+    horizon: int = 1
+    reward_config: RewardConfig = field(default_factory=RewardConfig)
+    reward_mode: RewardMode = "score"
+    patient_assignment: PatientAssignment = "fixed"
+    observe_explored: bool = False
+
+    @property
+    def num_patients(self) -> int:
+        """Number of rows of the patient table."""
+        return self.patients.shape[0]
+
+
+class State(NamedTuple):
+    """State of B environments; every tensor has leading dimension B."""
+
+    seed: Tensor  # (B,) int64, key of the environment's stream of patient draws
+    episode: Tensor  # (B,) int64, episodes begun under that seed: the counter of the stream
+    home_index: Tensor  # (B,) int64, the patient it keeps under `fixed` assignment
+    patient_index: Tensor  # (B,) int64, the patient of this episode
+    best_score: Tensor  # (B,) float32, max(0, scores of this episode)
+    iteration: Tensor  # (B,) int64, steps of this episode
+    explored: Tensor  # (B, 24) bool, polymers used in this episode
+
+
+class Transition(NamedTuple):
+    """Everything one step produces; (B,) tensors unless said otherwise."""
+
+    state: State
+    reward: Tensor
+    terminated: Tensor
+    score: Tensor  # the sum of `terms`, whatever `reward_mode` pays
+    terms: RewardTerms
+    outcomes: Outcomes
+    formulation: Tensor  # (B, 4), the formulation that was evaluated
+    formulation_clipped: Tensor
+    is_optimal: Tensor
+
+
+def _mix64(x: Tensor) -> Tensor:
+    """Finaliser of SplitMix64 [Steele2014] on int64, whose products wrap as unsigned ones do."""
+
+    def shift_right(value: Tensor, bits: int) -> Tensor:
+        return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, not arithmetic
+
+    x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
+    x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
+    return x ^ shift_right(x, 31)
+
+
+def draw_patient_index(seed: Tensor, episode: Tensor, num_patients: int) -> Tensor:
+    """Patient of the given episode of the stream `seed`: uniform, counter-based, stateless.
+
+    A draw depends on nothing but its arguments, so a single environment, a vector of them and one
+    batched environment agree whatever the order in which their episodes end. The modulo bias is
+    below P / 2**63.
+
+    Args:
+        seed: (B,) int64 stream keys.
+        episode: (B,) int64 counters.
+        num_patients: P.
+
+    Returns:
+        (B,) int64 in [0, P).
+
+    References:
+        [Steele2014] Steele, Lea, Flood. Fast splittable pseudorandom number generators.
+        OOPSLA 2014.
+    """
+    golden_gamma = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
+    bits = _mix64(_mix64(seed + golden_gamma) + episode * golden_gamma)
+    return (bits & 0x7FFF_FFFF_FFFF_FFFF) % num_patients
+
+
+def _begin(seed: Tensor, episode: Tensor, home_index: Tensor, params: EnvParams) -> State:
+    if params.patient_assignment == "random":
+        patient_index = draw_patient_index(seed, episode, params.num_patients)
+    else:
+        patient_index = home_index
+    return State(
+        seed=seed,
+        episode=episode,
+        home_index=home_index,
+        patient_index=patient_index,
+        best_score=torch.zeros_like(seed, dtype=params.patients.dtype),
+        iteration=torch.zeros_like(seed),
+        explored=torch.zeros((*seed.shape, NUM_POLYMERS), dtype=torch.bool, device=seed.device),
+    )
+
+
+def initial(seed: Tensor, params: EnvParams) -> State:
+    """First episode of B environments; environment i is at home with patient i mod P.
+
+    Args:
+        seed: (B,) int64 stream keys.
+        params: the problem.
+    """
+    env_index = torch.arange(seed.shape[0], device=seed.device)
+    return _begin(seed, torch.zeros_like(seed), env_index % params.num_patients, params)
+
+
+def next_episode(state: State, params: EnvParams) -> State:
+    """Begin another episode in every environment."""
+    return _begin(state.seed, state.episode + 1, state.home_index, params)
+
+
+def select(mask: Tensor, chosen: State, other: State) -> State:
+    """State whose rows come from `chosen` where the (B,) mask holds, else from `other`."""
+
+    def rows(a: Tensor, b: Tensor) -> Tensor:
+        return torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    return State(*(rows(a, b) for a, b in zip(chosen, other, strict=True)))
+
+
+def observation(state: State, params: EnvParams) -> Tensor:
+    """(B, 13) observation, or (B, 37) with the mask of explored polymers; physical units."""
+    patients = params.patients[state.patient_index]
+    columns = [
+        patients,
+        state.best_score.unsqueeze(-1),
+        state.iteration.unsqueeze(-1).to(patients.dtype),
+    ]
+    if params.observe_explored:
+        columns.append(state.explored.to(patients.dtype))
+    return torch.cat(columns, dim=-1)
+
+
+def reward_terms(
+    outcomes: Outcomes, is_novel: Tensor | bool, config: RewardConfig | None = None
+) -> RewardTerms:
+    """Signed terms of the reward.
+
+    Args:
+        outcomes: Stage-1 predictions, any batch shape.
+        is_novel: whether the polymer was not yet used in this episode, bool or a bool tensor that
+            broadcasts against the outcomes.
+        config: weights and limits; the source's by default.
+    """
+    config = config or RewardConfig()
+    novel = torch.as_tensor(is_novel, device=outcomes.delta_ef_pct.device)
+
+    def penalty(breached: Tensor, size: float) -> Tensor:
+        return breached.to(outcomes.delta_ef_pct.dtype) * -size
+
+    return RewardTerms(
+        reward_delta_ef=config.delta_ef_weight * outcomes.delta_ef_pct,
+        reward_stress_reduction=config.stress_reduction_weight
+        * outcomes.stress_reduction_pct
+        / 100.0,
+        reward_optimal_prob=config.optimal_prob_weight * outcomes.optimal_logit.sigmoid(),
+        reward_toxicity=penalty(
+            outcomes.toxicity_risk > config.toxicity_limit, config.toxicity_penalty
+        ),
+        reward_integrity=penalty(
+            outcomes.structural_integrity < config.integrity_limit, config.integrity_penalty
+        ),
+        reward_fibrosis=penalty(
+            outcomes.fibrosis_risk > config.fibrosis_limit, config.fibrosis_penalty
+        ),
+        reward_novelty=penalty(novel.expand_as(outcomes.delta_ef_pct), -config.novelty_bonus),
+    )
+
+
+def sum_terms(terms: RewardTerms) -> Tensor:
+    """Score of a design, of the terms' shape and dtype."""
+    return torch.stack(terms).sum(0)
+
+
+def compute_reward(
+    outcomes: Outcomes, is_novel: Tensor | bool = True, config: RewardConfig | None = None
+) -> Tensor:
+    """Score of a design: 3 dEF + 1.5 R/100 + P(optimal) - safety penalties + novelty bonus.
+
+    Args:
+        outcomes: Stage-1 predictions, any batch shape.
+        is_novel: whether the polymer was not yet used in this episode (true in a first step).
+        config: weights and limits; the source's by default.
+
+    Returns:
+        Reward of the batch shape, in the outcomes' dtype, dimensionless.
+    """
+    return sum_terms(reward_terms(outcomes, is_novel, config))
+
+
+def clip_formulation(formulation: Tensor) -> Tensor:
+    """(..., 4) formulation moved into its box."""
+    # Bounds as a tensor would be copied to an accelerator at every step, a synchronisation.
+    columns = zip(formulation.unbind(-1), FORMULATION_FIELDS, strict=True)
+    return torch.stack([column.clamp(item.low, item.high) for column, item in columns], dim=-1)
+
+
+def transition(
+    state: State, design: Design, params: EnvParams, reward_model: RewardFunction
+) -> Transition:
+    """Apply one design per environment.
+
+    Args:
+        state: B environments in the middle of an episode.
+        design: one design each; the formulation is clipped to its box, the indices must be valid.
+        params: the problem.
+        reward_model: the Stage-1 model.
+
+    Returns:
+        The new state and everything observed on the way. `terminated` is true once the episode has
+        `params.horizon` steps; no reset is applied.
+    """
+    formulation = clip_formulation(design.formulation)
+    patients = params.patients[state.patient_index]
+    outcomes = reward_model(patients, design.polymer_id, formulation, design.coverage)
+
+    polymers = torch.arange(NUM_POLYMERS, device=design.polymer_id.device)
+    used = design.polymer_id.unsqueeze(-1) == polymers
+    config = params.reward_config
+    terms = reward_terms(outcomes, ~(state.explored & used).any(-1), config)
+    score = sum_terms(terms)
+    best_score = torch.maximum(state.best_score, score)
+    iteration = state.iteration + 1
+    return Transition(
+        state=state._replace(
+            best_score=best_score, iteration=iteration, explored=state.explored | used
+        ),
+        reward=score if params.reward_mode == "score" else best_score - state.best_score,
+        terminated=iteration >= params.horizon,
+        score=score,
+        terms=terms,
+        outcomes=outcomes,
+        formulation=formulation,
+        formulation_clipped=(formulation != design.formulation).any(-1),
+        is_optimal=(outcomes.delta_ef_pct >= config.optimal_delta_ef_pct)
+        & (outcomes.stress_reduction_pct >= config.optimal_stress_reduction_pct),
+    )

@@ -1,0 +1,56 @@
+"""What several test modules share: a device, three patients, a model to work out by hand."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import torch
+from torch import Tensor
+
+from hydrogel_gym import Cohort, Outcomes
+
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=no_cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def three_patients() -> Cohort:
+    """Ann, Bo and Cy, with numbers that float32 holds exactly."""
+    features = [
+        [30.0, -10.0, 200.0, 140.0, 20.0, 10.0, 36.0, 18.0, 2.0, 0.25, 8.0],
+        [40.0, -12.0, 250.0, 150.0, 16.0, 12.0, 30.0, 20.0, 1.5, 0.5, 7.0],
+        [25.0, -8.0, 320.0, 240.0, 24.0, 14.0, 48.0, 16.0, 3.0, 0.75, 6.0],
+    ]
+    return Cohort(
+        ("ann", "bo", "cy"),
+        torch.tensor(features, dtype=torch.float64),
+        pd.DataFrame(index=range(3)),
+        "three patients",
+    )
+
+
+def _toy_model(
+    patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+) -> Outcomes:
+    return Outcomes(
+        delta_ef_pct=polymer_id.to(patient.dtype),
+        stress_reduction_pct=20.0 * coverage.to(patient.dtype),
+        optimal_logit=torch.zeros_like(patient[..., 0]),
+        toxicity_risk=formulation[..., 2],
+        structural_integrity=formulation[..., 3] / 5.0,
+        fibrosis_risk=patient[..., 9] - 0.25,
+    )
+
+
+@pytest.fixture(scope="session")
+def toy_model():
+    """A model whose score is easy to work out.
+
+    3 polymer_id + 0.3 coverage + 0.5, minus 2 above 0.15 S/m, minus 1 below 4 mm, minus 0.5 for
+    every patient but Ann.
+    """
+    return _toy_model
