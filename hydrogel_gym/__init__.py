@@ -1,0 +1,45 @@
+"""Learning to design in a hybrid action space: cardiac hydrogels for virtual patients.
+
+Importing the package registers `HydrogelDesign-v0` and its two flat-action forms with Gymnasium.
+"""
+
+from importlib.metadata import version
+
+from gymnasium.envs.registration import register
+
+from hydrogel_gym.cohort import Cohort, CohortError, load_cohort
+from hydrogel_gym.dynamics import RewardConfig, compute_reward
+from hydrogel_gym.env import HydrogelEnv, HydrogelVectorEnv
+from hydrogel_gym.polymers import PolymerTable, load_polymers
+from hydrogel_gym.reward_model import RewardModel, RewardModelError, load_reward_model
+from hydrogel_gym.spaces import Outcomes
+
+__all__ = [
+    "Cohort",
+    "CohortError",
+    "HydrogelEnv",
+    "HydrogelVectorEnv",
+    "Outcomes",
+    "PolymerTable",
+    "RewardConfig",
+    "RewardModel",
+    "RewardModelError",
+    "compute_reward",
+    "load_cohort",
+    "load_polymers",
+    "load_reward_model",
+]
+
+__version__ = version("hydrogel_gym")
+
+for _env_id, _kwargs in {
+    "HydrogelDesign-v0": {},
+    "HydrogelDesignFlat-v0": {"action_format": "box"},
+    "HydrogelDesignDiscrete-v0": {"action_format": "multidiscrete"},
+}.items():
+    register(
+        id=_env_id,
+        entry_point="hydrogel_gym.env:HydrogelEnv",
+        vector_entry_point="hydrogel_gym.env:HydrogelVectorEnv",
+        kwargs=_kwargs,
+    )

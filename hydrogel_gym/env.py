@@ -1,0 +1,518 @@
+"""The Gymnasium environments: thin adapters over the batched functions of `dynamics`.
+
+Both classes hold a `State` of tensors, have `problem` turn what a user sends into a `Design`, call
+`transition`, and put the result into the shape that Gymnasium asks for. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from hydrogel_gym import dynamics
+from hydrogel_gym.cohort import Cohort
+from hydrogel_gym.dynamics import PatientAssignment, RewardConfig, RewardMode, State, Transition
+from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
+from hydrogel_gym.reward_model import RewardModel
+from hydrogel_gym.spaces import ActionFormat, ObsFormat
+
+Output = Literal["numpy", "torch"]
+
+
+def _check_options(options: Mapping[str, Any] | None, allowed: set[str]) -> dict[str, Any]:
+    options = dict(options or {})
+    if unknown := sorted(map(str, set(options) - allowed)):
+        raise ValueError(f"reset options {unknown} are unknown; allowed: {sorted(allowed)}")
+    return options
+
+
+def _stream_keys(seeds: Sequence[int | None], rng: np.random.Generator) -> np.ndarray:
+    """(B,) int64 stream keys; an absent seed is drawn from the environment's own generator."""
+    drawn = rng.integers(2**63, size=len(seeds)) if None in seeds else np.zeros(len(seeds), int)
+    return np.array(
+        [key if seed is None else seed % 2**63 for seed, key in zip(seeds, drawn, strict=True)],
+        np.int64,
+    )
+
+
+def _step_info(result: Transition) -> dict[str, Tensor]:
+    """Everything a step tells beside reward and observation, each under its own name."""
+    return {
+        **result.outcomes._asdict(),
+        **result.terms._asdict(),
+        "score": result.score,
+        "is_optimal": result.is_optimal,
+        "formulation": result.formulation,
+        "formulation_clipped": result.formulation_clipped,
+        "patient_index": result.state.patient_index,
+    }
+
+
+def _map(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to an array, or to every array of a nested dict."""
+    if isinstance(value, dict):
+        return {key: _map(function, item) for key, item in value.items()}
+    return function(value)
+
+
+class HydrogelEnv(gym.Env):
+    """Choose a hydrogel for one virtual patient after a heart attack.
+
+    ## Description
+
+    A patch or injectate of hydrogel is designed for a patient whose left ventricle is scarred by an
+    infarct: which of 24 polymers, how stiff, how long-lived, how conductive and how thick, and how
+    much of the border zone around the scar it covers. A frozen Stage-1 model predicts what the
+    design does, and the reward weighs the predicted gain in ejection fraction against safety. The
+    built-in model is an educational prior fitted to no patient, the patients are synthetic, and no
+    figure here is a clinical fact.
+
+    ## Action Space
+
+    `action_format="dict"` (default) is
+    `Dict(polymer_id=Discrete(24), formulation=Box(4,), coverage=Discrete(4))`, `"tuple"` the same
+    three in this order.
+
+    | Head | Num | Action | Min | Max | Unit |
+    |---|---|---|---|---|---|
+    | polymer_id | | row of the polymer table | 0 | 23 | index |
+    | formulation | 0 | youngs_modulus_kpa | 5 | 30 | kPa |
+    | formulation | 1 | half_life_days | 7 | 180 | days |
+    | formulation | 2 | conductivity_s_per_m | 0 | 1 | S/m |
+    | formulation | 3 | thickness_mm | 1 | 5 | mm |
+    | coverage | | scar_only, scar_bz25, scar_bz50, scar_bz100 | 0 | 3 | index |
+
+    A finite formulation outside its box is clipped and `info["formulation_clipped"]` says so.
+    Anything else that is not in the space is a `ValueError` that leaves the state untouched.
+
+    Two flat forms serve libraries that take no composite action. `"box"` (`HydrogelDesignFlat-v0`)
+    is `Box(-1, 1, (32,))`: the formulation, rescaled, then a score per polymer and per coverage,
+    the largest of which is chosen. `"multidiscrete"` (`HydrogelDesignDiscrete-v0`) is
+    `MultiDiscrete([24, 11, 11, 11, 11, 4])`: polymer, 11 evenly spaced levels per formulation
+    parameter with both bounds among them, coverage.
+
+    ## Observation Space
+
+    `obs_format="box"` (default) is a `Box(13,)` of float32 in physical units.
+
+    | Num | Observation | Min | Max | Unit |
+    |---|---|---|---|---|
+    | 0 | lvef_pct | 15 | 55 | % |
+    | 1 | gls_pct | -20 | -3 | % |
+    | 2 | edv_ml | 90 | 400 | mL |
+    | 3 | esv_ml | 40.5 | 340 | mL |
+    | 4 | scar_fraction_pct | 5 | 45 | % of the left ventricle |
+    | 5 | bz_fraction_pct | 4 | 28 | % of the left ventricle |
+    | 6 | bz_stress_kpa | 7.2 | 90 | kPa |
+    | 7 | healthy_stress_kpa | 6 | 35 | kPa |
+    | 8 | stress_concentration | 1.2 | 3.5 | ratio |
+    | 9 | transmurality | 0.2 | 1 | fraction |
+    | 10 | wall_thickness_mm | 4 | 13 | mm |
+    | 11 | current_best_score | 0 | 302.6 | reward |
+    | 12 | iteration | 0 | horizon | steps |
+
+    `obs_format="dict"` groups them: `patient_features` (0 to 5), `tissue_features` (6 to 10),
+    `current_best_score`, `iteration`. `observe_explored=True` appends 24 entries (in the dict
+    `explored_polymers`), 1 for each polymer used in this episode: without them the novelty bonus is
+    not Markov when the horizon exceeds 1. The maximum of `current_best_score` is what the outcomes'
+    physical ranges allow under the default `RewardConfig`; good designs score 25 to 40.
+
+    ## Rewards
+
+    The score of a design is the sum of seven terms, each in `info` under the name given here:
+
+    - `reward_delta_ef`: 3.0 x predicted change in ejection fraction (percentage points)
+    - `reward_stress_reduction`: 1.5 x border-zone stress reduction (%) / 100
+    - `reward_optimal_prob`: 1.0 x probability that the design is optimal
+    - `reward_toxicity`: -2.0 if toxicity risk > 0.15
+    - `reward_integrity`: -1.0 if structural integrity < 0.80
+    - `reward_fibrosis`: -0.5 if fibrosis risk > 0.20
+    - `reward_novelty`: +0.1 if the polymer was not yet used in this episode
+
+    `reward_mode="score"` (default) pays the score at every step; `"improvement"` pays only what the
+    episode's best score gains, so that an episode's return is its best score (or 0).
+
+    `info` also holds the six outcomes (`delta_ef_pct`, `stress_reduction_pct`, `optimal_logit`,
+    `toxicity_risk`, `structural_integrity`, `fibrosis_risk`), `score`, `is_optimal` (gain of at
+    least 3 points and stress reduction of at least 15 %), `formulation` as evaluated,
+    `formulation_clipped` and `patient_index`.
+
+    ## Starting State
+
+    A patient of the cohort, with `current_best_score` and `iteration` zero. With
+    `patient_assignment="random"` (default) each reset draws one uniformly from the environment's
+    seeded stream; `"fixed"` keeps the first row. `reset(options={"patient_id": ...})` picks one by
+    id or index, which `"fixed"` then keeps. Nothing else is random: same seed, same patients; the
+    global generators are never touched.
+
+    ## Episode End
+
+    Terminated after `horizon` steps. Never truncated from inside.
+
+    ## Arguments
+
+    | Argument | Type | Default | Meaning |
+    |---|---|---|---|
+    | `horizon` | int | `1` | steps per episode |
+    | `cohort` | None, path, `Cohort` | `None` | patients; None is the shipped 2,000 |
+    | `reward_model` | str, callable | `"mechanistic"` | Stage-1 model, `"module:factory"` |
+    | `reward_config` | `RewardConfig` | `None` | weights and limits of the reward |
+    | `action_format` | str | `"dict"` | `dict`, `tuple`, `box`, `multidiscrete` |
+    | `obs_format` | str | `"box"` | `box`, `dict` |
+    | `observe_explored` | bool | `False` | append the mask of used polymers |
+    | `reward_mode` | str | `"score"` | `score`, `improvement` |
+    | `patient_assignment` | str | `"random"` | `random`, `fixed` |
+    | `device` | str | `"cpu"` | where the model runs |
+
+    ## Version History
+
+    - v0: first version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}
+
+    def __init__(
+        self,
+        *,
+        device: str | torch.device = "cpu",
+        horizon: int = 1,
+        cohort: Cohort | str | os.PathLike[str] | None = None,
+        reward_model: str | RewardModel = "mechanistic",
+        reward_config: RewardConfig | None = None,
+        action_format: ActionFormat = "dict",
+        obs_format: ObsFormat = "box",
+        observe_explored: bool = False,
+        reward_mode: RewardMode = "score",
+        patient_assignment: PatientAssignment = "random",
+    ) -> None:
+        self.problem = DesignProblem(
+            device=device,
+            horizon=horizon,
+            cohort=cohort,
+            reward_model=reward_model,
+            reward_config=reward_config,
+            action_format=action_format,
+            obs_format=obs_format,
+            observe_explored=observe_explored,
+            reward_mode=reward_mode,
+            patient_assignment=patient_assignment,
+            validate=True,
+        )
+        self.action_space = self.problem.action_space
+        self.observation_space = self.problem.observation_space
+        self._state: State | None = None
+        self._terminated = False
+
+    @torch.no_grad()
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: restarts the stream of patient draws.
+            options: `{"patient_id": id or index}` picks a patient, under `random` assignment for
+                this episode, under `fixed` until another is chosen or a seed is given.
+
+        Raises:
+            ValueError: the option or the patient is unknown; nothing is reset.
+        """
+        options = _check_options(options, {"patient_id"})
+        chosen = None
+        if options.get("patient_id") is not None:
+            chosen = self.problem.patient_indices(options["patient_id"], ())
+        super().reset(seed=seed)
+        if seed is not None or self._state is None:
+            keys = torch.from_numpy(_stream_keys([seed], self.np_random)).to(self.problem.device)
+            state = dynamics.initial(keys, self.problem.params)
+        else:
+            state = dynamics.next_episode(self._state, self.problem.params)
+        if chosen is not None:
+            state = state._replace(patient_index=chosen, home_index=chosen)
+        self._state, self._terminated = state, False
+        return self._observation(), {"patient_index": int(state.patient_index)}
+
+    @torch.no_grad()
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Evaluate one design.
+
+        Raises:
+            ValueError: the action is not in the space, or the reward model failed. The state is
+                untouched.
+            ResetNeeded: the episode has ended or has not begun.
+        """
+        if self._state is None or self._terminated:
+            raise ResetNeeded("the episode has ended or has not begun; call reset()")
+        design = self.problem.design(action, ())
+        result = self.problem.transition(self._state, design)
+        self._state, self._terminated = result.state, bool(result.terminated)
+        info = {key: self._unbatched(value) for key, value in _step_info(result).items()}
+        return self._observation(), float(result.reward), self._terminated, False, info
+
+    def _observation(self) -> Any:
+        return _map(lambda rows: rows[0].cpu().numpy(), self.problem.observe(self._state))
+
+    @staticmethod
+    def _unbatched(value: Tensor) -> Any:
+        array = value[0].cpu().numpy()
+        if array.ndim:
+            return array
+        # Gymnasium's vector environments batch Python bools and ints, numpy floats as they are.
+        return array[()] if array.dtype.kind == "f" else array.item()
+
+
+class HydrogelVectorEnv(gym.vector.VectorEnv):
+    """`num_envs` design problems at once, as one batch of tensors on one device.
+
+    The problem, its spaces, rewards and infos are those of `HydrogelEnv`; every array gains a
+    leading dimension B = `num_envs`. A run is reproducible for a given seed, `num_envs` and device;
+    under `random` assignment a seeded one agrees step for step with Gymnasium's vector environments
+    over `HydrogelEnv`.
+
+    Environment i is patient i mod P for good (`patient_assignment="fixed"`), or a fresh draw of its
+    own stream at each reset (`"random"`).
+
+    Autoreset: all three modes of Gymnasium, in `metadata["autoreset_mode"]` and `autoreset_mode`.
+    The default is `SameStep`, since with `NextStep` every second step of a single-step problem is a
+    reset with reward 0. `info` is a dict of (B, ...) arrays, each with its mask under `_key`. In
+    `SameStep` the last observation and info of an episode are in `final_obs` and `final_info`.
+
+    `output="numpy"` (default) is ordinary Gymnasium. With `output="torch"` everything returned is a
+    tensor on `device`, nothing is read on the host, and `info` always has the same keys: entries
+    whose mask is false are zero, and `final_obs` is one tensor (or dict of tensors) of all rows.
+
+    Args:
+        num_envs: B.
+        device: where state, model and `output="torch"` live.
+        horizon, cohort, reward_model, reward_config, action_format, obs_format, observe_explored,
+            reward_mode: as for `HydrogelEnv`.
+        patient_assignment: `"fixed"` or `"random"`.
+        output: `"numpy"` or `"torch"`.
+        autoreset_mode: `"SameStep"`, `"NextStep"`, `"Disabled"` or Gymnasium's enumeration.
+        validate_actions: check actions, and the reward model's outcomes, at every step. None means
+            on the CPU only: on an accelerator a check is a synchronisation.
+
+    Raises:
+        ValueError: an argument is not what it may be; names it, its value and what is allowed.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+
+    def __init__(
+        self,
+        num_envs: int = 2000,
+        *,
+        device: str | torch.device = "cpu",
+        horizon: int = 1,
+        cohort: Cohort | str | os.PathLike[str] | None = None,
+        reward_model: str | RewardModel = "mechanistic",
+        reward_config: RewardConfig | None = None,
+        action_format: ActionFormat = "dict",
+        obs_format: ObsFormat = "box",
+        observe_explored: bool = False,
+        reward_mode: RewardMode = "score",
+        patient_assignment: PatientAssignment = "fixed",
+        output: Output = "numpy",
+        autoreset_mode: str | AutoresetMode = "SameStep",
+        validate_actions: bool | None = None,
+    ) -> None:
+        check_count("num_envs", num_envs)
+        check_choice("output", output, get_args(Output))
+        if not isinstance(autoreset_mode, AutoresetMode):
+            modes = tuple(mode.value for mode in AutoresetMode)
+            check_choice("autoreset_mode", autoreset_mode, modes)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if validate_actions is None and output == "numpy":
+            validate_actions = True
+        self.problem = DesignProblem(
+            device=device,
+            horizon=horizon,
+            cohort=cohort,
+            reward_model=reward_model,
+            reward_config=reward_config,
+            action_format=action_format,
+            obs_format=obs_format,
+            observe_explored=observe_explored,
+            reward_mode=reward_mode,
+            patient_assignment=patient_assignment,
+            validate=validate_actions,
+        )
+        self.num_envs = num_envs
+        self.output = output
+        self.device = self.problem.device
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_action_space = self.problem.action_space
+        self.single_observation_space = self.problem.observation_space
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self._state: State | None = None
+        self._done: Tensor | None = None
+
+    @torch.no_grad()
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in every environment, or in those of a mask.
+
+        Args:
+            seed: an int s seeds environment i with s + i; a list holds one seed (or None) each.
+            options: `"patient_id"`, B ids or indices: under `fixed` assignment these patients stay
+                until others are chosen or a seed is given, under `random` for this episode.
+                `"reset_mask"`, a (B,) bool array: only these environments are reset.
+
+        Raises:
+            ValueError: an option, id or mask is not what it may be; nothing is reset.
+        """
+        options = _check_options(options, {"patient_id", "reset_mask"})
+        mask = self._reset_mask(options.get("reset_mask"))
+        chosen = None
+        if options.get("patient_id") is not None:
+            chosen = self.problem.patient_indices(options["patient_id"], (self.num_envs,))
+        seeds = self._seeds(seed)
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))
+
+        fresh = self._reset_state(seeds)
+        if chosen is not None:
+            fresh = fresh._replace(patient_index=chosen, home_index=chosen)
+        self._state = fresh if mask is None else dynamics.select(mask, fresh, self._state)
+        every = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        self._done = ~every if mask is None else self._done & ~mask
+        info = self._masked(
+            {"patient_index": self._state.patient_index}, every if mask is None else mask
+        )
+        return self._to_output(self.problem.observe(self._state)), self._to_output(info)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        """One seed, or None, per environment."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, (int, np.integer)):
+            seeds = [int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed has {len(seeds)} entries; expected num_envs = {self.num_envs}")
+        for value in seeds:
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 0):
+                raise ValueError(f"seed is {value!r}; allowed: whole numbers, 0 or more, or None")
+        return seeds
+
+    def _reset_state(self, seeds: Sequence[int | None]) -> State:
+        """First episode of every environment that has a seed, the next one of the others."""
+        params, is_seeded = self.problem.params, [seed is not None for seed in seeds]
+        if self._state is not None and not any(is_seeded):
+            return dynamics.next_episode(self._state, params)
+        keys = torch.from_numpy(_stream_keys(seeds, self.np_random)).to(self.device)
+        first = dynamics.initial(keys, params)
+        if self._state is None:
+            return first
+        seeded = torch.tensor(is_seeded, device=self.device)
+        return dynamics.select(seeded, first, dynamics.next_episode(self._state, params))
+
+    def _reset_mask(self, mask: Any) -> Tensor | None:
+        if mask is None:
+            return None
+        if self._state is None:
+            raise ResetNeeded("reset every environment once before resetting some by `reset_mask`")
+        mask = as_tensor(mask, "reset_mask", self.device)
+        if mask.dtype != torch.bool or mask.shape != (self.num_envs,):
+            raise ValueError(
+                f"reset_mask is a {tuple(mask.shape)} array of {mask.dtype}; "
+                f"expected ({self.num_envs},) of bool"
+            )
+        if self.problem.validate and not mask.any():
+            raise ValueError("reset_mask is all False; at least one environment must be reset")
+        return mask
+
+    @torch.no_grad()
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Evaluate one design per environment.
+
+        Raises:
+            ValueError: an action is not in the space, or the reward model failed; names the
+                environment. The state is untouched.
+            ResetNeeded: not reset yet, or (mode `Disabled`, where actions are checked) an episode
+                has ended and was not reset.
+        """
+        if self._state is None:
+            raise ResetNeeded("call reset() before step()")
+        mode, problem = self.autoreset_mode, self.problem
+        if mode is AutoresetMode.DISABLED and problem.validate and self._done.any():
+            env = int(self._done.nonzero()[0])
+            raise ResetNeeded(
+                f"env {env} has ended; reset it with reset(options={{'reset_mask': ...}})"
+            )
+        # In mode `NextStep` an ended episode is reset instead of stepped, whatever the action.
+        skip = self._done if mode is AutoresetMode.NEXT_STEP else None
+        design = problem.design(actions, (self.num_envs,), skip=skip)
+        result = problem.transition(self._state, design, skip=skip)
+        state, reward, terminated = result.state, result.reward, result.terminated
+        step_info = _step_info(result)
+
+        final = {}
+        begun = torch.zeros_like(terminated)  # where this step begins an episode
+        if mode is AutoresetMode.NEXT_STEP:
+            begun = self._done
+            reward, terminated = reward.masked_fill(begun, 0.0), terminated & ~begun
+        elif mode is AutoresetMode.SAME_STEP:
+            begun = terminated
+            final = self._final(state, step_info, terminated)
+        if mode is not AutoresetMode.DISABLED:
+            state = dynamics.select(begun, dynamics.next_episode(state, problem.params), state)
+        info = final | self._masked(step_info, ~begun)
+        # The one entry that a reset has as well.
+        info |= self._masked({"patient_index": state.patient_index}, torch.ones_like(terminated))
+        obs = problem.observe(state)
+        self._state, self._done = state, terminated.clone()
+        truncated = torch.zeros_like(terminated)
+        return tuple(map(self._to_output, (obs, reward, terminated, truncated, info)))
+
+    def _final(self, state: State, step_info: dict[str, Tensor], done: Tensor) -> dict[str, Any]:
+        """`final_obs` and `final_info` of the episodes that end in this step."""
+        obs: Any = self.problem.observe(state)
+        if self.output == "numpy":
+            if not done.any():
+                return {}
+            # Gymnasium's form: an object array with an observation where an episode ended.
+            batch, obs = self._to_output(obs), np.full(self.num_envs, None, dtype=object)
+            for env in done.nonzero().flatten().tolist():
+                obs[env] = _map(lambda rows, env=env: rows[env].copy(), batch)
+        return {
+            "final_obs": obs,
+            "_final_obs": done.clone(),
+            "final_info": self._masked(step_info, done),
+            "_final_info": done.clone(),
+        }
+
+    def _masked(self, values: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+        """Each value with its `_key` mask, zero where the mask is false.
+
+        As in Gymnasium, numpy users get no key that holds for no environment; torch users always
+        get all of them, since finding out would be a read on the host.
+        """
+        if self.output == "numpy" and not mask.any():
+            return {}
+        info = {}
+        for key, value in values.items():
+            rows = mask.view(-1, *[1] * (value.dim() - 1))
+            info[key] = torch.where(rows, value, torch.zeros_like(value))
+            info[f"_{key}"] = mask.clone()
+        return info
+
+    def _to_output(self, value: Any) -> Any:
+        if self.output == "torch":
+            return value
+        return _map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, value)
