@@ -1,0 +1,593 @@
+import importlib.util
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from gymnasium.envs.registration import register, registry
+
+import hydrogel_gym
+
+ROOT = Path(__file__).parents[1]
+TRAINER = ROOT / "train" / "ppo_hybrid.py"
+
+
+def load_trainer():
+    spec = importlib.util.spec_from_file_location("ppo_hybrid", TRAINER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ppo_hybrid"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+ppo = load_trainer()
+
+
+def make_agent(policy="autoregressive", hidden_dim=32, seed=0):
+    torch.manual_seed(seed)
+    agent = ppo.Agent(
+        obs_dim=13,
+        num_polymers=24,
+        num_coverages=4,
+        formulation_low=[5.0, 7.0, 0.0, 1.0],
+        formulation_high=[30.0, 180.0, 1.0, 5.0],
+        policy=policy,
+        hidden_dim=hidden_dim,
+    )
+    # Away from the near-uniform initial policy, so that every head matters.
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape))
+    return agent
+
+
+def small_args(tmp_path, **changes):
+    settings = dict(
+        preset="quick",
+        num_envs=100,
+        num_steps=4,
+        num_iterations=2,
+        num_epochs=1,
+        minibatch_size=100,
+        hidden_dim=16,
+        output_dir=tmp_path / "run",
+    )
+    return ppo.Args(**(settings | changes))
+
+
+@pytest.fixture
+def toy_env(monkeypatch):
+    """A hybrid task with a known answer that depends on the patient."""
+
+    def reward_model(patient, polymer_id, formulation, coverage):
+        large_scar = patient[..., 4] > 20.0
+        right_polymer = polymer_id == torch.where(large_scar, 3, 17)
+        right_coverage = coverage == torch.where(large_scar, 2, 0)
+        distance = (formulation[..., 3] - 1.0 - patient[..., 4] / 15.0).square()
+        delta_ef = right_polymer * 3.0 + right_coverage * 1.0 - distance
+        zero = torch.zeros_like(delta_ef)
+        return hydrogel_gym.Outcomes(delta_ef, zero, zero, zero, zero + 1.0, zero)
+
+    env_id = "ToyDesign-v0"
+    register(
+        id=env_id,
+        vector_entry_point=lambda num_envs, **kwargs: hydrogel_gym.HydrogelVectorEnv(
+            num_envs, reward_model=reward_model, **kwargs
+        ),
+    )
+    yield env_id
+    del registry[env_id]
+
+
+# --- advantages
+
+
+def gae(rewards, values, next_values, terminated, truncated, gamma=0.5, gae_lambda=0.5):
+    column = [
+        torch.tensor(x, dtype=torch.float64).unsqueeze(-1) for x in (rewards, values, next_values)
+    ]
+    flags = [torch.tensor(x).unsqueeze(-1) for x in (terminated, truncated)]
+    advantages, returns = ppo.compute_gae(*column, flags[0], flags[0] | flags[1], gamma, gae_lambda)
+    return advantages.squeeze(-1).tolist(), returns.squeeze(-1).tolist()
+
+
+def test_gae_without_an_episode_end_discounts_the_trace():
+    advantages, returns = gae([1, 2, 3], [10, 20, 30], [20, 30, 40], [False] * 3, [False] * 3)
+    # deltas: 1+10-10, 2+15-20, 3+20-30
+    assert advantages == [1 - 0.25 * (3 + 0.25 * 7), -3 - 0.25 * 7, -7]
+    assert returns == [10 + advantages[0], 20 + advantages[1], 23]
+
+
+def test_gae_at_a_termination_stops_bootstrap_and_trace():
+    advantages, _ = gae([1, 2, 3], [10, 20, 30], [20, 99, 40], [False, True, False], [False] * 3)
+    # deltas: 1, 2-20, -7; nothing crosses the end of step 1
+    assert advantages == [1 + 0.25 * -18, -18, -7]
+
+
+def test_gae_at_a_truncation_bootstraps_but_stops_the_trace():
+    advantages, _ = gae([1, 2, 3], [10, 20, 30], [20, 60, 40], [False] * 3, [False, True, False])
+    # deltas: 1, 2+30-20, -7
+    assert advantages == [1 + 0.25 * 12, 12, -7]
+
+
+def test_gae_where_a_step_both_terminates_and_truncates_does_not_bootstrap():
+    advantages, _ = gae(
+        [1, 2, 3], [10, 20, 30], [20, 60, 40], [False, True, False], [False, True, False]
+    )
+    assert advantages == [1 + 0.25 * -18, -18, -7]
+
+
+def test_gae_of_single_step_episodes_is_reward_minus_value():
+    advantages, returns = gae([5, 7], [1, 2], [9, 9], [True, True], [False, False])
+    assert (advantages, returns) == ([4, 5], [5, 7])
+
+
+class OneStepEnv:
+    """Ends every episode by truncation after one step, with a telling final observation."""
+
+    num_envs = 2
+    final_obs = torch.full((2, 13), 3.0)
+
+    def step(self, action):
+        flags = torch.tensor([False, False]), torch.tensor([True, False])
+        zero = torch.zeros(2)
+        told = {name: zero for name in ppo.OUTCOMES_LOGGED}
+        info = told | {"final_obs": self.final_obs, "final_info": told}
+        return torch.ones(2, 13), torch.tensor([1.0, 2.0]), *flags, info
+
+
+def test_rollout_takes_the_value_of_the_final_observation_at_a_truncation():
+    agent = make_agent()
+    args = ppo.Args(num_steps=1, gamma=0.9)
+    _, batch, _ = ppo.rollout(
+        OneStepEnv(), agent, torch.zeros(2, 13), args, torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        after = torch.stack([agent.value(torch.full((1, 13), 3.0)), agent.value(torch.ones(1, 13))])
+    expected = torch.tensor([1.0, 2.0]) + 0.9 * after.squeeze(-1)
+    torch.testing.assert_close(batch.returns, expected, rtol=1e-5, atol=1e-5)
+
+
+# --- policy
+
+
+def test_squashed_logprob_of_a_standard_normal_at_zero_is_known():
+    zeros = torch.zeros(1, 4, dtype=torch.float64)
+    # density 1/sqrt(2 pi) per dimension and d tanh(0)/du = 1
+    expected = -2.0 * math.log(2.0 * math.pi)
+    assert ppo.squashed_normal_logprob(zeros, zeros, zeros).item() == pytest.approx(expected)
+
+
+def test_squashed_logprob_matches_the_transformed_distribution_of_torch():
+    torch.manual_seed(0)
+    mean, log_std, noise = torch.randn(3, 64, 4, dtype=torch.float64)
+    u = mean + log_std.exp() * noise
+    normal = torch.distributions.Normal(mean, log_std.exp())
+    transform = torch.distributions.TanhTransform(cache_size=1)
+    reference = torch.distributions.TransformedDistribution(normal, transform)
+    expected = reference.log_prob(transform(u)).sum(-1)
+    torch.testing.assert_close(ppo.squashed_normal_logprob(u, mean, log_std), expected)
+
+
+def test_log_jacobian_stays_finite_where_tanh_saturates():
+    u = torch.tensor([-60.0, 0.0, 60.0])
+    value = ppo.log_tanh_jacobian(u)
+    torch.testing.assert_close(
+        value, torch.tensor([1.3863 - 120, 0.0, 1.3863 - 120]), atol=1e-3, rtol=0
+    )
+
+
+@pytest.mark.parametrize("policy", ["factored", "autoregressive"])
+def test_entropy_equals_the_mean_of_minus_logprob(policy):
+    agent = make_agent(policy)
+    obs = torch.randn(1, 13).expand(2**15, 13)
+    with torch.no_grad():
+        output = agent(obs, generator=torch.Generator().manual_seed(1))
+    # Standard error of the mean is below 0.02 for a joint log-probability with SD of about 2.5.
+    assert output.entropy.mean().item() == pytest.approx(-output.logprob.mean().item(), abs=0.06)
+
+
+@pytest.mark.parametrize("policy", ["factored", "autoregressive"])
+def test_a_sampled_action_has_the_same_logprob_when_judged_again(policy):
+    agent = make_agent(policy)
+    obs = torch.randn(64, 13)
+    with torch.no_grad():
+        sampled = agent(obs, generator=torch.Generator().manual_seed(1))
+        judged = agent(obs, sampled.action)
+    torch.testing.assert_close(judged.logprob, sampled.logprob)
+    torch.testing.assert_close(judged.value, agent.value(obs).detach())
+
+
+def test_only_the_autoregressive_formulation_depends_on_the_polymer():
+    obs = torch.randn(1, 13).expand(24, 13)
+    action = ppo.HybridAction(
+        torch.arange(24), torch.zeros(24, 4), torch.zeros(24, dtype=torch.int64)
+    )
+    for policy, differs in (("factored", False), ("autoregressive", True)):
+        agent = make_agent(policy)
+        with torch.no_grad():
+            mean = agent.formulation_head(agent.head_inputs(obs)[1], action.polymer_id)
+        assert bool((mean.std(0) > 1e-4).all()) is differs
+
+
+def test_joint_logprob_is_the_sum_over_the_heads():
+    agent = make_agent("factored")
+    obs = torch.randn(5, 13)
+    with torch.no_grad():
+        polymer_in, formulation_in, coverage_in, _ = agent.head_inputs(obs)
+        output = agent(obs, generator=torch.Generator().manual_seed(2))
+        polymer = torch.distributions.Categorical(logits=agent.polymer_head(polymer_in))
+        coverage = torch.distributions.Categorical(logits=agent.coverage_head(coverage_in))
+        formulation = ppo.squashed_normal_logprob(
+            output.action.presquash,
+            agent.formulation_head(formulation_in),
+            agent.formulation_log_std.expand(5, 4),
+        )
+    expected = (
+        polymer.log_prob(output.action.polymer_id)
+        + formulation
+        + coverage.log_prob(output.action.coverage)
+    )
+    torch.testing.assert_close(output.logprob, expected)
+
+
+def test_actions_never_leave_the_formulation_box():
+    agent = make_agent()
+    extreme = torch.tensor([[-1e4, 1e4, -30.0, 30.0]])
+    index = torch.zeros(1, dtype=torch.int64)
+    formulation = agent.to_env(ppo.HybridAction(index, extreme, index))["formulation"]
+    assert formulation.tolist() == [[5.0, 180.0, 0.0, 5.0]]
+
+
+def test_policy_and_loss_run_on_the_meta_device():
+    agent = make_agent().to("meta")
+    action = ppo.HybridAction(
+        *(
+            torch.zeros(shape, dtype=dtype, device="meta")
+            for shape, dtype in (((8,), torch.int64), ((8, 4), torch.float32), ((8,), torch.int64))
+        )
+    )
+    obs, row = torch.zeros(8, 13, device="meta"), torch.zeros(8, device="meta")
+    loss, _ = ppo.ppo_loss(
+        agent(obs, action),
+        ppo.Batch(obs, action, row, row, row, row),
+        clip_coef=0.2,
+        vf_coef=0.5,
+        ent_coef=0.01,
+        return_std=agent.return_std,
+    )
+    loss.backward()
+    assert agent.encoder[0].weight.grad.device.type == "meta"
+
+
+# --- loss
+
+
+def loss_of(newlogprob, logprob, advantage, value, returns, old_value, **changes):
+    def tensor(x):
+        return torch.tensor(x, dtype=torch.float64)
+
+    entropy = torch.full((2,), 1.5, dtype=torch.float64)
+    output = ppo.PolicyOutput(None, tensor(newlogprob), entropy, tensor(value))
+    batch = ppo.Batch(
+        None, None, tensor(logprob), tensor(advantage), tensor(returns), tensor(old_value)
+    )
+    settings = dict(clip_coef=0.2, vf_coef=0.5, ent_coef=0.1) | changes
+    return ppo.ppo_loss(output, batch, **settings)
+
+
+def test_ppo_loss_of_two_samples_by_hand():
+    ratio = [1.5, 0.5]
+    loss, parts = loss_of(
+        [math.log(r) for r in ratio], [0.0, 0.0], [3.0, 1.0], [2.0, 2.0], [4.0, 1.0], [0.0, 0.0]
+    )
+    # advantages normalise to +1, -1: min(1.5, 1.2) and min(-0.5, -0.8)
+    assert parts["policy_loss"].item() == pytest.approx(-(1.2 - 0.8) / 2, abs=1e-7)
+    assert parts["value_loss"].item() == pytest.approx((4 + 1) / 2)
+    assert parts["approx_kl"].item() == pytest.approx(sum(r - 1 - math.log(r) for r in ratio) / 2)
+    assert parts["clipfrac"].item() == 1.0
+    assert loss.item() == pytest.approx(-0.2 + 0.5 * 2.5 - 0.1 * 1.5, abs=1e-7)
+
+
+def test_value_loss_is_measured_in_units_of_the_returns_standard_deviation():
+    _, parts = loss_of([0, 0], [0, 0], [1, 2], [2.0, 2.0], [4.0, 1.0], [0, 0], return_std=10.0)
+    assert parts["value_loss"].item() == pytest.approx(2.5 / 100)
+
+
+def test_clipped_value_loss_takes_the_larger_error():
+    # value moved by 2 from 0 and is clipped to 0.2: errors 2 and 3.8 of the first, 1 and -0.8
+    _, parts = loss_of([0, 0], [0, 0], [1, 2], [2.0, 2.0], [4.0, 1.0], [0.0, 0.0], clip_vloss=True)
+    assert parts["value_loss"].item() == pytest.approx((3.8**2 + 1.0) / 2)
+
+
+def test_gradient_of_the_first_update_is_that_of_the_plain_policy_gradient():
+    logprob = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
+    zeros = torch.zeros(4, dtype=torch.float64)
+    output = ppo.PolicyOutput(None, logprob, zeros, zeros)
+    batch = ppo.Batch(None, None, zeros, advantage, zeros, zeros)
+    loss, _ = ppo.ppo_loss(output, batch, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0)
+    loss.backward()
+    normalised = (advantage - advantage.mean()) / advantage.std(correction=0)
+    torch.testing.assert_close(logprob.grad, -normalised / 4, rtol=1e-6, atol=1e-8)
+
+
+# --- training
+
+
+def test_a_toy_hybrid_task_is_solved(toy_env, tmp_path):
+    # No patient near the scar size at which the answer changes: the task has a clear optimum.
+    table = pd.read_csv(ROOT / "patients" / "cohort.csv")
+    clear = table[(table["scar_fraction_pct"] - 20.0).abs() > 5.0].head(400)
+    clear.to_csv(tmp_path / "clear.csv", index=False)
+    args = ppo.Args(
+        env_id=toy_env,
+        cohort=tmp_path / "clear.csv",
+        holdout_cohort=tmp_path / "clear.csv",
+        num_envs=400,
+        num_iterations=15,
+        num_steps=10,
+        num_epochs=4,
+        minibatch_size=400,
+        hidden_dim=64,
+        learning_rate=3e-3,
+        output_dir=tmp_path / "run",
+    )
+    summary = ppo.train(args)
+    # 3 x (3 + 1) points of gain, 0.5 of optimal probability and the novelty bonus of 0.1
+    assert summary["holdout_deterministic_reward"] > 0.97 * 12.6
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    args = small_args(tmp_path_factory.mktemp("finished"))
+    return args, ppo.train(args)
+
+
+def test_a_run_leaves_every_promised_file(finished_run):
+    args, _ = finished_run
+    assert {path.name for path in args.output_dir.iterdir()} == set(ppo.RUN_FILES)
+
+
+def test_summary_holds_the_promised_figures(finished_run):
+    args, returned = finished_run
+    summary = json.loads((args.output_dir / "summary.json").read_text())
+    promised = (
+        "mean_reward max_reward optimal_rate entropy train_deterministic_reward "
+        "holdout_deterministic_reward samples wall_seconds samples_per_second seed world_size "
+        "device versions"
+    ).split()
+    assert set(promised) <= set(summary)
+    assert (summary["samples"], summary["interrupted"]) == (800, False)
+    assert summary["mean_reward"] == returned["mean_reward"]
+
+
+def test_metrics_have_a_row_per_iteration_and_the_columns_the_readme_defines(finished_run):
+    args, _ = finished_run
+    table = pd.read_csv(args.output_dir / "metrics.csv")
+    assert table["iteration"].tolist() == [1, 2]
+    assert table["global_step"].tolist() == [400, 800]
+    assert np.isfinite(table.to_numpy()).all()
+    readme = (ROOT / "README.md").read_text()
+    section = readme.split("<!-- metrics.csv -->")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == table.columns.tolist()
+
+
+def test_the_learned_polymer_shares_sum_to_one(finished_run):
+    _, summary = finished_run
+    assert sum(summary["polymer_share"].values()) == pytest.approx(1.0, abs=1e-5)
+    assert tuple(summary["polymer_share"]) == hydrogel_gym.load_polymers().names
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(finished_run, tmp_path):
+    args, _ = finished_run
+    weights = []
+    for seed, name in ((args.seed, "again"), (args.seed + 1, "other")):
+        ppo.train(small_args(tmp_path, seed=seed, output_dir=tmp_path / name))
+        agent, _ = ppo.load_policy(tmp_path / name / "stage2_policy.pt", "cpu")
+        weights.append(agent.state_dict())
+    first = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")[0].state_dict()
+    assert all(torch.equal(first[name], weights[0][name]) for name in first)
+    assert not torch.equal(first["encoder.0.weight"], weights[1]["encoder.0.weight"])
+
+
+def test_training_leaves_the_observation_statistics_of_the_cohort_in_the_policy(finished_run):
+    args, _ = finished_run
+    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    features = hydrogel_gym.load_cohort().features[: args.num_envs].float()
+    torch.testing.assert_close(agent.obs_mean[:11], features.mean(0))
+    torch.testing.assert_close(agent.obs_std[:11], features.std(0))
+
+
+@pytest.mark.parametrize("policy", ["factored", "autoregressive"])
+def test_episodes_of_several_steps_train(tmp_path, policy):
+    summary = ppo.train(small_args(tmp_path, horizon=3, num_steps=6, policy=policy))
+    assert math.isfinite(summary["holdout_deterministic_reward"])
+
+
+def test_evaluating_a_saved_policy_repeats_the_figures_of_its_run(finished_run, tmp_path, capsys):
+    args, summary = finished_run
+    policy = args.output_dir / "stage2_policy.pt"
+    assert ppo.main(["--evaluate", str(policy), "--output-dir", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "evaluation-shipped.json").read_text())
+    for name in ("train_deterministic_reward", "holdout_deterministic_reward"):
+        assert result[name] == pytest.approx(summary[name], rel=1e-6)
+    assert f"{summary['train_deterministic_reward']:.3f}" in capsys.readouterr().out
+
+
+def test_a_policy_is_evaluated_on_any_cohort(finished_run, tmp_path):
+    args, _ = finished_run
+    table = pd.read_csv(ROOT / "patients" / "cohort_holdout.csv").head(50)
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    policy = args.output_dir / "stage2_policy.pt"
+    code = ppo.main(
+        [
+            "--evaluate",
+            str(policy),
+            "--cohort",
+            str(tmp_path / "mine.csv"),
+            "--output-dir",
+            str(tmp_path),
+        ]
+    )
+    result = json.loads((tmp_path / "evaluation-mine.json").read_text())
+    assert (code, result["num_patients"]) == (0, 50)
+    assert "holdout_deterministic_reward" not in result
+
+
+def test_a_policy_file_loads_without_running_code(finished_run):
+    args, _ = finished_run
+    saved = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)
+    assert saved["training_config"]["num_envs"] == 100
+    assert saved["architecture"]["policy"] == args.policy
+
+
+class _Payload:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_a_malicious_policy_file_executes_nothing(tmp_path, capsys):
+    torch.save(_Payload(), tmp_path / "policy.pt")
+    assert ppo.main(["--evaluate", str(tmp_path / "policy.pt")]) == 2
+    assert "cannot be used: Weights only load failed" in capsys.readouterr().err
+
+
+def test_a_policy_of_another_polymer_table_is_refused(finished_run, tmp_path):
+    args, _ = finished_run
+    saved = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)
+    saved["polymers"][3] = "Unobtainium"
+    torch.save(saved, tmp_path / "policy.pt")
+    with pytest.raises(ppo.UsageError, match="another polymer table"):
+        ppo.load_policy(tmp_path / "policy.pt", "cpu")
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--policy", "greedy"], "'greedy'"),
+        (["--preset", "slow"], "--preset is 'slow'; allowed: source, quick"),
+        (["--num-iterations", "many"], "--num-iterations"),
+        (["--minibatch-size", "999"], "--minibatch-size is 999, which does not divide"),
+        (["--num-steps", "0"], "--num-steps is 0; allowed: 1 or more"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--cohort", "absent.csv"], "absent.csv"),
+        (["--evaluate", "absent.pt"], "absent.pt: no such file"),
+        (["--env-id", "Absent-v0"], "Absent"),
+        (["--no-such-flag"], "--no-such-flag"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_bad_request_ends_in_one_line_before_anything_is_written(
+    flags, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert ppo.main(["--preset", "quick", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_refused_minibatch_is_answered_with_sizes_that_divide(tmp_path):
+    with pytest.raises(ppo.UsageError, match=r"near it these do: 50, 80, 100, 200"):
+        ppo.train(small_args(tmp_path, minibatch_size=150))
+
+
+def test_a_directory_that_holds_a_run_is_refused_and_left_alone(finished_run):
+    args, _ = finished_run
+    before = {path.name: path.read_bytes() for path in args.output_dir.iterdir()}
+    with pytest.raises(ppo.UsageError, match=r"already holds a run .*--overwrite"):
+        ppo.train(args)
+    assert {path.name: path.read_bytes() for path in args.output_dir.iterdir()} == before
+
+
+def test_overwrite_replaces_a_run(tmp_path):
+    args = small_args(tmp_path, num_iterations=1, overwrite=True)
+    ppo.train(args)
+    ppo.train(small_args(tmp_path, num_iterations=2, overwrite=True))
+    assert len(pd.read_csv(args.output_dir / "metrics.csv")) == 2
+
+
+def test_an_unwritable_directory_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ppo.UsageError, match="cannot be written to"):
+        ppo.train(small_args(tmp_path, output_dir=tmp_path / "file" / "run"))
+
+
+def test_every_preset_field_can_be_overridden_on_the_command_line():
+    for preset, fields in ppo.PRESETS.items():
+        for name, value in fields.items():
+            other = "factored" if value == "autoregressive" else "autoregressive"
+            changed = other if isinstance(value, str) else value * 2
+            flag = f"--{name.replace('_', '-')}"
+            args = ppo.parse_args(["--preset", preset, flag, str(changed)])
+            assert getattr(args, name) == changed
+
+
+def test_the_source_preset_keeps_the_sources_table():
+    args = ppo.parse_args(["--preset", "source"])
+    assert (args.clip_coef, args.vf_coef, args.ent_coef) == (0.2, 0.5, 0.01)
+    assert (args.gamma, args.gae_lambda, args.learning_rate) == (0.99, 0.95, 3e-4)
+    assert (args.num_epochs, args.max_grad_norm, args.num_envs) == (10, 0.5, 2000)
+    assert (args.num_steps, args.num_iterations, args.policy) == (100, 200, "factored")
+
+
+# --- interruption
+
+
+def test_an_interrupted_run_saves_what_it_has_and_says_so(tmp_path, monkeypatch, capsys):
+    rollouts = 0
+    plain_rollout = ppo.rollout
+
+    def interrupted_rollout(*args):
+        nonlocal rollouts
+        rollouts += 1
+        if rollouts == 3:
+            signal.raise_signal(signal.SIGINT)
+        return plain_rollout(*args)
+
+    monkeypatch.setattr(ppo, "rollout", interrupted_rollout)
+    args = small_args(tmp_path, num_iterations=50)
+    monkeypatch.setattr(ppo, "parse_args", lambda argv: args)
+    assert ppo.main([]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    summary = json.loads((args.output_dir / "summary.json").read_text())
+    assert (summary["interrupted"], summary["iterations"], summary["samples"]) == (True, 2, 800)
+    assert len(pd.read_csv(args.output_dir / "metrics.csv")) == 2
+    ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "summary.json"
+    ppo.write_json(path, {"a": 1})
+
+    def full_disk(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(ppo.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="no space left"):
+        ppo.write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_the_script_runs_from_a_shell_and_prints_where_it_wrote(tmp_path):
+    command = [sys.executable, str(TRAINER), "--preset", "quick", "--num-envs", "50"]
+    command += ["--num-steps", "2", "--num-iterations", "1", "--minibatch-size", "50"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "runs/quick-s1" in result.stdout
+    assert (tmp_path / "runs" / "quick-s1" / "summary.json").is_file()

@@ -1,0 +1,1205 @@
+"""Proximal policy optimisation for a hybrid action space, in one file.
+
+One policy learns to design a hydrogel for every patient of a cohort: a polymer (categorical), a
+formulation (four continuous parameters) and a coverage pattern (categorical).
+
+    python train/ppo_hybrid.py --preset quick                                  # a laptop, minutes
+    python train/ppo_hybrid.py --preset source --device cuda                   # the source's scale
+    python train/ppo_hybrid.py --evaluate runs/quick-s1/stage2_policy.pt       # a saved policy
+
+The run directory receives `config.json`, `metrics.csv` (a row per iteration), `learning_curve.png`,
+`policy_selection.png`, `stage2_policy.pt` and `summary.json`; the README defines every column.
+Figures of *the source* are those of the HYDRA-BERT Stage-2 document; the README lists its faults
+that are mended here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import itertools
+import json
+import math
+import os
+import platform
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import hydrogel_gym
+
+Preset = Literal["source", "quick"]
+Policy = Literal["factored", "autoregressive"]
+Precision = Literal["fp32", "bf16"]
+
+POLICY_FILE, SUMMARY_FILE, METRICS_FILE = "stage2_policy.pt", "summary.json", "metrics.csv"
+RUN_FILES = (
+    POLICY_FILE,
+    SUMMARY_FILE,
+    METRICS_FILE,
+    "config.json",
+    "learning_curve.png",
+    "policy_selection.png",
+)
+
+SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
+OUTCOMES_LOGGED = (
+    "delta_ef_pct",
+    "stress_reduction_pct",
+    "is_optimal",
+    *(f"reward_{name}" for name in SAFETY_LIMITS),
+)
+
+# The source's own results (sections 6.1 and 6.3), drawn beside ours: another reward model, so only
+# the shape of the curve and its cost can be compared.
+SOURCE_MEAN_REWARD = {0: 12.4, 20: 18.7, 50: 23.1, 100: 26.8, 150: 28.4, 200: 29.2}
+SOURCE_SAMPLES_PER_ITERATION = 200_000
+SOURCE_POLYMER_SHARE = {
+    "PEGDA_3400": 0.182,
+    "GelMA_rGO": 0.151,
+    "GelMA_MXene": 0.124,
+    "HA_ECM": 0.118,
+    "Alginate_CaCl2": 0.092,
+    "PEGDA_700": 0.086,
+    "GelMA_3pct": 0.073,
+}
+
+
+class UsageError(ValueError):
+    """A request that cannot be carried out; the message is one line for the person who asked."""
+
+
+@dataclass
+class Args:
+    """Train, or evaluate, a hybrid-action PPO policy on HydrogelDesign-v0."""
+
+    preset: Preset = "source"
+    """starting values of all other flags: the source's table, or a run of about a minute"""
+    output_dir: Path | None = None
+    """run directory; default runs/PRESET-sSEED"""
+    overwrite: bool = False
+    """replace the run that the output directory holds"""
+    evaluate: Path | None = None
+    """evaluate this saved policy instead of training"""
+    cohort: Path | None = None
+    """patients to train (or to evaluate) on, CSV or Parquet; default the shipped cohort"""
+    holdout_cohort: Path | None = None
+    """patients to judge generalisation on; default the shipped hold-out cohort"""
+    seed: int = 1
+    """seed of weights, sampling and minibatches"""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu) or a torch device"""
+
+    # Environment
+    env_id: str = "HydrogelDesign-v0"
+    """environment to learn"""
+    horizon: int = 1
+    """designs tried per episode"""
+    num_envs: int = 2000
+    """parallel environments; environment i treats patient i modulo the size of the cohort"""
+    patient_assignment: Literal["fixed", "random"] = "fixed"
+    """whether an environment keeps its patient or draws one at each reset"""
+
+    # Algorithm
+    policy: Policy = "autoregressive"
+    """factored heads, or formulation and coverage conditioned on the sampled polymer"""
+    hidden_dim: int = 256
+    """width of the trunk"""
+    precision: Precision = "fp32"
+    """of the two large matrix products; everything else is float32"""
+    num_iterations: int = 200
+    """rollouts, each followed by its updates"""
+    num_steps: int = 100
+    """steps per environment and iteration"""
+    minibatch_size: int = 2000
+    """samples per update (the source's 2,048 does not divide its batch of 200,000)"""
+    num_epochs: int = 10
+    """passes over each batch"""
+    learning_rate: float = 3e-4
+    """initial learning rate of Adam"""
+    anneal_lr: bool = True
+    """cosine decay of the learning rate to zero"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    clip_coef: float = 0.2
+    """clipping range of the probability ratio"""
+    clip_vloss: bool = False
+    """clip the change of the value too, in units of the return's standard deviation"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    ent_coef: float = 0.01
+    """weight of the entropy bonus"""
+    max_grad_norm: float = 0.5
+    """largest norm of the gradient"""
+    target_kl: float | None = None
+    """end an iteration's epochs once the approximate KL divergence exceeds this"""
+
+
+PRESETS: dict[Preset, dict[str, Any]] = {
+    # Args itself holds the source's numbers; its network has independent heads.
+    "source": dict(policy="factored"),
+    "quick": dict(
+        num_iterations=30,
+        num_steps=20,
+        minibatch_size=1000,
+        num_epochs=4,
+        learning_rate=1e-3,
+    ),
+}
+
+
+HEAD_WIDTHS = (128, 128, 64, 128)  # hidden units for polymer, formulation, coverage, value
+
+
+class HybridAction(NamedTuple):
+    """A design as the policy sees it; `presquash` is the Gaussian sample before tanh."""
+
+    polymer_id: Tensor  # (B,) int64
+    presquash: Tensor  # (B, 4)
+    coverage: Tensor  # (B,) int64
+
+
+class PolicyOutput(NamedTuple):
+    """What `Agent.forward` returns; joint log-probability and entropy over all heads, (B,)."""
+
+    action: HybridAction
+    logprob: Tensor
+    entropy: Tensor
+    value: Tensor
+
+
+def layer_init(layer: nn.Linear, std: float = math.sqrt(2.0)) -> nn.Linear:
+    """Orthogonal weights, zero bias."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Head(nn.Module):
+    """Output layer of a head, whose hidden layer a category may shift."""
+
+    def __init__(self, hidden_dim: int, out_dim: int, *, std: float, num_contexts: int = 0) -> None:
+        super().__init__()
+        # Equal to appending the category one-hot to the hidden layer's input.
+        self.context = nn.Embedding(num_contexts, hidden_dim) if num_contexts else None
+        self.out = layer_init(nn.Linear(hidden_dim, out_dim), std)
+
+    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, out_dim) from the (B, hidden_dim) pre-activation and a (B,) category."""
+        if self.context is not None:
+            hidden = hidden + self.context(context)
+        return self.out(hidden.relu())
+
+
+# Nodes and weights for the mean of a function of a standard normal variable.
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(8)
+
+
+def log_tanh_jacobian(u: Tensor) -> Tensor:
+    """Logarithm of d tanh(u) / du, elementwise; this form neither overflows nor cancels."""
+    return 2.0 * (math.log(2.0) - u - F.softplus(-2.0 * u))
+
+
+def squashed_normal_logprob(u: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of tanh(u) on [-1, 1]^d for u ~ N(mean, std); (B, d) to (B,)."""
+    z = (u - mean) * (-log_std).exp()
+    normal = -0.5 * z.square() - log_std - 0.5 * math.log(2.0 * math.pi)
+    return (normal - log_tanh_jacobian(u)).sum(-1)
+
+
+def squashed_normal_entropy_estimate(mean: Tensor, log_std: Tensor, nodes: Tensor) -> Tensor:
+    """Entropy of tanh(u) for u ~ N(mean, std); (B, d) to (B,).
+
+    The normal part is exact; the mean log-Jacobian has no closed form and is estimated by
+    Gauss-Hermite quadrature, which has no sampling noise.
+
+    Args:
+        mean: (B, d).
+        log_std: (B, d) or (d,).
+        nodes: (2, K) quadrature nodes and weights.
+    """
+    u = mean.unsqueeze(-1) + log_std.exp().unsqueeze(-1) * nodes[0]
+    jacobian = (log_tanh_jacobian(u) * nodes[1]).sum(-1)
+    return (log_std + 0.5 * math.log(2.0 * math.pi * math.e) + jacobian).sum(-1)
+
+
+class Agent(nn.Module):
+    """Actor-critic of the source's shape: one trunk, a head per action factor, a critic.
+
+    The continuous head is a Gaussian squashed by tanh onto the formulation's box. Observations are
+    normalised by fixed buffers, and the critic works in units of the return's standard deviation;
+    both are saved with the weights.
+
+    Args:
+        obs_dim: width of the observation.
+        num_polymers: categories of the polymer head.
+        num_coverages: categories of the coverage head.
+        formulation_low: lower bounds of the formulation, physical units.
+        formulation_high: upper bounds.
+        policy: `"factored"` or `"autoregressive"`.
+        hidden_dim: width of the trunk.
+        precision: `"bf16"` does the two large matrix products in bfloat16.
+    """
+
+    def __init__(
+        self,
+        *,
+        obs_dim: int,
+        num_polymers: int,
+        num_coverages: int,
+        formulation_low: list[float],
+        formulation_high: list[float],
+        policy: Policy,
+        hidden_dim: int,
+        precision: Precision = "fp32",
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.precision = precision
+        formulation_dim = len(formulation_low)
+        contexts = num_polymers if policy == "autoregressive" else 0
+        self.encoder = nn.Sequential(
+            layer_init(nn.Linear(obs_dim, hidden_dim)), nn.LayerNorm(hidden_dim), nn.ReLU()
+        )
+        self.trunk = nn.Sequential(
+            layer_init(nn.Linear(hidden_dim, hidden_dim)), nn.LayerNorm(hidden_dim), nn.ReLU()
+        )
+        # The hidden layers of the four heads, as one matrix product.
+        self.hidden = nn.Linear(hidden_dim, sum(HEAD_WIDTHS))
+        nn.init.zeros_(self.hidden.bias)
+        for block in self.hidden.weight.split(HEAD_WIDTHS):
+            nn.init.orthogonal_(block, math.sqrt(2.0))
+        polymer, formulation, coverage, critic = HEAD_WIDTHS
+        self.polymer_head = Head(polymer, num_polymers, std=0.01)
+        self.formulation_head = Head(formulation, formulation_dim, std=0.01, num_contexts=contexts)
+        self.coverage_head = Head(coverage, num_coverages, std=0.01, num_contexts=contexts)
+        self.critic = Head(critic, 1, std=1.0)
+        self.formulation_log_std = nn.Parameter(torch.zeros(max(contexts, 1), formulation_dim))
+
+        self.register_buffer("formulation_low", torch.tensor(formulation_low))
+        self.register_buffer("formulation_high", torch.tensor(formulation_high))
+        self.register_buffer("obs_mean", torch.zeros(obs_dim))
+        self.register_buffer("obs_std", torch.ones(obs_dim))
+        self.register_buffer("return_mean", torch.zeros(()))
+        self.register_buffer("return_std", torch.ones(()))
+        nodes = np.stack([_NODES, _WEIGHTS / _WEIGHTS.sum()])
+        self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32), persistent=False)
+
+    def head_inputs(self, obs: Tensor) -> tuple[Tensor, ...]:
+        """Pre-activations of the polymer, formulation, coverage and value heads."""
+        features = self.encoder((obs - self.obs_mean) / self.obs_std)
+        # Only the two large products may be in bfloat16: a log-probability does not survive it.
+        bf16 = self.precision == "bf16"
+        with torch.autocast(obs.device.type, torch.bfloat16) if bf16 else contextlib.nullcontext():
+            hidden = self.hidden(self.trunk(features))
+        return hidden.to(features.dtype).split(HEAD_WIDTHS, dim=-1)
+
+    def value(self, obs: Tensor) -> Tensor:
+        """State value, (B,), in units of the reward."""
+        return self._value(self.head_inputs(obs)[-1])
+
+    def _value(self, hidden: Tensor) -> Tensor:
+        return self.return_mean + self.return_std * self.critic(hidden).squeeze(-1)
+
+    def forward(
+        self,
+        obs: Tensor,
+        action: HybridAction | None = None,
+        *,
+        deterministic: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> PolicyOutput:
+        """Choose an action, or judge a given one.
+
+        Args:
+            obs: (B, obs_dim), physical units.
+            action: to judge; None samples one.
+            deterministic: take the most probable category and the median formulation.
+            generator: source of the samples.
+        """
+        polymer_in, formulation_in, coverage_in, value_in = self.head_inputs(obs)
+        polymer_logp = self.polymer_head(polymer_in).log_softmax(-1)
+        if action is None:
+            polymer_id = choose(polymer_logp, deterministic, generator)
+        else:
+            polymer_id = action.polymer_id
+        mean = self.formulation_head(formulation_in, polymer_id)
+        log_std = self.formulation_log_std
+        log_std = (
+            log_std[polymer_id] if self.policy == "autoregressive" else log_std.expand_as(mean)
+        )
+        coverage_logp = self.coverage_head(coverage_in, polymer_id).log_softmax(-1)
+        if action is None:
+            coverage = choose(coverage_logp, deterministic, generator)
+            presquash = mean
+            if not deterministic:
+                noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+                presquash = mean + log_std.exp() * noise
+            action = HybridAction(polymer_id, presquash, coverage)
+        logprob = (
+            take(polymer_logp, action.polymer_id)
+            + squashed_normal_logprob(action.presquash, mean, log_std)
+            + take(coverage_logp, action.coverage)
+        )
+        # With autoregressive heads the conditional entropies at the sampled polymer are an unbiased
+        # estimate of their mean over polymers.
+        entropy = (
+            categorical_entropy(polymer_logp)
+            + squashed_normal_entropy_estimate(mean, log_std, self.nodes)
+            + categorical_entropy(coverage_logp)
+        )
+        return PolicyOutput(action, logprob, entropy, self._value(value_in))
+
+    def to_env(self, action: HybridAction) -> dict[str, Tensor]:
+        """The action in the environment's `dict` format and physical units."""
+        share = (action.presquash.tanh() + 1.0) / 2.0
+        # lerp is exact at both ends, so that no formulation leaves its box by a rounding error.
+        formulation = torch.lerp(self.formulation_low, self.formulation_high, share)
+        return {
+            "polymer_id": action.polymer_id,
+            "formulation": formulation,
+            "coverage": action.coverage,
+        }
+
+
+def choose(logp: Tensor, deterministic: bool, generator: torch.Generator | None) -> Tensor:
+    """Category of each row of (B, K) log-probabilities: the likeliest, or a sample."""
+    if deterministic:
+        return logp.argmax(-1)
+    return torch.multinomial(logp.exp(), 1, generator=generator).squeeze(-1)
+
+
+def take(logp: Tensor, index: Tensor) -> Tensor:
+    """(B,) entries of (B, K) at `index`."""
+    return logp.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def categorical_entropy(logp: Tensor) -> Tensor:
+    """Entropy of (B, K) normalised log-probabilities, nats."""
+    return -(logp.exp() * logp).sum(-1)
+
+
+def compute_gae(
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminated: Tensor,
+    done: Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation [Schulman2016].
+
+    `terminated` stops the bootstrap; `done` (terminated or truncated) stops the trace, since what
+    follows belongs to another episode. Returns come from the raw advantages.
+
+    Args:
+        rewards: (T, B).
+        values: (T, B) value of the observation before each step.
+        next_values: (T, B) value of the observation after it: that of the final observation where
+            the episode was truncated.
+        terminated: (T, B) bool.
+        done: (T, B) bool.
+        gamma: discount.
+        gae_lambda: lambda.
+
+    Returns:
+        Advantages and returns, (T, B) each.
+
+    References:
+        [Schulman2016] Schulman et al. High-dimensional continuous control using generalized
+        advantage estimation. ICLR 2016.
+    """
+    bootstrap = torch.where(terminated, torch.zeros_like(next_values), next_values)
+    deltas = rewards + gamma * bootstrap - values
+    carry = gamma * gae_lambda * (~done).to(deltas.dtype)
+    advantages = torch.empty_like(deltas)
+    trace = torch.zeros_like(deltas[0])
+    for t in reversed(range(deltas.shape[0])):
+        trace = deltas[t] + carry[t] * trace
+        advantages[t] = trace
+    return advantages, advantages + values
+
+
+class Batch(NamedTuple):
+    """Samples of one rollout, flattened to (T * B, ...)."""
+
+    obs: Tensor
+    action: HybridAction
+    logprob: Tensor
+    advantage: Tensor
+    returns: Tensor
+    value: Tensor
+
+    def rows(self, index: Tensor) -> Batch:
+        """The samples at `index`."""
+        return Batch(
+            self.obs[index],
+            HybridAction(*(part[index] for part in self.action)),
+            self.logprob[index],
+            self.advantage[index],
+            self.returns[index],
+            self.value[index],
+        )
+
+    @property
+    def num_samples(self) -> int:
+        """T * B."""
+        return self.logprob.shape[0]
+
+
+def ppo_loss(
+    output: PolicyOutput,
+    batch: Batch,
+    *,
+    clip_coef: float,
+    vf_coef: float,
+    ent_coef: float,
+    return_std: Tensor | float = 1.0,
+    clip_vloss: bool = False,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate loss with value loss and entropy bonus [Schulman2017], and its parts.
+
+    Advantages are normalised here, per minibatch, for the policy's part alone. The value loss is
+    the mean squared error in units of `return_std`.
+
+    Args:
+        output: the current policy's judgement of the batch's actions.
+        batch: a minibatch of M samples.
+        clip_coef: clipping range of the ratio (and, with `clip_vloss`, of the scaled value).
+        vf_coef: weight of the value loss.
+        ent_coef: weight of the entropy.
+        return_std: scale of the returns.
+        clip_vloss: take the larger of the plain and the clipped squared error.
+
+    References:
+        [Schulman2017] Schulman et al. Proximal policy optimization algorithms. arXiv:1707.06347.
+    """
+    advantage = batch.advantage
+    advantage = (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    logratio = output.logprob - batch.logprob
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
+    policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
+
+    error = (output.value - batch.returns) / return_std
+    squared_error = error.square()
+    if clip_vloss:
+        change = ((output.value - batch.value) / return_std).clamp(-clip_coef, clip_coef)
+        clipped_error = (batch.value - batch.returns) / return_std + change
+        squared_error = torch.maximum(squared_error, clipped_error.square())
+    value_loss = squared_error.mean()
+
+    entropy = output.entropy.mean()
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+    with torch.no_grad():
+        approx_kl = (ratio - 1.0 - logratio).mean()  # the k3 estimator
+        clipfrac = ((ratio - 1.0).abs() > clip_coef).to(ratio.dtype).mean()
+    return loss, {
+        "policy_loss": policy_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "entropy": entropy.detach(),
+        "approx_kl": approx_kl,
+        "clipfrac": clipfrac,
+    }
+
+
+@torch.no_grad()
+def rollout(
+    envs: gym.vector.VectorEnv,
+    agent: Agent,
+    obs: Tensor,
+    args: Args,
+    generator: torch.Generator,
+) -> tuple[Tensor, Batch, dict[str, Tensor]]:
+    """Take `num_steps` steps in every environment.
+
+    Returns:
+        The observation to go on from, the flattened batch, and (T, B) tensors of what the steps
+        told: reward and the outcomes in `OUTCOMES_LOGGED`.
+    """
+    steps: list[dict[str, Any]] = []
+    for _ in range(args.num_steps):
+        output = agent(obs, generator=generator)
+        next_obs, reward, terminated, truncated, info = envs.step(agent.to_env(output.action))
+        done = terminated | truncated
+        steps.append(
+            {
+                "obs": obs,
+                "final_obs": info["final_obs"],
+                "polymer_id": output.action.polymer_id,
+                "presquash": output.action.presquash,
+                "coverage": output.action.coverage,
+                "logprob": output.logprob,
+                "value": output.value,
+                "reward": reward.to(output.value.dtype),
+                "terminated": terminated,
+                "done": done,
+                **{name: at_step(info, name) for name in OUTCOMES_LOGGED},
+            }
+        )
+        obs = next_obs
+    data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
+
+    # bootstrap: the value after a step is that of the next one, or of the final observation
+    next_values = torch.cat([data["value"][1:], agent.value(obs).unsqueeze(0)])
+    truncated = data["done"] & ~data["terminated"]
+    if truncated.any():
+        final_values = agent.value(data["final_obs"].flatten(0, 1)).view_as(next_values)
+        next_values = torch.where(truncated, final_values, next_values)
+    advantages, returns = compute_gae(
+        data["reward"],
+        data["value"],
+        next_values,
+        data["terminated"],
+        data["done"],
+        args.gamma,
+        args.gae_lambda,
+    )
+    action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
+    batch = Batch(
+        data["obs"].flatten(0, 1),
+        HybridAction(*(part.flatten(0, 1) for part in action)),
+        *(part.flatten() for part in (data["logprob"], advantages, returns, data["value"])),
+    )
+    return obs, batch, {name: data[name] for name in ("reward", *OUTCOMES_LOGGED)}
+
+
+def at_step(info: dict[str, Any], name: str) -> Tensor:
+    """An info of every environment at this step, whether or not its episode ended with it.
+
+    With same-step autoreset an entry is zero at top level where the episode ended and in
+    `final_info` where it did not, so the sum is the value.
+    """
+    return info[name] + info["final_info"][name]
+
+
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    args: Args,
+    generator: torch.Generator,
+    stop: Callable[[], bool],
+) -> dict[str, Tensor]:
+    """Epochs of minibatch updates; returns the mean of each part of the loss over them.
+
+    Ends early once `stop` asks for it, or when an epoch ends with `target_kl` exceeded.
+    """
+    device = batch.logprob.device
+    history: list[dict[str, Tensor]] = []
+    for _ in range(args.num_epochs):
+        shuffled = torch.randperm(batch.num_samples, generator=generator, device=device)
+        for index in shuffled.split(args.minibatch_size):
+            minibatch = batch.rows(index)
+            output = agent(minibatch.obs, minibatch.action)
+            loss, parts = ppo_loss(
+                output,
+                minibatch,
+                clip_coef=args.clip_coef,
+                vf_coef=args.vf_coef,
+                ent_coef=args.ent_coef,
+                return_std=agent.return_std,
+                clip_vloss=args.clip_vloss,
+            )
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            history.append(parts)
+            if stop():
+                return mean_over(history)
+        if args.target_kl is not None and parts["approx_kl"] > args.target_kl:
+            break
+    return mean_over(history)
+
+
+def mean_over(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of each entry over the updates of an iteration."""
+    return {name: torch.stack([parts[name] for parts in history]).mean() for name in history[0]}
+
+
+@torch.no_grad()
+def evaluate(
+    agent: Agent,
+    envs: gym.vector.VectorEnv,
+    args: Args,
+    *,
+    deterministic: bool,
+    generator: torch.Generator | None = None,
+    num_episodes: int = 1,
+) -> dict[str, Any]:
+    """Figures of a policy over whole episodes of every environment, one patient each.
+
+    Returns:
+        `mean_reward`, `max_reward` and `optimal_rate` over all steps, `limit_breach_rate` (the
+        share of designs that break a safety limit), `entropy`, `polymer_share` (a list).
+    """
+    obs, _ = envs.reset()
+    rewards, optimal, breached, entropies, polymers = [], [], [], [], []
+    for _ in range(num_episodes * args.horizon):
+        output = agent(obs, deterministic=deterministic, generator=generator)
+        obs, reward, _, _, info = envs.step(agent.to_env(output.action))
+        penalty = sum(at_step(info, f"reward_{name}") for name in SAFETY_LIMITS)
+        rewards.append(reward)
+        optimal.append(at_step(info, "is_optimal"))
+        breached.append(penalty < 0)
+        entropies.append(output.entropy)
+        polymers.append(output.action.polymer_id)
+    reward = torch.stack(rewards)
+    num_polymers = agent.polymer_head.out.out_features
+    share = torch.bincount(torch.stack(polymers).flatten(), minlength=num_polymers) / reward.numel()
+    return {
+        "mean_reward": reward.mean().item(),
+        "max_reward": reward.max().item(),
+        "optimal_rate": torch.stack(optimal).float().mean().item(),
+        "limit_breach_rate": torch.stack(breached).float().mean().item(),
+        "entropy": torch.stack(entropies).mean().item(),
+        "polymer_share": share.tolist(),
+    }
+
+
+def final_figures(
+    agent: Agent,
+    train_envs: gym.vector.VectorEnv,
+    holdout_envs: gym.vector.VectorEnv | None,
+    args: Args,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """The figures of `summary.json` that describe a policy; sampled ones over ten episodes each."""
+    sampled = evaluate(
+        agent, train_envs, args, deterministic=False, generator=generator, num_episodes=10
+    )
+    names = hydrogel_gym.load_polymers().names
+    figures = {
+        **{name: sampled[name] for name in ("mean_reward", "max_reward", "optimal_rate")},
+        "entropy": sampled["entropy"],
+        "limit_breach_rate": sampled["limit_breach_rate"],
+        "polymer_share": dict(zip(names, sampled["polymer_share"], strict=True)),
+    }
+    for name, envs in (("train", train_envs), ("holdout", holdout_envs)):
+        if envs is not None:
+            result = evaluate(agent, envs, args, deterministic=True)
+            figures[f"{name}_deterministic_reward"] = result["mean_reward"]
+            figures[f"{name}_deterministic_optimal_rate"] = result["optimal_rate"]
+            figures[f"{name}_deterministic_limit_breach_rate"] = result["limit_breach_rate"]
+    return figures
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain data as JSON."""
+    write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def save_policy(path: Path, agent: Agent, architecture: dict[str, Any], args: Args) -> None:
+    """Write the policy: weights and plain types only, all that `load_policy` needs."""
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "format": "hydrogel_gym.stage2_policy.v1",
+            "architecture": architecture,
+            "policy_state_dict": {k: v.detach().cpu() for k, v in agent.state_dict().items()},
+            "training_config": plain_config(args),
+            "polymers": list(hydrogel_gym.load_polymers().names),
+            "versions": versions(),
+        },
+        buffer,
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+def load_policy(path: Path, device: str | torch.device) -> tuple[Agent, dict[str, Any]]:
+    """Rebuild a saved policy; returns it and the whole content of the file.
+
+    Raises:
+        UsageError: the file is missing or is not a policy of this project.
+    """
+    if not path.is_file():
+        raise UsageError(f"policy {path}: no such file")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if saved["format"] != "hydrogel_gym.stage2_policy.v1":
+            raise ValueError(f"format {saved['format']!r}")
+        if saved["polymers"] != list(hydrogel_gym.load_polymers().names):
+            raise ValueError("it was trained on another polymer table")
+        agent = Agent(**saved["architecture"])
+        agent.load_state_dict(saved["policy_state_dict"])
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"policy {path} cannot be used: {reason}") from error
+    return agent.to(device), saved
+
+
+def plain_config(args: Args) -> dict[str, Any]:
+    """Arguments as plain types."""
+    return {
+        name: str(value) if isinstance(value, Path) else value
+        for name, value in dataclasses.asdict(args).items()
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("hydrogel_gym", "torch", "gymnasium", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+
+
+def draw_learning_curve(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Reward against samples, beside the source's curve."""
+    # Imported here: two seconds that neither --help nor --evaluate should pay.
+    from matplotlib.figure import Figure
+
+    table = pd.DataFrame(rows)
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(table["global_step"], table["mean_reward"], color="0.6", label="sampled, training")
+    axes.plot(
+        table["global_step"],
+        table["train_deterministic_reward"],
+        color="#0072B2",
+        label="deterministic, training cohort",
+    )
+    axes.plot(
+        table["global_step"],
+        table["holdout_deterministic_reward"],
+        color="#D55E00",
+        ls="--",
+        label="deterministic, held-out cohort",
+    )
+    source = {k * SOURCE_SAMPLES_PER_ITERATION: v for k, v in SOURCE_MEAN_REWARD.items() if k}
+    axes.plot(
+        list(source), list(source.values()), "k.:", label="source (another reward model)", lw=1
+    )
+    axes.set_xscale("log")
+    axes.set(xlabel="samples (one design for one virtual patient)", ylabel="mean reward")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize="small")
+    save_figure(path, figure)
+
+
+def draw_policy_selection(path: Path, polymer_share: dict[str, float]) -> None:
+    """Share of each polymer in the learned policy, beside the source's table."""
+    from matplotlib.figure import Figure
+
+    names = sorted(polymer_share, key=polymer_share.get)
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    axes = figure.subplots()
+    rows = np.arange(len(names))
+    axes.barh(
+        rows + 0.2, [100 * polymer_share[n] for n in names], 0.4, color="#0072B2", label="this run"
+    )
+    axes.barh(
+        rows - 0.2,
+        [100 * SOURCE_POLYMER_SHARE.get(n, 0.0) for n in names],
+        0.4,
+        color="0.7",
+        label="source (another reward model; 17 others 17.4 % in all)",
+    )
+    axes.set_yticks(rows, names, fontsize="small")
+    axes.set_xlabel("share of sampled designs, %")
+    axes.legend(loc="lower right", fontsize="small")
+    save_figure(path, figure)
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+class StopRequest:
+    """Turns the first SIGINT or SIGTERM into a request that training obeys between updates.
+
+    A second signal does what it always did.
+    """
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[int, Any] = {}
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self.requested
+
+    def __enter__(self) -> StopRequest:
+        # Only the main thread may install handlers; elsewhere the caller keeps control.
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {s: signal.signal(s, self._handle) for s in self.signals}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _handle(self, *_: object) -> None:
+        self.requested = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+def check_args(args: Args) -> None:
+    """Refuse, before anything is done, what cannot be carried out.
+
+    Raises:
+        UsageError: names the flag, its value and what is allowed.
+    """
+    if args.policy not in get_args(Policy):
+        raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
+    for name in (
+        "horizon",
+        "num_envs",
+        "num_steps",
+        "num_iterations",
+        "num_epochs",
+        "minibatch_size",
+        "hidden_dim",
+    ):
+        if getattr(args, name) < 1:
+            flag = name.replace("_", "-")
+            raise UsageError(f"--{flag} is {getattr(args, name)}; allowed: 1 or more")
+    batch_size = args.num_envs * args.num_steps
+    if batch_size % args.minibatch_size:
+        near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+        near = sorted(sorted(near, key=lambda n: abs(n - args.minibatch_size))[:4])
+        raise UsageError(
+            f"--minibatch-size is {args.minibatch_size}, which does not divide the batch of "
+            f"num_envs x num_steps = {batch_size}; near it these do: {', '.join(map(str, near))}"
+        )
+
+
+def prepare_output_dir(args: Args) -> Path:
+    """Make the run directory, or say why it cannot serve.
+
+    Raises:
+        UsageError: it holds a run, or cannot be written to.
+    """
+    output_dir = args.output_dir or Path("runs") / f"{args.preset}-s{args.seed}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output-dir {output_dir} cannot be written to: {error}") from error
+    if held := [name for name in RUN_FILES if (output_dir / name).exists()]:
+        if not args.overwrite:
+            raise UsageError(
+                f"--output-dir {output_dir} already holds a run ({held[0]}); "
+                "choose another directory or pass --overwrite"
+            )
+        for name in held:
+            (output_dir / name).unlink()
+    return output_dir
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"--device {name} cannot be used: {reason}") from error
+    return device
+
+
+def make_envs(
+    args: Args, cohort: Any, device: torch.device, num_envs: int | None = None
+) -> gym.vector.VectorEnv:
+    """Batched environments that return tensors; by default one per patient of the cohort."""
+    return gym.make_vec(
+        args.env_id,
+        num_envs=num_envs or len(cohort),
+        cohort=cohort,
+        device=str(device),
+        horizon=args.horizon,
+        patient_assignment="fixed" if num_envs is None else args.patient_assignment,
+        output="torch",
+        autoreset_mode="SameStep",
+    )
+
+
+@torch.no_grad()
+def observation_statistics(envs: gym.vector.VectorEnv, args: Args) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (obs_dim,), of what one episode of random designs observes."""
+    envs.action_space.seed(args.seed)
+    obs, _ = envs.reset(seed=args.seed)
+    seen = [obs]
+    for _ in range(args.horizon - 1):
+        seen.append(envs.step(envs.action_space.sample())[0])
+    stacked = torch.cat(seen)
+    std = stacked.std(0)
+    # A field that never varies (the best score of a single-step episode) carries nothing.
+    return stacked.mean(0), torch.where(std > 0, std, torch.ones_like(std))
+
+
+def train(args: Args) -> dict[str, Any]:
+    """Train a policy and write its run directory.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UsageError: the request cannot be carried out; raised before training.
+        FloatingPointError: the loss stopped being a number; the run so far is on disk.
+    """
+    check_args(args)
+    device = resolve_device(args.device)
+    cohort = hydrogel_gym.load_cohort(args.cohort)
+    holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
+    envs = make_envs(args, cohort, device, args.num_envs)
+    train_envs, holdout_envs = (make_envs(args, patients, device) for patients in (cohort, holdout))
+    output_dir = prepare_output_dir(args)
+
+    torch.manual_seed(args.seed)  # initial weights
+    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
+    space = envs.single_action_space
+    architecture = {
+        "obs_dim": envs.single_observation_space.shape[0],
+        "num_polymers": int(space["polymer_id"].n),
+        "num_coverages": int(space["coverage"].n),
+        "formulation_low": space["formulation"].low.tolist(),
+        "formulation_high": space["formulation"].high.tolist(),
+        "policy": args.policy,
+        "hidden_dim": args.hidden_dim,
+        "precision": args.precision,
+    }
+    agent = Agent(**architecture).to(device)
+    agent.obs_mean[:], agent.obs_std[:] = observation_statistics(envs, args)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda k: (
+            0.5 * (1 + math.cos(math.pi * k / args.num_iterations)) if args.anneal_lr else 1.0
+        ),
+    )
+    write_json(output_dir / "config.json", plain_config(args))
+
+    rows: list[dict[str, Any]] = []
+    samples_per_iteration = args.num_envs * args.num_steps
+    obs, _ = envs.reset(seed=args.seed)
+    start = time.perf_counter()
+    with (
+        StopRequest() as stop,
+        tqdm(total=args.num_iterations, unit="it", desc="training", dynamic_ncols=True) as bar,
+    ):
+        for iteration in range(1, args.num_iterations + 1):
+            obs, batch, told = rollout(envs, agent, obs, args, generator)
+            if iteration == 1:
+                # The critic's units, fixed from the untrained policy's returns.
+                agent.return_mean.copy_(batch.returns.mean())
+                agent.return_std.copy_(batch.returns.std().clamp_min(1e-6))
+            learning_rate = scheduler.get_last_lr()[0]
+            losses = update(agent, optimizer, batch, args, generator, stop)
+            if stop():
+                break
+            scheduler.step()
+            row = {
+                "iteration": iteration,
+                "global_step": iteration * samples_per_iteration,
+                "mean_reward": told["reward"].mean(),
+                "max_reward": told["reward"].max(),
+                "optimal_rate": told["is_optimal"].float().mean(),
+                "mean_delta_ef_pct": told["delta_ef_pct"].mean(),
+                "mean_stress_reduction_pct": told["stress_reduction_pct"].mean(),
+                **{
+                    f"{name}_breach_rate": (told[f"reward_{name}"] < 0).float().mean()
+                    for name in SAFETY_LIMITS
+                },
+                **losses,
+                "explained_variance": 1.0
+                - (batch.returns - batch.value).var() / batch.returns.var().clamp_min(1e-12),
+                "learning_rate": learning_rate,
+            }
+            row = {name: float(value) for name, value in row.items()}
+            row |= {name: int(row[name]) for name in ("iteration", "global_step")}
+            for name, evaluated in (("train", train_envs), ("holdout", holdout_envs)):
+                result = evaluate(agent, evaluated, args, deterministic=True)
+                row[f"{name}_deterministic_reward"] = result["mean_reward"]
+            row["wall_seconds"] = time.perf_counter() - start
+            row["samples_per_second"] = row["global_step"] / row["wall_seconds"]
+            rows.append(row)
+            write_atomically(
+                output_dir / METRICS_FILE, pd.DataFrame(rows).to_csv(index=False).encode()
+            )
+            watched = ("mean_reward", "policy_loss", "value_loss")
+            if not all(math.isfinite(row[name]) for name in watched):
+                raise FloatingPointError(
+                    f"iteration {iteration}: {', '.join(watched)} are not all finite; "
+                    f"see {output_dir / METRICS_FILE}"
+                )
+            bar.set_postfix(
+                {
+                    "samples/s": f"{row['samples_per_second']:,.0f}",
+                    "reward": f"{row['mean_reward']:.2f}",
+                    "held-out": f"{row['holdout_deterministic_reward']:.2f}",
+                },
+                refresh=False,
+            )
+            bar.update()
+        wall_seconds = time.perf_counter() - start
+
+        save_policy(output_dir / POLICY_FILE, agent, architecture, args)
+        figures = final_figures(agent, train_envs, holdout_envs, args, generator)
+        samples = rows[-1]["global_step"] if rows else 0
+        summary = {
+            "interrupted": stop(),
+            "preset": args.preset,
+            "policy": args.policy,
+            **figures,
+            "iterations": len(rows),
+            "samples": samples,
+            "wall_seconds": wall_seconds,
+            "samples_per_second": samples / wall_seconds,
+            "seed": args.seed,
+            "world_size": 1,
+            "device": str(device),
+            "threads": torch.get_num_threads(),
+            "versions": versions(),
+        }
+        if rows:
+            draw_learning_curve(output_dir / "learning_curve.png", rows)
+        draw_policy_selection(output_dir / "policy_selection.png", figures["polymer_share"])
+        # Last: a summary says that the directory is complete.
+        write_json(output_dir / SUMMARY_FILE, summary)
+    return summary | {"output_dir": str(output_dir)}
+
+
+def evaluate_saved(args: Args) -> dict[str, Any]:
+    """Judge a saved policy on the shipped cohorts, or on `--cohort` alone, and write the figures.
+
+    Raises:
+        UsageError: the policy cannot be read, or the figures cannot be written.
+    """
+    device = resolve_device(args.device)
+    agent, saved = load_policy(args.evaluate, device)
+    config = saved["training_config"]
+    args = dataclasses.replace(args, horizon=config["horizon"], env_id=config["env_id"])
+    cohort = hydrogel_gym.load_cohort(args.cohort)
+    train_envs = make_envs(args, cohort, device)
+    holdout_envs = None
+    if args.cohort is None or args.holdout_cohort is not None:
+        holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
+        holdout_envs = make_envs(args, holdout, device)
+    generator = torch.Generator(device).manual_seed(args.seed)
+    figures = final_figures(agent, train_envs, holdout_envs, args, generator)
+    name = "shipped" if args.cohort is None else args.cohort.stem
+    path = (args.output_dir or args.evaluate.parent) / f"evaluation-{name}.json"
+    result = {
+        "policy_file": str(args.evaluate),
+        "cohort": str(args.cohort or "shipped"),
+        "num_patients": len(cohort),
+        **figures,
+        "seed": args.seed,
+        "device": str(device),
+        "versions": versions(),
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error}") from error
+    return result | {"output_dir": str(path.parent)}
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Arguments of the command line, on top of the preset that it names.
+
+    Raises:
+        UsageError: a flag or a value is unknown.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="source")
+    preset = first.parse_known_args(argv)[0].preset
+    if preset not in PRESETS:
+        raise UsageError(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
+    defaults = Args(preset=preset, **PRESETS[preset])
+    boxed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(boxed):
+            return tyro.cli(Args, args=argv, default=defaults, prog="ppo_hybrid.py")
+    except SystemExit as stop:
+        if not stop.code:  # --help
+            raise
+        # tyro draws its message in a box of several lines; an error here is one line.
+        lines = (line.strip(" │╭╮╰╯─") for line in boxed.getvalue().splitlines()[1:])
+        message = " ".join(itertools.takewhile(bool, lines))
+        raise UsageError(message or "the arguments cannot be read; see --help") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        args = parse_args(argv)
+        summary = evaluate_saved(args) if args.evaluate else train(args)
+    except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    shown = (
+        "mean_reward",
+        "optimal_rate",
+        "train_deterministic_reward",
+        "holdout_deterministic_reward",
+    )
+    for name in shown:
+        if name in summary:
+            print(f"{name:>30}  {summary[name]:.3f}")
+    print(f"{'written to':>30}  {summary['output_dir']}")
+    if summary.get("interrupted"):
+        print("interrupted: what was trained so far is saved", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
