@@ -1,0 +1,131 @@
+"""Who may import whom, read from the checkout's source, and what the installed package carries."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+
+import hydrogel_gym
+
+CHECKOUT = Path(__file__).parents[1]
+MODULES = {path.stem: path for path in sorted((CHECKOUT / "hydrogel_gym").glob("*.py"))}
+LEAVES = {"spaces", "polymers", "cohort"}
+MAY_IMPORT = {
+    "spaces": set(),
+    "polymers": {"spaces"},
+    "cohort": {"spaces"},
+    "mechanistic": LEAVES,
+    "dynamics": LEAVES,
+    "reward_model": LEAVES | {"mechanistic"},
+    "problem": LEAVES | {"dynamics", "reward_model"},
+    "env": LEAVES | {"dynamics", "reward_model", "problem"},
+    "__init__": set(MODULES) - {"__init__"},
+}
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted name of everything imported: `a.b` of `import a.b` and of `from a import b`."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def third_party(names: Iterator[str]) -> set[str]:
+    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_the_modules_it_may(module):
+    ours = [name.split(".") for name in imports(parse(MODULES[module]))]
+    used = {parts[1] for parts in ours if parts[0] == "hydrogel_gym" and len(parts) > 1}
+    assert used <= MAY_IMPORT[module]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_only_the_environment_and_the_registration_import_more_of_gymnasium_than_spaces(module):
+    used = {name for name in imports(parse(MODULES[module])) if name.startswith("gymnasium")}
+    if module not in ("env", "__init__"):
+        assert {name for name in used if not name.startswith("gymnasium.spaces")} == set()
+    else:
+        assert used != set()
+
+
+def test_dynamics_needs_nothing_but_torch():
+    assert third_party(imports(parse(MODULES["dynamics"]))) == {"hydrogel_gym", "torch"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_neither_trainer_nor_generator(module):
+    parts = {part for name in imports(parse(MODULES[module])) for part in name.split(".")}
+    assert not parts & {"train", "ppo_hybrid", "patients", "generate"}
+
+
+def test_trainer_imports_the_package_by_its_bare_name_and_figures_only_inside_functions():
+    tree = parse(CHECKOUT / "train" / "ppo_hybrid.py")
+    names = set(imports(tree))
+    assert {name for name in names if name.startswith("hydrogel_gym")} == {"hydrogel_gym"}
+    libraries = {"numpy", "pandas", "torch", "gymnasium", "tyro", "tqdm", "matplotlib"}
+    assert third_party(names) <= libraries | {"hydrogel_gym"}
+    top_level = {name for node in tree.body if not hasattr(node, "name") for name in imports(node)}
+    assert not {name for name in top_level if name.startswith("matplotlib")}
+
+
+def test_patient_folder_is_data_with_one_generator():
+    assert [type(node) for node in parse(CHECKOUT / "patients" / "__init__.py").body] == [ast.Expr]
+    assert {path.name for path in (CHECKOUT / "patients").glob("*.py")} == {
+        "__init__.py",
+        "generate.py",
+    }
+    schema = ("hydrogel_gym.cohort.", "hydrogel_gym.spaces.")
+    used = imports(parse(CHECKOUT / "patients" / "generate.py"))
+    assert all(name.startswith(schema) for name in used if name.startswith("hydrogel_gym"))
+
+
+@pytest.mark.parametrize(
+    ("package", "name", "start"),
+    [
+        ("hydrogel_gym", "polymers.csv", "polymer_id,"),
+        ("hydrogel_gym", "py.typed", ""),
+        ("hydrogel_gym.patients", "cohort.csv", "patient_id,"),
+        ("hydrogel_gym.patients", "cohort_holdout.csv", "patient_id,"),
+    ],
+)
+def test_installed_package_carries_its_data(package, name, start):
+    resource = files(package) / name
+    assert resource.is_file()
+    assert resource.read_text(encoding="utf-8").startswith(start)
+
+
+def test_version_is_that_of_the_distribution():
+    assert hydrogel_gym.__version__ == version("hydrogel_gym")
+
+
+def test_public_names_are_sorted_and_there():
+    assert hydrogel_gym.__all__ == sorted(hydrogel_gym.__all__)
+    assert all(hasattr(hydrogel_gym, name) for name in hydrogel_gym.__all__)
+
+
+def test_ids_are_registered_by_strings_so_that_their_specs_can_be_written():
+    for name, kwargs in {
+        "HydrogelDesign-v0": {},
+        "HydrogelDesignFlat-v0": {"action_format": "box"},
+        "HydrogelDesignDiscrete-v0": {"action_format": "multidiscrete"},
+    }.items():
+        spec = gym.spec(name)
+        assert spec.entry_point == "hydrogel_gym.env:HydrogelEnv"
+        assert spec.vector_entry_point == "hydrogel_gym.env:HydrogelVectorEnv"
+        assert spec.kwargs == kwargs
