@@ -886,18 +886,18 @@ def check_args(args: Args) -> None:
     """
     if args.policy not in get_args(Policy):
         raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
-    for name in (
-        "horizon",
-        "num_envs",
-        "num_steps",
-        "num_iterations",
-        "num_epochs",
-        "minibatch_size",
-        "hidden_dim",
+    sizes = "horizon num_envs num_steps num_iterations num_epochs minibatch_size hidden_dim"
+    for names, allowed, holds in (
+        (sizes, "1 or more", lambda x: x >= 1),
+        ("seed", "0 or more", lambda x: x >= 0),
+        ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
+        ("vf_coef ent_coef", "0 or more", lambda x: 0.0 <= x < math.inf),
+        ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
     ):
-        if getattr(args, name) < 1:
-            flag = name.replace("_", "-")
-            raise UsageError(f"--{flag} is {getattr(args, name)}; allowed: 1 or more")
+        for name in names.split():
+            if not holds(value := getattr(args, name)):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {value}; allowed: {allowed}")
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.minibatch_size:
         near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
@@ -1089,7 +1089,7 @@ def train(args: Args) -> dict[str, Any]:
         figures = final_figures(agent, train_envs, holdout_envs, args, generator)
         samples = rows[-1]["global_step"] if rows else 0
         summary = {
-            "interrupted": stop(),
+            "interrupted": len(rows) < args.num_iterations,
             "preset": args.preset,
             "policy": args.policy,
             **figures,
@@ -1182,9 +1182,12 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:  # before training began, or a second Ctrl-C
+        print("interrupted", file=sys.stderr)
+        return 130
     shown = (
         "mean_reward",
         "optimal_rate",

@@ -1,0 +1,27 @@
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_readme_example_runs_and_prints_what_it_looks_at(block, capsys):
+    exec(compile(block, "README.md", "exec"), {})
+    reward, delta_ef, toxicity = map(float, capsys.readouterr().out.split())
+    assert abs(reward - 3.0 * delta_ef) < 6.0  # the other terms of the reward
+    assert 0.0 <= toxicity <= 1.0
+
+
+@pytest.mark.parametrize("extra", ["train", "test"])
+def test_readme_prints_each_install_command_once(extra):
+    command = f'pip install -c constraints.txt -e ".[{extra}]" && '
+    assert README.count(command) == 1
+
+
+def test_readme_links_lead_to_files_of_the_repository():
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert targets
+    assert [target for target in targets if not (ROOT / target).exists()] == []
