@@ -83,7 +83,7 @@ def main() -> None:
         f"Source preset, seed {summary['seed']}, {config['policy']} heads, precision "
         f"{config['precision']}, {summary['device']} with {summary['threads']} threads, "
         f"{summary['wall_seconds'] / 60:.0f} minutes; made by `benchmark/source_preset.py`. "
-        "Columns in pairs: the source, then ours.",
+        "Of two columns under one heading the first is the source's, the second ours.",
         "",
         "| iteration | samples | mean reward | | max reward | | entropy | | optimal rate | "
         "deterministic, training | held out |",
@@ -101,8 +101,9 @@ def main() -> None:
         "Our entropy adds a differential entropy of the formulation, which may be negative, to "
         "those of the two categorical heads; the source does not say what its figure counts."
     )
-    (RESULTS / "source_preset.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    text = "\n".join(lines).replace("nan", "–") + "\n"
+    (RESULTS / "source_preset.md").write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":
