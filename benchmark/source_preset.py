@@ -28,6 +28,7 @@ SOURCE = [
     (150, 28.4, 36.1, 0.85),
     (200, 29.2, 36.5, 0.72),
 ]
+EVALUATED = ("train_deterministic_reward", "holdout_deterministic_reward", "wall_seconds")
 
 
 def main() -> None:
@@ -55,7 +56,6 @@ def main() -> None:
             ours = metrics.loc[iteration + 1]
         else:
             ours = pd.Series(summary)
-        judged = metrics.loc[iteration] if iteration else None
         rows.append(
             {
                 "iteration": iteration,
@@ -67,13 +67,8 @@ def main() -> None:
                 "source_entropy": entropy,
                 "entropy": ours["entropy"],
                 "optimal_rate": ours["optimal_rate"],
-                "train_deterministic_reward": judged["train_deterministic_reward"]
-                if judged is not None
-                else float("nan"),
-                "holdout_deterministic_reward": judged["holdout_deterministic_reward"]
-                if judged is not None
-                else float("nan"),
-                "wall_seconds": judged["wall_seconds"] if judged is not None else 0.0,
+                # Not measured before the first update.
+                **metrics.reindex([iteration])[list(EVALUATED)].iloc[0],
             }
         )
     table = pd.DataFrame(rows)
@@ -90,18 +85,19 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
+        judged = " | ".join("–" if pd.isna(x := row[k]) else f"{x:.2f}" for k in EVALUATED[:2])
         lines.append(
             f"| {row['iteration']} | {row['samples'] / 1e6:g} M | {row['source_mean_reward']} | "
             f"{row['mean_reward']:.1f} | {row['source_max_reward']} | {row['max_reward']:.1f} | "
             f"{row['source_entropy']} | {row['entropy']:.2f} | {100 * row['optimal_rate']:.0f} % | "
-            f"{row['train_deterministic_reward']:.2f} | {row['holdout_deterministic_reward']:.2f} |"
+            f"{judged} |"
         )
     lines.append("")
     lines.append(
         "Our entropy adds a differential entropy of the formulation, which may be negative, to "
         "those of the two categorical heads; the source does not say what its figure counts."
     )
-    text = "\n".join(lines).replace("nan", "–") + "\n"
+    text = "\n".join(lines) + "\n"
     (RESULTS / "source_preset.md").write_text(text)
     print(text)
 
