@@ -1,3 +1,4 @@
+import dataclasses
 import importlib.util
 import json
 import math
@@ -14,6 +15,7 @@ import torch
 from gymnasium.envs.registration import register, registry
 
 import hydrogel_gym
+from hydrogel_gym.oracle import best_designs
 
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
@@ -57,6 +59,7 @@ def small_args(tmp_path, **changes):
         num_epochs=1,
         minibatch_size=100,
         hidden_dim=16,
+        oracle=False,
         output_dir=tmp_path / "run",
     )
     return ppo.Args(**(settings | changes))
@@ -338,6 +341,7 @@ def test_a_toy_hybrid_task_is_solved(toy_env, tmp_path):
         minibatch_size=400,
         hidden_dim=64,
         learning_rate=3e-3,
+        oracle=False,
         output_dir=tmp_path / "run",
     )
     summary = ppo.train(args)
@@ -347,7 +351,16 @@ def test_a_toy_hybrid_task_is_solved(toy_env, tmp_path):
 
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
-    args = small_args(tmp_path_factory.mktemp("finished"))
+    folder = tmp_path_factory.mktemp("finished")
+    for name, num_patients in (("cohort", 40), ("cohort_holdout", 30)):
+        table = pd.read_csv(ROOT / "patients" / f"{name}.csv").head(num_patients)
+        table.to_csv(folder / f"{name}.csv", index=False)
+    args = small_args(
+        folder,
+        cohort=folder / "cohort.csv",
+        holdout_cohort=folder / "cohort_holdout.csv",
+        oracle=True,
+    )
     return args, ppo.train(args)
 
 
@@ -361,7 +374,9 @@ def test_summary_holds_the_promised_figures(finished_run):
     summary = json.loads((args.output_dir / "summary.json").read_text())
     promised = (
         "mean_reward max_reward optimal_rate entropy train_deterministic_reward "
-        "holdout_deterministic_reward samples wall_seconds samples_per_second seed world_size "
+        "holdout_deterministic_reward train_regret train_regret_p95 train_fraction_of_oracle "
+        "holdout_regret holdout_regret_p95 holdout_fraction_of_oracle "
+        "samples wall_seconds samples_per_second seed world_size "
         "device versions"
     ).split()
     assert set(promised) <= set(summary)
@@ -374,10 +389,58 @@ def test_metrics_have_a_row_per_iteration_and_the_columns_the_readme_defines(fin
     table = pd.read_csv(args.output_dir / "metrics.csv")
     assert table["iteration"].tolist() == [1, 2]
     assert table["global_step"].tolist() == [400, 800]
-    assert np.isfinite(table.to_numpy()).all()
+    assert np.isfinite(table.to_numpy()).all()  # no blank: this run has an oracle
     readme = (ROOT / "README.md").read_text()
     section = readme.split("<!-- metrics.csv -->")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == table.columns.tolist()
+
+
+@pytest.mark.parametrize("cohort", ["train", "holdout"])
+def test_regret_is_the_distance_to_the_oracle_of_the_same_patients(finished_run, cohort):
+    args, summary = finished_run
+    path = args.cohort if cohort == "train" else args.holdout_cohort
+    best = best_designs(path).score
+    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    patients = hydrogel_gym.load_cohort(path).features.float()
+    action = agent(torch.cat([patients, torch.zeros(len(patients), 2)], -1), deterministic=True)
+    design = agent.to_env(action.action)
+    model = hydrogel_gym.load_reward_model("mechanistic")
+    reward = hydrogel_gym.compute_reward(model(patients, *design.values()))
+    regret = best - reward
+    assert summary[f"{cohort}_regret"] == pytest.approx(regret.mean().item(), rel=1e-4)
+    p95 = np.percentile(regret.detach().numpy(), 95)
+    assert summary[f"{cohort}_regret_p95"] == pytest.approx(p95, rel=1e-4)
+    fraction = (reward.mean() / best.mean()).item()
+    assert summary[f"{cohort}_fraction_of_oracle"] == pytest.approx(fraction, rel=1e-4)
+    last = pd.read_csv(args.output_dir / "metrics.csv").iloc[-1]
+    for name in ppo.YARDSTICK:
+        assert last[f"{cohort}_{name}"] == pytest.approx(summary[f"{cohort}_{name}"], rel=1e-6)
+
+
+def test_oracle_is_kept_beside_the_run_for_the_next_one(finished_run, monkeypatch):
+    args, _ = finished_run
+    assert len(list((args.output_dir.parent / "oracle").iterdir())) == 2
+    monkeypatch.setattr("hydrogel_gym.oracle.search", None)  # a search would fail
+    again = dataclasses.replace(args, num_iterations=1, output_dir=args.output_dir.parent / "next")
+    assert ppo.train(again)["holdout_regret"] > 0
+
+
+def test_without_the_oracle_nothing_is_searched_and_regret_is_left_blank(tmp_path, monkeypatch):
+    monkeypatch.setattr("hydrogel_gym.oracle.search", None)
+    args = small_args(tmp_path)
+    summary = ppo.train(args)
+    assert summary["train_regret"] is None
+    assert pd.read_csv(args.output_dir / "metrics.csv")["holdout_regret"].isna().all()
+    assert not (tmp_path / "oracle").exists()
+
+
+def test_a_reward_model_that_the_oracle_cannot_use_is_a_bad_request(tmp_path, toy_env, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("outcome is nan")
+
+    monkeypatch.setattr(ppo, "best_designs", refuse)
+    with pytest.raises(ppo.UsageError, match="the oracle cannot search: outcome is nan"):
+        ppo.train(small_args(tmp_path, oracle=True))
 
 
 def test_the_learned_polymer_shares_sum_to_one(finished_run):
@@ -390,7 +453,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(finished
     args, _ = finished_run
     weights = []
     for seed, name in ((args.seed, "again"), (args.seed + 1, "other")):
-        ppo.train(small_args(tmp_path, seed=seed, output_dir=tmp_path / name))
+        output_dir = tmp_path / name
+        ppo.train(dataclasses.replace(args, seed=seed, output_dir=output_dir, oracle=False))
         agent, _ = ppo.load_policy(tmp_path / name / "stage2_policy.pt", "cpu")
         weights.append(agent.state_dict())
     first = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")[0].state_dict()
@@ -401,7 +465,8 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(finished
 def test_training_leaves_the_observation_statistics_of_the_cohort_in_the_policy(finished_run):
     args, _ = finished_run
     agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
-    features = hydrogel_gym.load_cohort().features[: args.num_envs].float()
+    features = hydrogel_gym.load_cohort(args.cohort).features.float()
+    features = features[torch.arange(args.num_envs) % len(features)]
     torch.testing.assert_close(agent.obs_mean[:11], features.mean(0))
     torch.testing.assert_close(agent.obs_std[:11], features.std(0))
 
@@ -414,10 +479,11 @@ def test_episodes_of_several_steps_train(tmp_path, policy):
 
 def test_evaluating_a_saved_policy_repeats_the_figures_of_its_run(finished_run, tmp_path, capsys):
     args, summary = finished_run
-    policy = args.output_dir / "stage2_policy.pt"
-    assert ppo.main(["--evaluate", str(policy), "--output-dir", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "evaluation-shipped.json").read_text())
-    for name in ("train_deterministic_reward", "holdout_deterministic_reward"):
+    flags = ["--evaluate", str(args.output_dir / "stage2_policy.pt")]
+    flags += ["--cohort", str(args.cohort), "--holdout-cohort", str(args.holdout_cohort)]
+    assert ppo.main([*flags, "--output-dir", str(tmp_path / "evaluations")]) == 0
+    result = json.loads((tmp_path / "evaluations" / "evaluation-cohort.json").read_text())
+    for name in ("train_deterministic_reward", "holdout_deterministic_reward", "holdout_regret"):
         assert result[name] == pytest.approx(summary[name], rel=1e-6)
     assert f"{summary['train_deterministic_reward']:.3f}" in capsys.readouterr().out
 
@@ -435,6 +501,7 @@ def test_a_policy_is_evaluated_on_any_cohort(finished_run, tmp_path):
             str(tmp_path / "mine.csv"),
             "--output-dir",
             str(tmp_path),
+            "--no-oracle",
         ]
     )
     result = json.loads((tmp_path / "evaluation-mine.json").read_text())
@@ -580,7 +647,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     def full_disk(*_):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(ppo.os, "fsync", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
         ppo.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
@@ -590,6 +657,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
 def test_the_script_runs_from_a_shell_and_prints_where_it_wrote(tmp_path):
     command = [sys.executable, str(TRAINER), "--preset", "quick", "--num-envs", "50"]
     command += ["--num-steps", "2", "--num-iterations", "1", "--minibatch-size", "50"]
+    command += ["--no-oracle"]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     assert "runs/quick-s1" in result.stdout

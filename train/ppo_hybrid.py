@@ -22,7 +22,6 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import signal
 import sys
@@ -45,6 +44,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import hydrogel_gym
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.oracle import best_designs
 
 Preset = Literal["source", "quick"]
 Policy = Literal["factored", "autoregressive"]
@@ -60,6 +61,7 @@ RUN_FILES = (
     "policy_selection.png",
 )
 
+YARDSTICK = ("regret", "regret_p95", "fraction_of_oracle")
 SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
 OUTCOMES_LOGGED = (
     "delta_ef_pct",
@@ -107,6 +109,8 @@ class Args:
     """seed of weights, sampling and minibatches"""
     device: str = "auto"
     """auto (cuda if there is one, else cpu) or a torch device"""
+    oracle: bool = True
+    """search for every patient's best design first (kept beside the run), to measure regret"""
 
     # Environment
     env_id: str = "HydrogelDesign-v0"
@@ -639,6 +643,29 @@ def mean_over(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.stack([parts[name] for parts in history]).mean() for name in history[0]}
 
 
+def best_scores(envs: gym.vector.VectorEnv, args: Args, cache_dir: Path) -> Tensor | None:
+    """(P,) largest reward that one design can earn for each patient; None with `--no-oracle`.
+
+    Raises:
+        UsageError: the search cannot be carried out.
+    """
+    if not args.oracle:
+        return None
+    problem = envs.unwrapped.problem
+    try:
+        best = best_designs(
+            problem.cohort,
+            problem.reward_model,
+            problem.params.reward_config,
+            device=problem.device,
+            cache_dir=cache_dir,
+            progress=True,
+        )
+    except ValueError as error:
+        raise UsageError(f"the oracle cannot search: {error}") from error
+    return best.score.to(problem.device)
+
+
 @torch.no_grad()
 def evaluate(
     agent: Agent,
@@ -646,14 +673,27 @@ def evaluate(
     args: Args,
     *,
     deterministic: bool,
+    best_score: Tensor | None = None,
     generator: torch.Generator | None = None,
     num_episodes: int = 1,
 ) -> dict[str, Any]:
     """Figures of a policy over whole episodes of every environment, one patient each.
 
+    Args:
+        agent: the policy.
+        envs: one environment per patient.
+        args: for the horizon.
+        deterministic: whether to take the policy's likeliest design or to sample.
+        best_score: (P,) largest reward for each patient.
+        generator: source of the samples.
+        num_episodes: per environment.
+
     Returns:
         `mean_reward`, `max_reward` and `optimal_rate` over all steps, `limit_breach_rate` (the
-        share of designs that break a safety limit), `entropy`, `polymer_share` (a list).
+        share of designs that break a safety limit), `entropy`, `polymer_share` (a list); and,
+        unless `best_score` is None, `regret` and `regret_p95` (mean and 95th percentile over the
+        patients of how far the mean reward of a step falls short of the best) and
+        `fraction_of_oracle` (mean reward over mean best), else None for each.
     """
     obs, _ = envs.reset()
     rewards, optimal, breached, entropies, polymers = [], [], [], [], []
@@ -669,56 +709,65 @@ def evaluate(
     reward = torch.stack(rewards)
     num_polymers = agent.polymer_head.out.out_features
     share = torch.bincount(torch.stack(polymers).flatten(), minlength=num_polymers) / reward.numel()
+    yardstick = dict.fromkeys(YARDSTICK)
+    if best_score is not None:
+        regret = best_score - reward.mean(0)
+        fraction = reward.mean() / best_score.mean()
+        figures = (regret.mean(), regret.quantile(0.95), fraction)
+        yardstick = {k: figure.item() for k, figure in zip(YARDSTICK, figures, strict=True)}
     return {
         "mean_reward": reward.mean().item(),
         "max_reward": reward.max().item(),
         "optimal_rate": torch.stack(optimal).float().mean().item(),
         "limit_breach_rate": torch.stack(breached).float().mean().item(),
+        **yardstick,
         "entropy": torch.stack(entropies).mean().item(),
         "polymer_share": share.tolist(),
     }
 
 
+class Judged(NamedTuple):
+    """Patients on whom a policy is judged, and the best that can be done for them."""
+
+    envs: gym.vector.VectorEnv  # one per patient
+    best_score: Tensor | None  # (P,)
+
+
 def final_figures(
-    agent: Agent,
-    train_envs: gym.vector.VectorEnv,
-    holdout_envs: gym.vector.VectorEnv | None,
-    args: Args,
-    generator: torch.Generator,
+    agent: Agent, cohorts: dict[str, Judged], args: Args, generator: torch.Generator
 ) -> dict[str, Any]:
-    """The figures of `summary.json` that describe a policy; sampled ones over ten episodes each."""
+    """The figures of `summary.json` that describe a policy; sampled ones over ten episodes each.
+
+    Args:
+        agent: the policy.
+        cohorts: by name; sampled figures are of `"train"`.
+        args: for the horizon.
+        generator: source of the samples.
+    """
+    train_envs, best_score = cohorts["train"]
     sampled = evaluate(
-        agent, train_envs, args, deterministic=False, generator=generator, num_episodes=10
+        agent,
+        train_envs,
+        args,
+        deterministic=False,
+        best_score=best_score,
+        generator=generator,
+        num_episodes=10,
     )
     names = hydrogel_gym.load_polymers().names
     figures = {
-        **{name: sampled[name] for name in ("mean_reward", "max_reward", "optimal_rate")},
-        "entropy": sampled["entropy"],
-        "limit_breach_rate": sampled["limit_breach_rate"],
-        "polymer_share": dict(zip(names, sampled["polymer_share"], strict=True)),
+        name: sampled[name]
+        for name in ("mean_reward", "max_reward", "optimal_rate", "entropy", "limit_breach_rate")
     }
-    for name, envs in (("train", train_envs), ("holdout", holdout_envs)):
-        if envs is not None:
-            result = evaluate(agent, envs, args, deterministic=True)
-            figures[f"{name}_deterministic_reward"] = result["mean_reward"]
-            figures[f"{name}_deterministic_optimal_rate"] = result["optimal_rate"]
-            figures[f"{name}_deterministic_limit_breach_rate"] = result["limit_breach_rate"]
+    figures |= {name: sampled[name] for name in YARDSTICK}
+    figures["polymer_share"] = dict(zip(names, sampled["polymer_share"], strict=True))
+    for name, (envs, best_score) in cohorts.items():
+        result = evaluate(agent, envs, args, deterministic=True, best_score=best_score)
+        figures[f"{name}_deterministic_reward"] = result["mean_reward"]
+        figures[f"{name}_deterministic_optimal_rate"] = result["optimal_rate"]
+        figures[f"{name}_deterministic_limit_breach_rate"] = result["limit_breach_rate"]
+        figures |= {f"{name}_{key}": result[key] for key in YARDSTICK}
     return figures
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file that appears whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -979,6 +1028,22 @@ def observation_statistics(envs: gym.vector.VectorEnv, args: Args) -> tuple[Tens
     return stacked.mean(0), torch.where(std > 0, std, torch.ones_like(std))
 
 
+def judged(args: Args, cohort: Any, device: torch.device, runs_dir: Path) -> Judged:
+    """A cohort to judge a policy on; the oracle's results are kept in `runs_dir`/oracle."""
+    envs = make_envs(args, cohort, device)
+    return Judged(envs, best_scores(envs, args, runs_dir / "oracle"))
+
+
+def shown_regret(figures: dict[str, Any]) -> dict[str, str]:
+    """What the progress bar tells of the yardstick."""
+    if figures["holdout_regret"] is None:
+        return {}
+    return {
+        "regret": f"{figures['holdout_regret']:.2f} (p95 {figures['holdout_regret_p95']:.2f})",
+        "of oracle": f"{100 * figures['holdout_fraction_of_oracle']:.1f} %",
+    }
+
+
 def train(args: Args) -> dict[str, Any]:
     """Train a policy and write its run directory.
 
@@ -994,8 +1059,11 @@ def train(args: Args) -> dict[str, Any]:
     cohort = hydrogel_gym.load_cohort(args.cohort)
     holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
     envs = make_envs(args, cohort, device, args.num_envs)
-    train_envs, holdout_envs = (make_envs(args, patients, device) for patients in (cohort, holdout))
     output_dir = prepare_output_dir(args)
+    judged_on = {
+        name: judged(args, patients, device, output_dir.parent)
+        for name, patients in (("train", cohort), ("holdout", holdout))
+    }
 
     torch.manual_seed(args.seed)  # initial weights
     generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
@@ -1059,9 +1127,10 @@ def train(args: Args) -> dict[str, Any]:
             }
             row = {name: float(value) for name, value in row.items()}
             row |= {name: int(row[name]) for name in ("iteration", "global_step")}
-            for name, evaluated in (("train", train_envs), ("holdout", holdout_envs)):
-                result = evaluate(agent, evaluated, args, deterministic=True)
+            for name, (patients, best_score) in judged_on.items():
+                result = evaluate(agent, patients, args, deterministic=True, best_score=best_score)
                 row[f"{name}_deterministic_reward"] = result["mean_reward"]
+                row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
             row["wall_seconds"] = time.perf_counter() - start
             row["samples_per_second"] = row["global_step"] / row["wall_seconds"]
             rows.append(row)
@@ -1079,6 +1148,7 @@ def train(args: Args) -> dict[str, Any]:
                     "samples/s": f"{row['samples_per_second']:,.0f}",
                     "reward": f"{row['mean_reward']:.2f}",
                     "held-out": f"{row['holdout_deterministic_reward']:.2f}",
+                    **shown_regret(row),
                 },
                 refresh=False,
             )
@@ -1086,7 +1156,7 @@ def train(args: Args) -> dict[str, Any]:
         wall_seconds = time.perf_counter() - start
 
         save_policy(output_dir / POLICY_FILE, agent, architecture, args)
-        figures = final_figures(agent, train_envs, holdout_envs, args, generator)
+        figures = final_figures(agent, judged_on, args, generator)
         samples = rows[-1]["global_step"] if rows else 0
         summary = {
             "interrupted": len(rows) < args.num_iterations,
@@ -1122,15 +1192,17 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     config = saved["training_config"]
     args = dataclasses.replace(args, horizon=config["horizon"], env_id=config["env_id"])
     cohort = hydrogel_gym.load_cohort(args.cohort)
-    train_envs = make_envs(args, cohort, device)
-    holdout_envs = None
-    if args.cohort is None or args.holdout_cohort is not None:
-        holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
-        holdout_envs = make_envs(args, holdout, device)
-    generator = torch.Generator(device).manual_seed(args.seed)
-    figures = final_figures(agent, train_envs, holdout_envs, args, generator)
     name = "shipped" if args.cohort is None else args.cohort.stem
     path = (args.output_dir or args.evaluate.parent) / f"evaluation-{name}.json"
+    cohorts = {"train": cohort}
+    if args.cohort is None or args.holdout_cohort is not None:
+        cohorts["holdout"] = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
+    judged_on = {
+        name: judged(args, patients, device, path.parent.parent)
+        for name, patients in cohorts.items()
+    }
+    generator = torch.Generator(device).manual_seed(args.seed)
+    figures = final_figures(agent, judged_on, args, generator)
     result = {
         "policy_file": str(args.evaluate),
         "cohort": str(args.cohort or "shipped"),
