@@ -3,7 +3,7 @@ from __future__ import annotations
 from dataclasses import fields, replace
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pandas as pd
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hydrogel_gym.mechanistic import MechanisticModel, MechanisticParams
+from hydrogel_gym.mechanistic import Grade, MechanisticModel, MechanisticParams
 from hydrogel_gym.polymers import load_polymers
 from hydrogel_gym.spaces import (
     COVERAGES,
@@ -212,6 +212,66 @@ def test_every_constant_takes_part(name):
         for each in (params, changed)
     )
     assert not torch.equal(before, after)
+
+
+def test_every_constant_has_one_known_grade():
+    listed = [name for grade in get_args(Grade) for name in MechanisticParams.names_graded(grade)]
+    assert sorted(listed) == sorted(item.name for item in fields(MechanisticParams))
+
+
+def test_assumptions_are_some_of_the_constants():
+    assumed = MechanisticParams.names_graded("D")
+    assert {"efficacy_floor", "load_half_saturation", "harm_width"} <= set(assumed)
+    assert not {"source_gain", "optimal_delta_ef_pp", "healing_window_days"} & set(assumed)
+
+
+def test_unknown_grade_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"grade is 'E'; allowed: \('A', 'B', 'C', 'D', 'def"):
+        MechanisticParams.names_graded("E")
+
+
+GAINS = ("mechanical_gain_max_pp", "biological_gain_max_pp", "electrical_gain_max_pp")
+HALF_SATURATION = MechanisticParams().conductivity_half_saturation_s_per_m
+NEED_CHANGE = (
+    replace(MechanisticParams(), need_reference_stress_concentration=1.2 * 1.87).need_norm
+    / MechanisticParams().need_norm
+)
+
+
+@pytest.mark.parametrize(
+    ("unit", "undone_by"),
+    [
+        ("reference_cohesion", {"load_half_saturation": 1.2**-2}),
+        (
+            "need_reference_stress_concentration",
+            {
+                "stress_relief_max_pct": NEED_CHANGE,
+                "need_min": 1 / NEED_CHANGE,
+                "need_max": 1 / NEED_CHANGE,
+            },
+        ),
+        ("thickness_norm", {"biological_gain_max_pp": 1.2, "thickness_factor_max": 1 / 1.2}),
+        (
+            "reference_conductivity_s_per_m",
+            {"electrical_gain_max_pp": (1 + HALF_SATURATION) / (1 + HALF_SATURATION / 1.2)},
+        ),
+        ("responder_total", dict.fromkeys(GAINS, 1 / 1.2)),
+        ("headroom_norm", dict.fromkeys(GAINS, 1.2**0.6)),
+        ("toxicity_reference_dose_mm", {"toxicity_base_slope": 1.2}),
+        ("toxicity_reference_thickness_mm", {"toxicity_filler_slope": 1.2}),
+        ("fibrosis_half_life_scale_days", {"fibrosis_persistence": 1.2}),
+        ("fibrosis_stiffness_scale_kpa", {"fibrosis_stiffness": 1.2**2}),
+        ("fibrosis_thickness_scale_mm", {"fibrosis_thickness": 1.2**2}),
+    ],
+)
+def test_unit_of_other_constants_says_nothing_that_they_do_not(unit, undone_by):
+    assert unit in MechanisticParams.names_graded("definition")
+    params = MechanisticParams()
+    moved = {
+        name: factor * getattr(params, name) for name, factor in ({unit: 1.2} | undone_by).items()
+    }
+    outcomes = MechanisticModel(params=replace(params, **moved))(*golden())
+    torch.testing.assert_close(outcomes, MechanisticModel()(*golden()), rtol=1e-9, atol=1e-9)
 
 
 def test_gradients_agree_with_finite_differences():

@@ -32,7 +32,7 @@ def load_trainer():
 ppo = load_trainer()
 
 
-def make_agent(policy="autoregressive", hidden_dim=32, seed=0):
+def make_agent(policy="autoregressive", hidden_dim=32, seed=0, state_std=True):
     torch.manual_seed(seed)
     agent = ppo.Agent(
         obs_dim=13,
@@ -41,12 +41,13 @@ def make_agent(policy="autoregressive", hidden_dim=32, seed=0):
         formulation_low=[5.0, 7.0, 0.0, 1.0],
         formulation_high=[30.0, 180.0, 1.0, 5.0],
         policy=policy,
+        state_std=state_std,
         hidden_dim=hidden_dim,
     )
     # Away from the near-uniform initial policy, so that every head matters.
     with torch.no_grad():
         for parameter in agent.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
+            parameter.add_(0.15 * torch.randn(parameter.shape))
     return agent
 
 
@@ -187,9 +188,10 @@ def test_log_jacobian_stays_finite_where_tanh_saturates():
     )
 
 
+@pytest.mark.parametrize("state_std", [False, True])
 @pytest.mark.parametrize("policy", ["factored", "autoregressive"])
-def test_entropy_equals_the_mean_of_minus_logprob(policy):
-    agent = make_agent(policy)
+def test_entropy_equals_the_mean_of_minus_logprob(policy, state_std):
+    agent = make_agent(policy, state_std=state_std)
     obs = torch.randn(1, 13).expand(2**15, 13)
     with torch.no_grad():
         output = agent(obs, generator=torch.Generator().manual_seed(1))
@@ -220,8 +222,28 @@ def test_only_the_autoregressive_formulation_depends_on_the_polymer():
         assert bool((mean.std(0) > 1e-4).all()) is differs
 
 
-def test_joint_logprob_is_the_sum_over_the_heads():
-    agent = make_agent("factored")
+def test_spread_of_the_formulation_depends_on_the_state_only_if_asked_to():
+    obs, polymer_id = torch.randn(16, 13), torch.full((16,), 3)
+    for state_std in (False, True):
+        agent = make_agent(state_std=state_std)
+        with torch.no_grad():
+            log_std = agent.formulation_normal(agent.head_inputs(obs)[1], polymer_id)[1]
+        assert log_std.shape == (16, 4)
+        assert bool((log_std.std(0) > 1e-4).all()) is state_std
+
+
+def test_autoregressive_heads_read_the_block_of_their_own_polymer():
+    agent = make_agent()
+    hidden, polymer_id = torch.randn(24, 128), torch.arange(24)
+    with torch.no_grad():
+        every = agent.formulation_head.out(hidden.relu()).view(24, 24, 8)
+        chosen = agent.formulation_head(hidden, polymer_id)
+    torch.testing.assert_close(chosen, torch.stack([every[i, i] for i in range(24)]))
+
+
+@pytest.mark.parametrize("state_std", [False, True])
+def test_joint_logprob_is_the_sum_over_the_heads(state_std):
+    agent = make_agent("factored", state_std=state_std)
     obs = torch.randn(5, 13)
     with torch.no_grad():
         polymer_in, formulation_in, coverage_in, _ = agent.head_inputs(obs)
@@ -229,9 +251,7 @@ def test_joint_logprob_is_the_sum_over_the_heads():
         polymer = torch.distributions.Categorical(logits=agent.polymer_head(polymer_in))
         coverage = torch.distributions.Categorical(logits=agent.coverage_head(coverage_in))
         formulation = ppo.squashed_normal_logprob(
-            output.action.presquash,
-            agent.formulation_head(formulation_in),
-            agent.formulation_log_std.expand(5, 4),
+            output.action.presquash, *agent.formulation_normal(formulation_in, None)
         )
     expected = (
         polymer.log_prob(output.action.polymer_id)
@@ -600,9 +620,14 @@ def test_every_preset_field_can_be_overridden_on_the_command_line():
     for preset, fields in ppo.PRESETS.items():
         for name, value in fields.items():
             other = "factored" if value == "autoregressive" else "autoregressive"
-            changed = other if isinstance(value, str) else value * 2
             flag = f"--{name.replace('_', '-')}"
-            args = ppo.parse_args(["--preset", preset, flag, str(changed)])
+            if isinstance(value, bool):
+                changed = not value
+                flags = [flag if changed else f"--no-{flag[2:]}"]
+            else:
+                changed = other if isinstance(value, str) else value * 2
+                flags = [flag, str(changed)]
+            args = ppo.parse_args(["--preset", preset, *flags])
             assert getattr(args, name) == changed
 
 

@@ -125,6 +125,8 @@ class Args:
     # Algorithm
     policy: Policy = "autoregressive"
     """factored heads, or formulation and coverage conditioned on the sampled polymer"""
+    state_std: bool = True
+    """spread of the formulation from the state, or one learned spread per context"""
     hidden_dim: int = 256
     """width of the trunk"""
     precision: Precision = "fp32"
@@ -161,7 +163,7 @@ class Args:
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself holds the source's numbers; its network has independent heads.
-    "source": dict(policy="factored"),
+    "source": dict(policy="factored", state_std=False),
     "quick": dict(
         num_iterations=30,
         num_steps=20,
@@ -172,6 +174,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 }
 
 
+# Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
+LOG_STD_RANGE = (-6.0, 1.0)
 HEAD_WIDTHS = (128, 128, 64, 128)  # hidden units for polymer, formulation, coverage, value
 
 
@@ -200,19 +204,19 @@ def layer_init(layer: nn.Linear, std: float = math.sqrt(2.0)) -> nn.Linear:
 
 
 class Head(nn.Module):
-    """Output layer of a head, whose hidden layer a category may shift."""
+    """Output layer of a head, with one block of outputs per category of what was chosen before."""
 
-    def __init__(self, hidden_dim: int, out_dim: int, *, std: float, num_contexts: int = 0) -> None:
+    def __init__(self, hidden_dim: int, out_dim: int, *, std: float, num_contexts: int = 1) -> None:
         super().__init__()
-        # Equal to appending the category one-hot to the hidden layer's input.
-        self.context = nn.Embedding(num_contexts, hidden_dim) if num_contexts else None
-        self.out = layer_init(nn.Linear(hidden_dim, out_dim), std)
+        self.num_contexts = num_contexts
+        self.out = layer_init(nn.Linear(hidden_dim, num_contexts * out_dim), std)
 
     def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
         """(B, out_dim) from the (B, hidden_dim) pre-activation and a (B,) category."""
-        if self.context is not None:
-            hidden = hidden + self.context(context)
-        return self.out(hidden.relu())
+        out = self.out(hidden.relu())
+        if self.num_contexts == 1:
+            return out
+        return take(out.unflatten(-1, (self.num_contexts, -1)), context)
 
 
 # Nodes and weights for the mean of a function of a standard normal variable.
@@ -250,9 +254,10 @@ def squashed_normal_entropy_estimate(mean: Tensor, log_std: Tensor, nodes: Tenso
 class Agent(nn.Module):
     """Actor-critic of the source's shape: one trunk, a head per action factor, a critic.
 
-    The continuous head is a Gaussian squashed by tanh onto the formulation's box. Observations are
-    normalised by fixed buffers, and the critic works in units of the return's standard deviation;
-    both are saved with the weights.
+    The continuous head is a Gaussian squashed by tanh onto the formulation's box. With
+    autoregressive heads, coverage and formulation have a block of outputs for each polymer.
+    Observations are normalised by fixed buffers, and the critic works in units of the return's
+    standard deviation; both are saved with the weights.
 
     Args:
         obs_dim: width of the observation.
@@ -261,6 +266,7 @@ class Agent(nn.Module):
         formulation_low: lower bounds of the formulation, physical units.
         formulation_high: upper bounds.
         policy: `"factored"` or `"autoregressive"`.
+        state_std: let the Gaussian's spread depend on the state.
         hidden_dim: width of the trunk.
         precision: `"bf16"` does the two large matrix products in bfloat16.
     """
@@ -274,14 +280,15 @@ class Agent(nn.Module):
         formulation_low: list[float],
         formulation_high: list[float],
         policy: Policy,
+        state_std: bool,
         hidden_dim: int,
         precision: Precision = "fp32",
     ) -> None:
         super().__init__()
-        self.policy = policy
+        self.state_std = state_std
         self.precision = precision
-        formulation_dim = len(formulation_low)
-        contexts = num_polymers if policy == "autoregressive" else 0
+        self.formulation_dim = len(formulation_low)
+        contexts = num_polymers if policy == "autoregressive" else 1
         self.encoder = nn.Sequential(
             layer_init(nn.Linear(obs_dim, hidden_dim)), nn.LayerNorm(hidden_dim), nn.ReLU()
         )
@@ -295,10 +302,13 @@ class Agent(nn.Module):
             nn.init.orthogonal_(block, math.sqrt(2.0))
         polymer, formulation, coverage, critic = HEAD_WIDTHS
         self.polymer_head = Head(polymer, num_polymers, std=0.01)
-        self.formulation_head = Head(formulation, formulation_dim, std=0.01, num_contexts=contexts)
+        # means, then log standard deviations if they depend on the state
+        outputs = self.formulation_dim * (2 if state_std else 1)
+        self.formulation_head = Head(formulation, outputs, std=0.01, num_contexts=contexts)
         self.coverage_head = Head(coverage, num_coverages, std=0.01, num_contexts=contexts)
         self.critic = Head(critic, 1, std=1.0)
-        self.formulation_log_std = nn.Parameter(torch.zeros(max(contexts, 1), formulation_dim))
+        if not state_std:
+            self.formulation_log_std = nn.Parameter(torch.zeros(contexts, self.formulation_dim))
 
         self.register_buffer("formulation_low", torch.tensor(formulation_low))
         self.register_buffer("formulation_high", torch.tensor(formulation_high))
@@ -347,11 +357,7 @@ class Agent(nn.Module):
             polymer_id = choose(polymer_logp, deterministic, generator)
         else:
             polymer_id = action.polymer_id
-        mean = self.formulation_head(formulation_in, polymer_id)
-        log_std = self.formulation_log_std
-        log_std = (
-            log_std[polymer_id] if self.policy == "autoregressive" else log_std.expand_as(mean)
-        )
+        mean, log_std = self.formulation_normal(formulation_in, polymer_id)
         coverage_logp = self.coverage_head(coverage_in, polymer_id).log_softmax(-1)
         if action is None:
             coverage = choose(coverage_logp, deterministic, generator)
@@ -374,6 +380,15 @@ class Agent(nn.Module):
         )
         return PolicyOutput(action, logprob, entropy, self._value(value_in))
 
+    def formulation_normal(self, hidden: Tensor, polymer_id: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation, (B, 4) each, of the Gaussian before tanh."""
+        out = self.formulation_head(hidden, polymer_id)
+        if self.state_std:
+            mean, log_std = out.split(self.formulation_dim, -1)
+            return mean, log_std.clamp(*LOG_STD_RANGE)
+        contexts = self.formulation_log_std
+        return out, contexts[polymer_id] if len(contexts) > 1 else contexts.expand_as(out)
+
     def to_env(self, action: HybridAction) -> dict[str, Tensor]:
         """The action in the environment's `dict` format and physical units."""
         share = (action.presquash.tanh() + 1.0) / 2.0
@@ -393,9 +408,10 @@ def choose(logp: Tensor, deterministic: bool, generator: torch.Generator | None)
     return torch.multinomial(logp.exp(), 1, generator=generator).squeeze(-1)
 
 
-def take(logp: Tensor, index: Tensor) -> Tensor:
-    """(B,) entries of (B, K) at `index`."""
-    return logp.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+def take(values: Tensor, index: Tensor) -> Tensor:
+    """(B, ...) entries of (B, K, ...) at the (B,) `index`."""
+    index = index.view(-1, *[1] * (values.dim() - 1)).expand(-1, 1, *values.shape[2:])
+    return values.gather(1, index).squeeze(1)
 
 
 def categorical_entropy(logp: Tensor) -> Tensor:
@@ -780,7 +796,7 @@ def save_policy(path: Path, agent: Agent, architecture: dict[str, Any], args: Ar
     buffer = io.BytesIO()
     torch.save(
         {
-            "format": "hydrogel_gym.stage2_policy.v1",
+            "format": "hydrogel_gym.stage2_policy.v2",
             "architecture": architecture,
             "policy_state_dict": {k: v.detach().cpu() for k, v in agent.state_dict().items()},
             "training_config": plain_config(args),
@@ -802,7 +818,7 @@ def load_policy(path: Path, device: str | torch.device) -> tuple[Agent, dict[str
         raise UsageError(f"policy {path}: no such file")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        if saved["format"] != "hydrogel_gym.stage2_policy.v1":
+        if saved["format"] != "hydrogel_gym.stage2_policy.v2":
             raise ValueError(f"format {saved['format']!r}")
         if saved["polymers"] != list(hydrogel_gym.load_polymers().names):
             raise ValueError("it was trained on another polymer table")
@@ -1075,6 +1091,7 @@ def train(args: Args) -> dict[str, Any]:
         "formulation_low": space["formulation"].low.tolist(),
         "formulation_high": space["formulation"].high.tolist(),
         "policy": args.policy,
+        "state_std": args.state_std,
         "hidden_dim": args.hidden_dim,
         "precision": args.precision,
     }
