@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
 from typing import Literal, NamedTuple
 
@@ -59,6 +59,15 @@ class RewardConfig:
             value = getattr(self, item.name)
             if not (isinstance(value, Real) and math.isfinite(value)):
                 raise ValueError(f"RewardConfig.{item.name} is {value!r}; allowed: a finite number")
+
+    def tightened(self, margin: float) -> RewardConfig:
+        """The same reward with every safety limit moved to the safe side by `margin`."""
+        return replace(
+            self,
+            toxicity_limit=self.toxicity_limit - margin,
+            integrity_limit=self.integrity_limit + margin,
+            fibrosis_limit=self.fibrosis_limit - margin,
+        )
 
     @property
     def max_score(self) -> float:

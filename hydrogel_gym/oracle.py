@@ -19,7 +19,6 @@ References:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import hashlib
 import inspect
 import io
@@ -225,12 +224,7 @@ def search(
     num_patients, dim = patients.shape[0], len(FORMULATION_FIELDS)
     generator = torch.Generator().manual_seed(seed)
     low, high = (torch.from_numpy(b).to(device) for b in (FORMULATION_LOW, FORMULATION_HIGH))
-    config = dataclasses.replace(
-        config,
-        toxicity_limit=config.toxicity_limit - LIMIT_MARGIN,
-        integrity_limit=config.integrity_limit + LIMIT_MARGIN,
-        fibrosis_limit=config.fibrosis_limit - LIMIT_MARGIN,
-    )
+    config = config.tightened(LIMIT_MARGIN)
 
     def judge(pairs: Tensor, share: Tensor) -> Tensor:
         """(P, K, N) scores of formulations (P, K, N, 4), shares of the box, for pairs (P, K, 2)."""

@@ -210,16 +210,22 @@ def test_a_sampled_action_has_the_same_logprob_when_judged_again(policy):
     torch.testing.assert_close(judged.value, agent.value(obs).detach())
 
 
-def test_only_the_autoregressive_formulation_depends_on_the_polymer():
-    obs = torch.randn(1, 13).expand(24, 13)
-    action = ppo.HybridAction(
-        torch.arange(24), torch.zeros(24, 4), torch.zeros(24, dtype=torch.int64)
-    )
+@pytest.mark.parametrize("head", ["polymer", "coverage"])
+def test_only_the_autoregressive_formulation_depends_on_polymer_and_coverage(head):
+    obs = torch.randn(1, 13).expand(4, 13)
+    varied, fixed = torch.arange(4), torch.ones(4, dtype=torch.int64)
+    polymer_id, coverage = (varied, fixed) if head == "polymer" else (fixed, varied)
+    presquash = torch.zeros(4, 4)
     for policy, differs in (("factored", False), ("autoregressive", True)):
         agent = make_agent(policy)
         with torch.no_grad():
-            mean = agent.formulation_head(agent.head_inputs(obs)[1], action.polymer_id)
+            hidden = agent.head_inputs(obs)[1]
+            mean, _ = agent.formulation_normal(hidden, polymer_id * 4 + coverage)
+            logprob = agent(obs, ppo.HybridAction(polymer_id, presquash, coverage)).logprob
+            logprob -= agent.polymer_head(agent.head_inputs(obs)[0]).log_softmax(-1)[0, polymer_id]
         assert bool((mean.std(0) > 1e-4).all()) is differs
+        if head == "polymer":
+            assert bool(logprob.std() > 1e-4) is differs
 
 
 def test_spread_of_the_formulation_depends_on_the_state_only_if_asked_to():
@@ -234,10 +240,10 @@ def test_spread_of_the_formulation_depends_on_the_state_only_if_asked_to():
 
 def test_autoregressive_heads_read_the_block_of_their_own_polymer():
     agent = make_agent()
-    hidden, polymer_id = torch.randn(24, 128), torch.arange(24)
+    hidden, polymer_id = torch.randn(24, 64), torch.arange(24)
     with torch.no_grad():
-        every = agent.formulation_head.out(hidden.relu()).view(24, 24, 8)
-        chosen = agent.formulation_head(hidden, polymer_id)
+        every = agent.coverage_head.out(hidden.relu()).view(24, 24, 4)
+        chosen = agent.coverage_head(hidden, polymer_id)
     torch.testing.assert_close(chosen, torch.stack([every[i, i] for i in range(24)]))
 
 
@@ -443,6 +449,23 @@ def test_oracle_is_kept_beside_the_run_for_the_next_one(finished_run, monkeypatc
     monkeypatch.setattr("hydrogel_gym.oracle.search", None)  # a search would fail
     again = dataclasses.replace(args, num_iterations=1, output_dir=args.output_dir.parent / "next")
     assert ppo.train(again)["holdout_regret"] > 0
+
+
+def test_training_is_held_to_tighter_limits_than_evaluation(tmp_path):
+    args = small_args(tmp_path, limit_margin=0.01)
+    cohort = hydrogel_gym.load_cohort()
+    trained, judged = (
+        ppo.make_envs(args, cohort, "cpu", training=training).unwrapped.problem.params.reward_config
+        for training in (True, False)
+    )
+    assert judged == hydrogel_gym.RewardConfig()
+    assert trained.toxicity_limit == pytest.approx(0.14)
+    assert trained.integrity_limit == pytest.approx(0.81)
+    assert trained.fibrosis_limit == pytest.approx(0.19)
+    assert (
+        dataclasses.replace(trained, toxicity_limit=0.15, integrity_limit=0.8, fibrosis_limit=0.2)
+        == judged
+    )
 
 
 def test_without_the_oracle_nothing_is_searched_and_regret_is_left_blank(tmp_path, monkeypatch):

@@ -122,9 +122,12 @@ class Args:
     patient_assignment: Literal["fixed", "random"] = "fixed"
     """whether an environment keeps its patient or draws one at each reset"""
 
+    limit_margin: float = 0.005
+    """train against safety limits tighter by this; every evaluation keeps the true ones"""
+
     # Algorithm
     policy: Policy = "autoregressive"
-    """factored heads, or formulation and coverage conditioned on the sampled polymer"""
+    """factored heads, or coverage given the polymer and the formulation given both"""
     state_std: bool = True
     """spread of the formulation from the state, or one learned spread per context"""
     hidden_dim: int = 256
@@ -163,7 +166,7 @@ class Args:
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself holds the source's numbers; its network has independent heads.
-    "source": dict(policy="factored", state_std=False),
+    "source": dict(policy="factored", state_std=False, limit_margin=0.0),
     "quick": dict(
         num_iterations=30,
         num_steps=20,
@@ -255,7 +258,8 @@ class Agent(nn.Module):
     """Actor-critic of the source's shape: one trunk, a head per action factor, a critic.
 
     The continuous head is a Gaussian squashed by tanh onto the formulation's box. With
-    autoregressive heads, coverage and formulation have a block of outputs for each polymer.
+    autoregressive heads, coverage has a block of outputs for each polymer, and the formulation one
+    for each pair of polymer and coverage.
     Observations are normalised by fixed buffers, and the critic works in units of the return's
     standard deviation; both are saved with the weights.
 
@@ -288,7 +292,9 @@ class Agent(nn.Module):
         self.state_std = state_std
         self.precision = precision
         self.formulation_dim = len(formulation_low)
-        contexts = num_polymers if policy == "autoregressive" else 1
+        self.autoregressive = policy == "autoregressive"
+        polymers = num_polymers if self.autoregressive else 1
+        pairs = num_polymers * num_coverages if self.autoregressive else 1
         self.encoder = nn.Sequential(
             layer_init(nn.Linear(obs_dim, hidden_dim)), nn.LayerNorm(hidden_dim), nn.ReLU()
         )
@@ -304,11 +310,11 @@ class Agent(nn.Module):
         self.polymer_head = Head(polymer, num_polymers, std=0.01)
         # means, then log standard deviations if they depend on the state
         outputs = self.formulation_dim * (2 if state_std else 1)
-        self.formulation_head = Head(formulation, outputs, std=0.01, num_contexts=contexts)
-        self.coverage_head = Head(coverage, num_coverages, std=0.01, num_contexts=contexts)
+        self.formulation_head = Head(formulation, outputs, std=0.01, num_contexts=pairs)
+        self.coverage_head = Head(coverage, num_coverages, std=0.01, num_contexts=polymers)
         self.critic = Head(critic, 1, std=1.0)
         if not state_std:
-            self.formulation_log_std = nn.Parameter(torch.zeros(contexts, self.formulation_dim))
+            self.formulation_log_std = nn.Parameter(torch.zeros(pairs, self.formulation_dim))
 
         self.register_buffer("formulation_low", torch.tensor(formulation_low))
         self.register_buffer("formulation_high", torch.tensor(formulation_high))
@@ -357,10 +363,14 @@ class Agent(nn.Module):
             polymer_id = choose(polymer_logp, deterministic, generator)
         else:
             polymer_id = action.polymer_id
-        mean, log_std = self.formulation_normal(formulation_in, polymer_id)
         coverage_logp = self.coverage_head(coverage_in, polymer_id).log_softmax(-1)
         if action is None:
             coverage = choose(coverage_logp, deterministic, generator)
+        else:
+            coverage = action.coverage
+        pair = polymer_id * coverage_logp.shape[-1] + coverage
+        mean, log_std = self.formulation_normal(formulation_in, pair)
+        if action is None:
             presquash = mean
             if not deterministic:
                 noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -371,8 +381,8 @@ class Agent(nn.Module):
             + squashed_normal_logprob(action.presquash, mean, log_std)
             + take(coverage_logp, action.coverage)
         )
-        # With autoregressive heads the conditional entropies at the sampled polymer are an unbiased
-        # estimate of their mean over polymers.
+        # With autoregressive heads the conditional entropies at the sampled categories are an
+        # unbiased estimate of their mean over categories.
         entropy = (
             categorical_entropy(polymer_logp)
             + squashed_normal_entropy_estimate(mean, log_std, self.nodes)
@@ -380,14 +390,19 @@ class Agent(nn.Module):
         )
         return PolicyOutput(action, logprob, entropy, self._value(value_in))
 
-    def formulation_normal(self, hidden: Tensor, polymer_id: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log standard deviation, (B, 4) each, of the Gaussian before tanh."""
-        out = self.formulation_head(hidden, polymer_id)
+    def formulation_normal(self, hidden: Tensor, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log standard deviation, (B, 4) each, of the Gaussian before tanh.
+
+        Args:
+            hidden: (B, 128) pre-activation of the head.
+            pair: (B,) polymer and coverage as one index; factored heads do not look at it.
+        """
+        out = self.formulation_head(hidden, pair)
         if self.state_std:
             mean, log_std = out.split(self.formulation_dim, -1)
             return mean, log_std.clamp(*LOG_STD_RANGE)
-        contexts = self.formulation_log_std
-        return out, contexts[polymer_id] if len(contexts) > 1 else contexts.expand_as(out)
+        log_std = self.formulation_log_std
+        return out, log_std[pair] if self.autoregressive else log_std.expand_as(out)
 
     def to_env(self, action: HybridAction) -> dict[str, Tensor]:
         """The action in the environment's `dict` format and physical units."""
@@ -956,7 +971,7 @@ def check_args(args: Args) -> None:
         (sizes, "1 or more", lambda x: x >= 1),
         ("seed", "0 or more", lambda x: x >= 0),
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
-        ("vf_coef ent_coef", "0 or more", lambda x: 0.0 <= x < math.inf),
+        ("vf_coef ent_coef limit_margin", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
     ):
         for name in names.split():
@@ -1015,16 +1030,18 @@ def resolve_device(name: str) -> torch.device:
 
 
 def make_envs(
-    args: Args, cohort: Any, device: torch.device, num_envs: int | None = None
+    args: Args, cohort: Any, device: torch.device, *, training: bool = False
 ) -> gym.vector.VectorEnv:
-    """Batched environments that return tensors; by default one per patient of the cohort."""
+    """Batched environments that return tensors: those to train in, or one per patient to judge."""
+    reward_config = hydrogel_gym.RewardConfig()
     return gym.make_vec(
         args.env_id,
-        num_envs=num_envs or len(cohort),
+        num_envs=args.num_envs if training else len(cohort),
         cohort=cohort,
         device=str(device),
         horizon=args.horizon,
-        patient_assignment="fixed" if num_envs is None else args.patient_assignment,
+        reward_config=reward_config.tightened(args.limit_margin) if training else reward_config,
+        patient_assignment=args.patient_assignment if training else "fixed",
         output="torch",
         autoreset_mode="SameStep",
     )
@@ -1074,7 +1091,7 @@ def train(args: Args) -> dict[str, Any]:
     device = resolve_device(args.device)
     cohort = hydrogel_gym.load_cohort(args.cohort)
     holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
-    envs = make_envs(args, cohort, device, args.num_envs)
+    envs = make_envs(args, cohort, device, training=True)
     output_dir = prepare_output_dir(args)
     judged_on = {
         name: judged(args, patients, device, output_dir.parent)
