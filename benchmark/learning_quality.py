@@ -1,0 +1,330 @@
+"""Which choices matter to what the quick preset learns: one change at a time, over seeds.
+
+    python benchmark/learning_quality.py --seeds 1 2 3
+
+Runs the trainer once per variant and seed, each on one thread, `--processes` at a time, and writes
+`results/learning_quality.csv` and `.md`, and the two pictures of the default's first run. Runs that
+the table already holds for the same trainer are kept; `--fresh` repeats them. A variant is a set of
+the trainer's flags, or a replacement for one named piece of it, below.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from hydrogel_gym.files import write_atomically
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+TRAINER = ROOT / "train" / "ppo_hybrid.py"
+MILESTONE_REWARD = 29.2  # the source's final mean reward
+MILESTONE = "samples_to_29.2"
+
+
+class Variant(NamedTuple):
+    """Flags on top of the quick preset, and a change to the trainer's module before it runs."""
+
+    flags: tuple[str, ...] = ()
+    patch: Callable[[ModuleType], None] | None = None
+
+
+# Replacements
+
+
+class SquashedBeta(NamedTuple):
+    """Distribution of 2x - 1 for x ~ Beta, kept before an inverse tanh as the trainer expects."""
+
+    beta: torch.distributions.Beta
+
+    def median(self) -> Tensor:
+        """Mean, which a Beta of concentrations above 1 has near its median."""
+        return self._presquash(self.beta.mean)
+
+    def sample(self, generator: torch.Generator | None) -> Tensor:
+        """(B, d); torch samples a Beta from its global generator only."""
+        return self._presquash(self.beta.sample())
+
+    def logprob(self, u: Tensor) -> Tensor:
+        """(B,) log-density on [-1, 1]^d."""
+        return (self.beta.log_prob(self._share(u)) - math.log(2.0)).sum(-1)
+
+    def entropy_estimate(self) -> Tensor:
+        """(B,), exact."""
+        return (self.beta.entropy() + math.log(2.0)).sum(-1)
+
+    @staticmethod
+    def _share(u: Tensor) -> Tensor:
+        return ((u.tanh() + 1.0) / 2.0).clamp(1e-6, 1.0 - 1e-6)
+
+    @staticmethod
+    def _presquash(x: Tensor) -> Tensor:
+        return torch.atanh(2.0 * x.clamp(1e-6, 1.0 - 1e-6) - 1.0)
+
+
+def beta_distribution(trainer: ModuleType) -> None:
+    """Beta instead of a squashed Gaussian; concentrations are 1 + softplus of the outputs."""
+
+    class BetaAgent(trainer.Agent):
+        def formulation_distribution(self, hidden: Tensor, pair: Tensor) -> SquashedBeta:
+            a, b = self.formulation_head(hidden, pair).split(self.formulation_dim, -1)
+            # Without validation, which reads values on the host.
+            return SquashedBeta(
+                torch.distributions.Beta(1 + F.softplus(a), 1 + F.softplus(b), validate_args=False)
+            )
+
+    trainer.Agent = BetaAgent
+
+
+def formulation_sees_polymer_only(trainer: ModuleType) -> None:
+    """One block of formulation outputs per polymer; the coverage does not choose."""
+
+    class PolymerAgent(trainer.Agent):
+        def formulation_distribution(self, hidden: Tensor, pair: Tensor) -> object:
+            num_coverages = self.coverage_head.out.out_features // self.coverage_head.num_contexts
+            block = pair // num_coverages * num_coverages
+            return super().formulation_distribution(hidden, block)
+
+    trainer.Agent = PolymerAgent
+
+
+def embedded_context(trainer: ModuleType) -> None:
+    """The category as an embedding added to the hidden layer, as appending it one-hot would."""
+
+    class EmbeddingHead(nn.Module):
+        def __init__(self, hidden_dim: int, out_dim: int, *, std: float, num_contexts: int = 1):
+            super().__init__()
+            self.num_contexts = num_contexts
+            self.context = nn.Embedding(num_contexts, hidden_dim)
+            self.out = trainer.layer_init(nn.Linear(hidden_dim, out_dim), std)
+
+        def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+            if self.num_contexts > 1:
+                hidden = hidden + self.context(context)
+            return self.out(hidden.relu())
+
+    trainer.Head = EmbeddingHead
+
+
+def decaying_entropy(trainer: ModuleType) -> None:
+    """Entropy coefficient from its initial value to zero, linearly."""
+    plain, updates = trainer.update, iter(range(10**9))
+
+    def update(agent: object, optimizer: object, batch: object, args: object, *rest: object):
+        left = 1.0 - next(updates) / args.num_iterations
+        args = dataclasses.replace(args, ent_coef=args.ent_coef * left)
+        return plain(agent, optimizer, batch, args, *rest)
+
+    trainer.update = update
+
+
+def batch_advantages(trainer: ModuleType) -> None:
+    """Advantages normalised once over the whole batch."""
+    plain, normalize = trainer.rollout, trainer.normalize_advantage
+
+    def rollout(*args: object) -> tuple:
+        obs, batch, told = plain(*args)
+        return obs, batch._replace(advantage=normalize(batch.advantage)), told
+
+    trainer.rollout = rollout
+    trainer.normalize_advantage = lambda advantage: advantage
+
+
+def scaled_advantages(trainer: ModuleType) -> None:
+    """Advantages in units of the untrained policy's returns, and no other normalisation."""
+    plain = trainer.rollout
+
+    def rollout(envs: object, agent: object, *args: object) -> tuple:
+        obs, batch, told = plain(envs, agent, *args)
+        if agent.return_std == 1.0:  # first iteration
+            agent.set_return_scale(batch.returns)
+        return obs, batch._replace(advantage=batch.advantage / agent.return_std), told
+
+    trainer.rollout = rollout
+    trainer.normalize_advantage = lambda advantage: advantage
+
+
+def raw_value_targets(trainer: ModuleType) -> None:
+    """The critic in units of the reward, which spans about -6 to 41."""
+    trainer.Agent.set_return_scale = lambda self, returns: None
+
+
+VARIANTS = {
+    "default": Variant(),
+    "factored heads": Variant(("--policy", "factored")),
+    "formulation sees polymer, not coverage": Variant(patch=formulation_sees_polymer_only),
+    "heads see the category as an added embedding": Variant(patch=embedded_context),
+    "one learned spread per polymer and coverage": Variant(("--no-state-std",)),
+    "factored heads, one learned spread": Variant(("--policy", "factored", "--no-state-std")),
+    "Beta distribution": Variant(patch=beta_distribution),
+    "entropy coefficient 0": Variant(("--ent-coef", "0")),
+    "entropy coefficient 0.03": Variant(("--ent-coef", "0.03")),
+    "entropy coefficient decays to 0": Variant(patch=decaying_entropy),
+    "advantages normalised per batch": Variant(patch=batch_advantages),
+    "advantages scaled, not normalised": Variant(patch=scaled_advantages),
+    "value targets in raw units": Variant(patch=raw_value_targets),
+    "width 128": Variant(("--hidden-dim", "128")),
+    "width 512": Variant(("--hidden-dim", "512")),
+    "no limit margin": Variant(("--limit-margin", "0")),
+    "0.6 M samples": Variant(("--num-iterations", "15")),
+    "2.4 M samples": Variant(("--num-iterations", "60")),
+}
+
+FIGURES = (
+    "train_deterministic_reward",
+    "train_fraction_of_oracle",
+    "holdout_deterministic_reward",
+    "holdout_regret",
+    "holdout_regret_p95",
+    "holdout_fraction_of_oracle",
+    "train_deterministic_limit_breach_rate",
+    "holdout_deterministic_limit_breach_rate",
+    "mean_reward",
+    "samples",
+    "wall_seconds",
+)
+
+
+def load_trainer() -> ModuleType:
+    """The trainer as a module of its own."""
+    spec = importlib.util.spec_from_file_location("ppo_hybrid", TRAINER)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["ppo_hybrid"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def work(name: str, seed: int, folder: Path) -> int:
+    """Train one variant in this process; returns the trainer's exit code."""
+    trainer, variant = load_trainer(), VARIANTS[name]
+    if variant.patch:
+        variant.patch(trainer)
+    flags = ["--preset", "quick", "--seed", str(seed), "--output-dir", str(folder / "run")]
+    return trainer.main([*flags, *variant.flags])
+
+
+def run(name: str, seed: int, oracle_dir: Path) -> dict[str, object]:
+    """Figures of one run, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        # The oracle's results lie beside a run; every run shares one folder of them.
+        Path(folder, "oracle").symlink_to(oracle_dir)
+        command = [sys.executable, __file__, "--work", name, str(seed), folder]
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+        )
+        output = Path(folder, "run")
+        summary = json.loads((output / "summary.json").read_text())
+        metrics = pd.read_csv(output / "metrics.csv")
+        if (name, seed) == ("default", 1):
+            for picture in ("learning_curve", "policy_selection"):
+                shutil.copy(output / f"{picture}.png", RESULTS / f"quick_{picture}.png")
+    reached = metrics.loc[metrics["train_deterministic_reward"] >= MILESTONE_REWARD, "global_step"]
+    figures = {key: summary[key] for key in FIGURES}
+    return figures | {MILESTONE: reached.min() if len(reached) else math.nan}
+
+
+def table(rows: pd.DataFrame) -> str:
+    """The table of the means over the seeds, with the spread of the regret."""
+    threads = "one thread each, two at a time"
+    lines = [
+        "Quick preset, one change at a time; mean over the seeds, ± standard deviation for the "
+        f"regret; CPU, {threads}; made by `benchmark/learning_quality.py`.",
+        "",
+        "| variant | seeds | training cohort | held out | of oracle, held out | regret, held out "
+        "| 95th percentile | breaks a limit, held out | breaks a limit, training "
+        "| samples to 29.2 | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, group in rows.groupby("variant", sort=False):
+        mean = group.mean(numeric_only=True)
+        reached = group[MILESTONE].notna().all()
+        lines.append(
+            f"| {name} | {len(group)} | {mean['train_deterministic_reward']:.2f} "
+            f"| {mean['holdout_deterministic_reward']:.2f} "
+            f"| {100 * mean['holdout_fraction_of_oracle']:.2f} % "
+            f"| {mean['holdout_regret']:.3f} ± {group['holdout_regret'].std():.3f} "
+            f"| {mean['holdout_regret_p95']:.2f} "
+            f"| {100 * mean['holdout_deterministic_limit_breach_rate']:.2f} % "
+            f"| {100 * mean['train_deterministic_limit_breach_rate']:.2f} % "
+            + (f"| {group[MILESTONE].max() / 1e6:.2f} M " if reached else "| not always ")
+            + f"| {mean['wall_seconds']:.0f} |"
+        )
+    lines += [
+        "",
+        "Samples to 29.2: of the slowest seed, until the deterministic policy's mean reward on the "
+        "training cohort first reached the source's final mean, measured after each iteration.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Run what the table lacks and write it again."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that the table holds")
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        name, seed, folder = args.work
+        sys.exit(work(name, int(seed), Path(folder)))
+
+    path = RESULTS / "learning_quality.csv"
+    trainer = hashlib.sha256(TRAINER.read_bytes()).hexdigest()[:12]
+    rows = []
+    if path.exists() and not args.fresh:
+        rows = [row for row in pd.read_csv(path).to_dict("records") if row["trainer"] == trainer]
+    done = {(row["variant"], row["seed"]) for row in rows}
+    jobs = [(v, s) for s in args.seeds for v in args.variants if (v, s) not in done]
+    order = list(VARIANTS)
+    with (
+        tempfile.TemporaryDirectory() as oracle_dir,
+        ThreadPoolExecutor(args.processes) as pool,
+        tqdm(total=len(jobs), unit="run") as bar,
+    ):
+        # The first run searches, alone; the others find its results.
+        first, rest = jobs[:1], jobs[1:]
+
+        def finish(job: tuple[str, int]) -> None:
+            figures = run(*job, Path(oracle_dir))
+            rows.append({"variant": job[0], "seed": job[1], "trainer": trainer} | figures)
+            rows.sort(key=lambda row: (order.index(row["variant"]), row["seed"]))
+            frame = pd.DataFrame(rows)
+            write_atomically(path, frame.to_csv(index=False).encode())
+            write_atomically(path.with_suffix(".md"), table(frame).encode())
+            bar.update()
+
+        for job in first:
+            finish(job)
+        list(pool.map(finish, rest))
+    print(table(pd.DataFrame(rows)))
+
+
+if __name__ == "__main__":
+    main()
