@@ -384,3 +384,13 @@ def test_step_reads_nothing_on_the_host():
     here = leaves(episode_step(state, design, params, MechanisticModel()))
     assert all(value.is_meta for value in there)
     assert [(v.shape, v.dtype) for v in there] == [(v.shape, v.dtype) for v in here]
+
+
+def test_tightened_limits_move_to_the_safe_side_and_nothing_else_changes():
+    config = RewardConfig(toxicity_limit=0.2, novelty_bonus=0.3)
+    tight = config.tightened(0.05)
+    assert tight.toxicity_limit == pytest.approx(0.15)
+    assert tight.integrity_limit == pytest.approx(0.85)
+    assert tight.fibrosis_limit == pytest.approx(0.15)
+    limits = ("toxicity_limit", "integrity_limit", "fibrosis_limit")
+    assert replace(tight, **{name: getattr(config, name) for name in limits}) == config
