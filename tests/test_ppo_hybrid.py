@@ -166,7 +166,8 @@ def test_squashed_logprob_of_a_standard_normal_at_zero_is_known():
     zeros = torch.zeros(1, 4, dtype=torch.float64)
     # density 1/sqrt(2 pi) per dimension and d tanh(0)/du = 1
     expected = -2.0 * math.log(2.0 * math.pi)
-    assert ppo.squashed_normal_logprob(zeros, zeros, zeros).item() == pytest.approx(expected)
+    normal = ppo.SquashedNormal(zeros, zeros, torch.zeros(2, 1))
+    assert normal.logprob(zeros).item() == pytest.approx(expected)
 
 
 def test_squashed_logprob_matches_the_transformed_distribution_of_torch():
@@ -177,7 +178,8 @@ def test_squashed_logprob_matches_the_transformed_distribution_of_torch():
     transform = torch.distributions.TanhTransform(cache_size=1)
     reference = torch.distributions.TransformedDistribution(normal, transform)
     expected = reference.log_prob(transform(u)).sum(-1)
-    torch.testing.assert_close(ppo.squashed_normal_logprob(u, mean, log_std), expected)
+    normal = ppo.SquashedNormal(mean, log_std, torch.zeros(2, 1))
+    torch.testing.assert_close(normal.logprob(u), expected)
 
 
 def test_log_jacobian_stays_finite_where_tanh_saturates():
@@ -220,7 +222,7 @@ def test_only_the_autoregressive_formulation_depends_on_polymer_and_coverage(hea
         agent = make_agent(policy)
         with torch.no_grad():
             hidden = agent.head_inputs(obs)[1]
-            mean, _ = agent.formulation_normal(hidden, polymer_id * 4 + coverage)
+            mean = agent.formulation_distribution(hidden, polymer_id * 4 + coverage).mean
             logprob = agent(obs, ppo.HybridAction(polymer_id, presquash, coverage)).logprob
             logprob -= agent.polymer_head(agent.head_inputs(obs)[0]).log_softmax(-1)[0, polymer_id]
         assert bool((mean.std(0) > 1e-4).all()) is differs
@@ -233,7 +235,7 @@ def test_spread_of_the_formulation_depends_on_the_state_only_if_asked_to():
     for state_std in (False, True):
         agent = make_agent(state_std=state_std)
         with torch.no_grad():
-            log_std = agent.formulation_normal(agent.head_inputs(obs)[1], polymer_id)[1]
+            log_std = agent.formulation_distribution(agent.head_inputs(obs)[1], polymer_id).log_std
         assert log_std.shape == (16, 4)
         assert bool((log_std.std(0) > 1e-4).all()) is state_std
 
@@ -256,12 +258,10 @@ def test_joint_logprob_is_the_sum_over_the_heads(state_std):
         output = agent(obs, generator=torch.Generator().manual_seed(2))
         polymer = torch.distributions.Categorical(logits=agent.polymer_head(polymer_in))
         coverage = torch.distributions.Categorical(logits=agent.coverage_head(coverage_in))
-        formulation = ppo.squashed_normal_logprob(
-            output.action.presquash, *agent.formulation_normal(formulation_in, None)
-        )
+        formulation = agent.formulation_distribution(formulation_in, None)
     expected = (
         polymer.log_prob(output.action.polymer_id)
-        + formulation
+        + formulation.logprob(output.action.presquash)
         + coverage.log_prob(output.action.coverage)
     )
     torch.testing.assert_close(output.logprob, expected)
