@@ -10,8 +10,11 @@ outcomes, in the symbols given beside each step. Only the ratio of border-zone t
 enters, so cohorts on different absolute stress scales can be used; GLS and the volumes do not
 enter at all. Everything is smooth apart from the clips.
 
-Grades beside the constants: A read in the study's abstract, B secondary source, C from memory of
-the literature, D assumption. "form" is the shape of the equation, as against its numbers.
+Every constant carries the grade of its number: A read in the study's abstract, B secondary source,
+C from memory of the literature, D assumption, also one chosen within a published range.
+"definition" is no belief: the threshold of a label, a guard or limit, or the unit in which other
+constants are expressed. A grade in a comment is that of the form, the sign or the range; "form" is
+the shape of the equation, as against its numbers.
 
 References:
     [Anker2015] AUGMENT-HF. Eur Heart J 2015. PMC4561351.
@@ -47,8 +50,8 @@ References:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +61,12 @@ from hydrogel_gym.polymers import PolymerTable, load_polymers
 from hydrogel_gym.spaces import COVERAGE_FRACTIONS, Outcomes
 
 OutcomeScale = Literal["source", "literature"]
+Grade = Literal["A", "B", "C", "D", "definition"]
+
+
+def graded(grade: Grade, default: float) -> Any:
+    """Field of `MechanisticParams` with a default, and the grade of that number."""
+    return field(default=default, metadata={"grade": grade})
 
 
 @dataclass(frozen=True)
@@ -66,157 +75,171 @@ class MechanisticParams:
 
     Names end in the unit; `_ln` is a difference of natural logarithms, `_pp` percentage points of
     LVEF. The rest are dimensionless. A comment line holds for the constants below it, as far as
-    the next blank line; a comment at the end of a line for that constant.
+    the next blank line; a comment at the end of a line for that constant. `names_graded("D")`
+    lists the assumptions.
     """
 
-    # Feasibility: how far outside its window a polymer is asked to be. D: tolerance of one width.
-    stiffness_mismatch_width_ln: float = 0.6
-    half_life_mismatch_width_ln: float = 0.8
-    conductivity_mismatch_width_s_per_m: float = 0.5
-    efficacy_floor: float = 0.6  # D: batch variability outside the window costs at most 40 %
+    # Feasibility: how far outside its window a polymer is asked to be; tolerance of one width.
+    stiffness_mismatch_width_ln: float = graded("D", 0.6)
+    half_life_mismatch_width_ln: float = graded("D", 0.8)
+    conductivity_mismatch_width_s_per_m: float = graded("D", 0.5)
+    efficacy_floor: float = graded("D", 0.6)  # batch variability outside costs at most 40 %
 
     # Groups.
-    reference_youngs_modulus_kpa: float = (
-        15.0  # C: healthy myocardium, 10 to 15 [Berry2006], [Engler2008]
-    )
-    wall_thickness_min_mm: float = 4.0  # lower limit of the cohort; [Shah2013] thinned wall, A
-    wall_thickness_max_mm: float = 14.0  # D: thicker is no post-infarction wall
-    coverage_saturation: float = 2.2  # D; that extent matters: [Patch2005], A
-    reference_bz_pct: float = 13.5  # mean of the virtual cohort; D
-    bz_share_min: float = 0.3  # D
-    bz_share_max: float = 1.4  # D
-    healing_window_days: float = 56.0  # mean support over 8 weeks; form D, fit [Tous2011], A
+    reference_youngs_modulus_kpa: float = graded("C", 15.0)  # healthy: [Berry2006], [Engler2008]
+    wall_thickness_min_mm: float = graded("definition", 4.0)  # of the cohort; [Shah2013] thinned, A
+    wall_thickness_max_mm: float = graded("D", 14.0)  # thicker is no post-infarction wall
+    coverage_saturation: float = graded("D", 2.2)  # that extent matters: [Patch2005], A
+    reference_bz_pct: float = graded("D", 13.5)  # mean of the virtual cohort
+    bz_share_min: float = graded("D", 0.3)
+    bz_share_max: float = graded("D", 1.4)
+    healing_window_days: float = graded("A", 56.0)  # mean support over 8 weeks [Tous2011]; form D
 
-    # Load index: stiffness x thickness [Wall2006], [Li2020] (B, C), coverage share D.
-    load_scar_share: float = 0.60
-    reference_cohesion: float = 0.93  # D: middle of the polymer table
-    cohesion_exponent: float = 2.0  # D
+    # Load index: stiffness x thickness [Wall2006], [Li2020] (B, C). The reference cohesion is the
+    # middle of the polymer table.
+    load_scar_share: float = graded("D", 0.60)
+    reference_cohesion: float = graded("definition", 0.93)
+    cohesion_exponent: float = graded("D", 2.0)
 
-    # Need: stress must be raised to be lowered (acute stage of [Miller2013], A); numbers D.
-    need_scale: float = 0.6
-    need_reference_stress_concentration: float = 1.87  # mean of the virtual cohort
-    need_min: float = 0.5
-    need_max: float = 1.25
+    # Need: stress must be raised to be lowered (acute stage of [Miller2013], A). It is 1 at the
+    # reference, the mean of the virtual cohort.
+    need_scale: float = graded("D", 0.6)
+    need_reference_stress_concentration: float = graded("definition", 1.87)
+    need_min: float = graded("D", 0.5)
+    need_max: float = graded("D", 1.25)
 
     # Stress relief: 8 to 10 % [Miller2013], 14 to 26 % [Kichula2014], about 20 % [Wall2006], below
-    # the 50 % of the stiffer gel of [Rodell2016]. Range A, shape D.
-    stress_relief_max_pct: float = 45.0
-    load_half_saturation: float = 0.42
+    # the 50 % of the stiffer gel of [Rodell2016]. Range A, form D.
+    stress_relief_max_pct: float = graded("D", 45.0)
+    load_half_saturation: float = graded("D", 0.42)
 
     # Mechanical gain: saturating, for relief alone does not restore contractility [Sun2010],
-    # [Fomovsky2011], [Rane2011]. Range B, numbers D.
-    mechanical_gain_max_pp: float = 5.2
-    mechanical_gain_scale_pct: float = 16.0
+    # [Fomovsky2011], [Rane2011]. Range B.
+    mechanical_gain_max_pp: float = graded("D", 5.2)
+    mechanical_gain_scale_pct: float = graded("D", 16.0)
 
-    # Biological gain: neither gone in days nor permanent [Rane2011], [Tous2011]; numbers D.
-    biological_gain_max_pp: float = 4.4
-    bz_spread_floor: float = 0.40
-    best_half_life_intercept_days: float = 10.0
-    best_half_life_slope_days_per_scar_pct: float = 2.8  # D: larger scars heal more slowly
-    half_life_width_ln: float = 0.6
+    # Biological gain: neither gone in days nor permanent [Rane2011], [Tous2011].
+    biological_gain_max_pp: float = graded("D", 4.4)
+    bz_spread_floor: float = graded("D", 0.40)
+    best_half_life_intercept_days: float = graded("D", 10.0)
+    best_half_life_slope_days_per_scar_pct: float = graded("D", 2.8)  # larger scars heal slower
+    half_life_width_ln: float = graded("D", 0.6)
 
-    # Thickness factor: bulk against diffusion limits, [Vunjak2010], B, C; numbers D.
-    thickness_half_saturation_mm: float = 0.5
-    thickness_inhibition_mm: float = 4.0
-    thickness_inhibition_exponent: int = 3
-    thickness_norm: float = 0.65
-    thickness_factor_max: float = 1.1
+    # Thickness factor: bulk against diffusion limits, [Vunjak2010], B, C.
+    thickness_half_saturation_mm: float = graded("D", 0.5)
+    thickness_inhibition_mm: float = graded("D", 4.0)
+    thickness_inhibition_exponent: int = graded("D", 3)
+    thickness_norm: float = graded("definition", 0.65)
+    thickness_factor_max: float = graded("D", 1.1)
 
     # Electrical gain: [He2020], [Cui2018], A; half-saturated at the native longitudinal
-    # conductivity, 0.174 S/m [Niederer2011], C. Full at the reference conductivity. Maximum D.
-    electrical_gain_max_pp: float = 2.2
-    conductivity_half_saturation_s_per_m: float = 0.15
-    reference_conductivity_s_per_m: float = 1.0
+    # conductivity, 0.174 S/m [Niederer2011]. Full at the reference conductivity, the upper end of
+    # the action space.
+    electrical_gain_max_pp: float = graded("D", 2.2)
+    conductivity_half_saturation_s_per_m: float = graded("C", 0.15)
+    reference_conductivity_s_per_m: float = graded("definition", 1.0)
 
-    # Responder weights: patients differ in what limits them. Centres and widths are near the mean
-    # and deviation of the virtual cohort; that viable wall leaves more to rescue: [ORegan2012],
-    # [Shah2013], A. Form and numbers D.
-    responder_total: float = 3.0
-    responder_sharpness: float = 1.4
-    responder_limit: float = 2.5
-    responder_stress_concentration_center: float = 1.85
-    responder_stress_concentration_width: float = 0.35
-    responder_transmurality_center: float = 0.53
-    responder_transmurality_width: float = 0.14
-    responder_bz_width_pct: float = 4.3
+    # Responder weights: patients differ in what limits them. The total makes the mean weight 1.
+    # Centres and widths are near the mean and deviation of the virtual cohort; that viable wall
+    # leaves more to rescue: [ORegan2012], [Shah2013], A. Form D.
+    responder_total: float = graded("definition", 3.0)
+    responder_sharpness: float = graded("D", 1.4)
+    responder_limit: float = graded("D", 2.5)
+    responder_stress_concentration_center: float = graded("D", 1.85)
+    responder_stress_concentration_width: float = graded("D", 0.35)
+    responder_transmurality_center: float = graded("D", 0.53)
+    responder_transmurality_width: float = graded("D", 0.14)
+    responder_bz_width_pct: float = graded("D", 4.3)
 
     # Headroom: low LVEF and viable tissue gain more [Cureus2020], [Shah2013]; sign A, form D.
-    headroom_lvef_ceiling_pct: float = 58.0  # D: near the healthy mean of 63
-    headroom_lvef_scale_pct: float = 15.0
-    headroom_bz_half_pct: float = 5.0
-    headroom_scar_limit_pct: float = 60.0
-    headroom_norm: float = 0.49  # about 1 for the median virtual patient
-    headroom_exponent: float = 0.6
-    headroom_floor: float = 1e-6  # keeps the power differentiable where nothing is left to gain
+    headroom_lvef_ceiling_pct: float = graded("D", 58.0)  # near the healthy mean of 63
+    headroom_lvef_scale_pct: float = graded("D", 15.0)
+    headroom_bz_half_pct: float = graded("D", 5.0)
+    headroom_scar_limit_pct: float = graded("D", 60.0)
+    headroom_norm: float = graded("definition", 0.49)  # about 1 for the median virtual patient
+    headroom_exponent: float = graded("D", 0.6)
+    # Keeps the power differentiable where nothing is left to gain.
+    headroom_floor: float = graded("definition", 1e-6)
 
     # Filling restriction: [Fomovsky2011], [Lin2019], [Sayut2025], stroke-volume peak of
-    # [Restraint2013]; sign A, numbers D.
-    restriction_max_pp: float = 7.0
-    restriction_slope_pp: float = 0.72
-    restriction_threshold: float = 0.16
-    restriction_width: float = 0.06
+    # [Restraint2013]; sign A.
+    restriction_max_pp: float = graded("D", 7.0)
+    restriction_slope_pp: float = graded("D", 0.72)
+    restriction_threshold: float = graded("D", 0.16)
+    restriction_width: float = graded("D", 0.06)
 
     # Toxicity: quadratic onset, then saturation ([Chen2019] safe dose; [Noshadi2017], [Ye2020] on
-    # fillers); form and numbers D.
-    toxicity_base_floor: float = 0.7
-    toxicity_base_slope: float = 0.6
-    toxicity_reference_dose_mm: float = 0.9  # treated share x thickness
-    toxicity_filler_floor: float = 0.6
-    toxicity_filler_slope: float = 0.4
-    toxicity_reference_thickness_mm: float = 3.0
+    # fillers); form D. The slopes are per reference.
+    toxicity_base_floor: float = graded("D", 0.7)
+    toxicity_base_slope: float = graded("D", 0.6)
+    toxicity_reference_dose_mm: float = graded("definition", 0.9)  # treated share x thickness
+    toxicity_filler_floor: float = graded("D", 0.6)
+    toxicity_filler_slope: float = graded("D", 0.4)
+    toxicity_reference_thickness_mm: float = graded("definition", 3.0)
 
     # Fibrosis: persistence x foreign-body tendency, stiffness ([Blakney2012], extrapolated from
-    # far stiffer gels), thickness, filler, by-products of a burst; D. The scales are the upper
-    # ends of the action space.
-    fibrosis_baseline: float = 0.02
-    fibrosis_persistence: float = 0.22
-    fibrosis_half_life_scale_days: float = 180.0
-    fibrosis_stiffness: float = 0.07
-    fibrosis_stiffness_scale_kpa: float = 30.0
-    fibrosis_thickness: float = 0.06
-    fibrosis_thickness_scale_mm: float = 5.0
-    fibrosis_filler_per_s_per_m: float = 0.04
-    fibrosis_burst: float = 0.05
-    fibrosis_burst_scale_days: float = 10.0
+    # far stiffer gels), thickness, filler, by-products of a burst. Three of the scales are the
+    # upper ends of the action space.
+    fibrosis_baseline: float = graded("D", 0.02)
+    fibrosis_persistence: float = graded("D", 0.22)
+    fibrosis_half_life_scale_days: float = graded("definition", 180.0)
+    fibrosis_stiffness: float = graded("D", 0.07)
+    fibrosis_stiffness_scale_kpa: float = graded("definition", 30.0)
+    fibrosis_thickness: float = graded("D", 0.06)
+    fibrosis_thickness_scale_mm: float = graded("definition", 5.0)
+    fibrosis_filler_per_s_per_m: float = graded("D", 0.04)
+    fibrosis_burst: float = graded("D", 0.05)
+    fibrosis_burst_scale_days: float = graded("D", 10.0)
 
-    # Harm feedback on function; D.
-    harm_toxicity_slope_pp: float = 0.24
-    harm_toxicity_threshold: float = 0.12
-    harm_fibrosis_slope_pp: float = 0.18
-    harm_fibrosis_threshold: float = 0.18
-    harm_width: float = 0.03
+    # Harm feedback on function.
+    harm_toxicity_slope_pp: float = graded("D", 0.24)
+    harm_toxicity_threshold: float = graded("D", 0.12)
+    harm_fibrosis_slope_pp: float = graded("D", 0.18)
+    harm_fibrosis_threshold: float = graded("D", 0.18)
+    harm_width: float = graded("D", 0.03)
 
     # Integrity: retention at 28 days; very soft gels leak, stiff ends of a window are brittle,
-    # thick patches delaminate, high stress tears; D.
-    integrity_cohesion_gain: float = 1.04
-    integrity_loss_degraded: float = 0.35
-    integrity_window_days: float = 28.0
-    integrity_loss_soft: float = 0.10
-    integrity_soft_scale_kpa: float = 8.0
-    integrity_loss_brittle: float = 0.0096
-    integrity_brittle_threshold: float = 0.85
-    integrity_brittle_width: float = 0.08
-    integrity_loss_thick: float = 0.025
-    integrity_thick_threshold_mm: float = 3.5
-    integrity_thick_width_mm: float = 0.5
-    integrity_loss_stress: float = 0.04
-    integrity_stress_concentration_threshold: float = 1.8
-    integrity_loss_infeasible: float = 0.25
+    # thick patches delaminate, high stress tears.
+    integrity_cohesion_gain: float = graded("D", 1.04)
+    integrity_loss_degraded: float = graded("D", 0.35)
+    integrity_window_days: float = graded("D", 28.0)
+    integrity_loss_soft: float = graded("D", 0.10)
+    integrity_soft_scale_kpa: float = graded("D", 8.0)
+    integrity_loss_brittle: float = graded("D", 0.0096)
+    integrity_brittle_threshold: float = graded("D", 0.85)
+    integrity_brittle_width: float = graded("D", 0.08)
+    integrity_loss_thick: float = graded("D", 0.025)
+    integrity_thick_threshold_mm: float = graded("D", 3.5)
+    integrity_thick_width_mm: float = graded("D", 0.5)
+    integrity_loss_stress: float = graded("D", 0.04)
+    integrity_stress_concentration_threshold: float = graded("D", 1.8)
+    integrity_loss_infeasible: float = graded("D", 0.25)
 
     # Change in LVEF. The gain is the one constant that is neither physiology nor evidence: 1.75
     # puts the model on the scale of the reward table of [Potluri2026]; 1 leaves a very good design
     # at about +6 points, in line with animal work and above what any controlled trial has shown.
-    source_gain: float = 1.75
-    literature_gain: float = 1.0
-    coverage_cost_pp: float = 0.5  # D: procedure; [Anker2015] 30-day mortality 8.6 %, A
-    delta_ef_max_pp: float = 14.0
-    delta_ef_loss_max_pp: float = 1.0
+    source_gain: float = graded("definition", 1.75)
+    literature_gain: float = graded("definition", 1.0)
+    coverage_cost_pp: float = graded("D", 0.5)  # procedure; [Anker2015] 30-day mortality 8.6 %
+    delta_ef_max_pp: float = graded("D", 14.0)
+    delta_ef_loss_max_pp: float = graded("D", 1.0)
 
-    # Optimal: thresholds of the Stage-1 label of [Potluri2026]; widths D.
-    optimal_delta_ef_pp: float = 3.0
-    optimal_delta_ef_width_pp: float = 0.5
-    optimal_stress_reduction_pct: float = 15.0
-    optimal_stress_reduction_width_pct: float = 2.0
+    # Optimal: thresholds of the Stage-1 label of [Potluri2026], made soft.
+    optimal_delta_ef_pp: float = graded("definition", 3.0)
+    optimal_delta_ef_width_pp: float = graded("D", 0.5)
+    optimal_stress_reduction_pct: float = graded("definition", 15.0)
+    optimal_stress_reduction_width_pct: float = graded("D", 2.0)
+
+    @classmethod
+    def names_graded(cls, grade: Grade) -> tuple[str, ...]:
+        """Constants whose number has this grade, in the order of the class.
+
+        Raises:
+            ValueError: there is no such grade.
+        """
+        if grade not in get_args(Grade):
+            raise ValueError(f"grade is {grade!r}; allowed: {get_args(Grade)}")
+        return tuple(item.name for item in fields(cls) if item.metadata["grade"] == grade)
 
     @property
     def need_norm(self) -> float:
