@@ -58,6 +58,7 @@ def agent(trainer):
         formulation_low=FORMULATION_LOW.tolist(),
         formulation_high=FORMULATION_HIGH.tolist(),
         policy="autoregressive",
+        state_std=True,
         hidden_dim=16,
     )
     # Away from the near-uniform initial policy, so that patients get different designs.
