@@ -43,10 +43,11 @@ MILESTONE = "samples_to_29.2"
 
 
 class Variant(NamedTuple):
-    """Flags on top of the quick preset, and a change to the trainer's module before it runs."""
+    """Flags on top of a preset, and a change to the trainer's module before it runs."""
 
     flags: tuple[str, ...] = ()
     patch: Callable[[ModuleType], None] | None = None
+    preset: str = "quick"
 
 
 # Replacements
@@ -86,8 +87,10 @@ def beta_distribution(trainer: ModuleType) -> None:
     """Beta instead of a squashed Gaussian; concentrations are 1 + softplus of the outputs."""
 
     class BetaAgent(trainer.Agent):
-        def formulation_distribution(self, hidden: Tensor, pair: Tensor) -> SquashedBeta:
-            a, b = self.formulation_head(hidden, pair).split(self.formulation_dim, -1)
+        def formulation_distribution(
+            self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
+        ) -> SquashedBeta:
+            a, b = self.formulation_head(hidden, polymer_id).split(self.formulation_dim, -1)
             # Without validation, which reads values on the host.
             return SquashedBeta(
                 torch.distributions.Beta(1 + F.softplus(a), 1 + F.softplus(b), validate_args=False)
@@ -96,16 +99,24 @@ def beta_distribution(trainer: ModuleType) -> None:
     trainer.Agent = BetaAgent
 
 
-def formulation_sees_polymer_only(trainer: ModuleType) -> None:
-    """One block of formulation outputs per polymer; the coverage does not choose."""
+def formulation_sees_coverage(trainer: ModuleType) -> None:
+    """A block of formulation outputs for each pair of polymer and coverage."""
 
-    class PolymerAgent(trainer.Agent):
-        def formulation_distribution(self, hidden: Tensor, pair: Tensor) -> object:
-            num_coverages = self.coverage_head.out.out_features // self.coverage_head.num_contexts
-            block = pair // num_coverages * num_coverages
-            return super().formulation_distribution(hidden, block)
+    class PairAgent(trainer.Agent):
+        def __init__(self, *, num_polymers: int, num_coverages: int, **kwargs: object) -> None:
+            super().__init__(num_polymers=num_polymers, num_coverages=num_coverages, **kwargs)
+            hidden, outputs = trainer.HEAD_WIDTHS[1], 2 * self.formulation_dim
+            pairs = num_polymers * num_coverages
+            self.formulation_head = trainer.Head(hidden, outputs, std=0.01, num_contexts=pairs)
+            self.num_coverages = num_coverages
 
-    trainer.Agent = PolymerAgent
+        def formulation_distribution(
+            self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
+        ) -> object:
+            pair = polymer_id * self.num_coverages + coverage
+            return super().formulation_distribution(hidden, pair, coverage)
+
+    trainer.Agent = PairAgent
 
 
 def embedded_context(trainer: ModuleType) -> None:
@@ -172,9 +183,9 @@ def raw_value_targets(trainer: ModuleType) -> None:
 VARIANTS = {
     "default": Variant(),
     "factored heads": Variant(("--policy", "factored")),
-    "formulation sees polymer, not coverage": Variant(patch=formulation_sees_polymer_only),
+    "formulation sees polymer and coverage": Variant(patch=formulation_sees_coverage),
     "heads see the category as an added embedding": Variant(patch=embedded_context),
-    "one learned spread per polymer and coverage": Variant(("--no-state-std",)),
+    "one learned spread per polymer": Variant(("--no-state-std",)),
     "factored heads, one learned spread": Variant(("--policy", "factored", "--no-state-std")),
     "Beta distribution": Variant(patch=beta_distribution),
     "entropy coefficient 0": Variant(("--ent-coef", "0")),
@@ -183,11 +194,13 @@ VARIANTS = {
     "advantages normalised per batch": Variant(patch=batch_advantages),
     "advantages scaled, not normalised": Variant(patch=scaled_advantages),
     "value targets in raw units": Variant(patch=raw_value_targets),
+    "clipped value loss": Variant(("--clip-vloss",)),
     "width 128": Variant(("--hidden-dim", "128")),
     "width 512": Variant(("--hidden-dim", "512")),
     "no limit margin": Variant(("--limit-margin", "0")),
     "0.6 M samples": Variant(("--num-iterations", "15")),
     "2.4 M samples": Variant(("--num-iterations", "60")),
+    "preset full, 4 M samples": Variant(preset="full"),
 }
 
 FIGURES = (
@@ -219,7 +232,7 @@ def work(name: str, seed: int, folder: Path) -> int:
     trainer, variant = load_trainer(), VARIANTS[name]
     if variant.patch:
         variant.patch(trainer)
-    flags = ["--preset", "quick", "--seed", str(seed), "--output-dir", str(folder / "run")]
+    flags = ["--preset", variant.preset, "--seed", str(seed), "--output-dir", str(folder / "run")]
     return trainer.main([*flags, *variant.flags])
 
 

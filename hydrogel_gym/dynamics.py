@@ -60,13 +60,21 @@ class RewardConfig:
             if not (isinstance(value, Real) and math.isfinite(value)):
                 raise ValueError(f"RewardConfig.{item.name} is {value!r}; allowed: a finite number")
 
-    def tightened(self, margin: float) -> RewardConfig:
-        """The same reward with every safety limit moved to the safe side by `margin`."""
+    def stricter(self, margin: float = 0.0, penalty_scale: float = 1.0) -> RewardConfig:
+        """The same reward with safety limits moved to the safe side and penalties multiplied.
+
+        Args:
+            margin: by how much each limit moves, in its own unit (all run from 0 to 1).
+            penalty_scale: what each safety penalty is multiplied with.
+        """
         return replace(
             self,
             toxicity_limit=self.toxicity_limit - margin,
             integrity_limit=self.integrity_limit + margin,
             fibrosis_limit=self.fibrosis_limit - margin,
+            toxicity_penalty=self.toxicity_penalty * penalty_scale,
+            integrity_penalty=self.integrity_penalty * penalty_scale,
+            fibrosis_penalty=self.fibrosis_penalty * penalty_scale,
         )
 
     @property

@@ -224,7 +224,7 @@ def search(
     num_patients, dim = patients.shape[0], len(FORMULATION_FIELDS)
     generator = torch.Generator().manual_seed(seed)
     low, high = (torch.from_numpy(b).to(device) for b in (FORMULATION_LOW, FORMULATION_HIGH))
-    config = config.tightened(LIMIT_MARGIN)
+    config = config.stricter(LIMIT_MARGIN)
 
     def judge(pairs: Tensor, share: Tensor) -> Tensor:
         """(P, K, N) scores of formulations (P, K, N, 4), shares of the box, for pairs (P, K, 2)."""

@@ -386,11 +386,15 @@ def test_step_reads_nothing_on_the_host():
     assert [(v.shape, v.dtype) for v in there] == [(v.shape, v.dtype) for v in here]
 
 
-def test_tightened_limits_move_to_the_safe_side_and_nothing_else_changes():
-    config = RewardConfig(toxicity_limit=0.2, novelty_bonus=0.3)
-    tight = config.tightened(0.05)
-    assert tight.toxicity_limit == pytest.approx(0.15)
-    assert tight.integrity_limit == pytest.approx(0.85)
-    assert tight.fibrosis_limit == pytest.approx(0.15)
-    limits = ("toxicity_limit", "integrity_limit", "fibrosis_limit")
-    assert replace(tight, **{name: getattr(config, name) for name in limits}) == config
+def test_stricter_reward_moves_limits_to_the_safe_side_and_multiplies_penalties():
+    config = RewardConfig(toxicity_limit=0.2, toxicity_penalty=3.0, novelty_bonus=0.3)
+    strict = config.stricter(margin=0.05, penalty_scale=4.0)
+    assert strict.toxicity_limit == pytest.approx(0.15)
+    assert strict.integrity_limit == pytest.approx(0.85)
+    assert strict.fibrosis_limit == pytest.approx(0.15)
+    penalties = (strict.toxicity_penalty, strict.integrity_penalty, strict.fibrosis_penalty)
+    assert penalties == pytest.approx((12.0, 4.0, 2.0))
+    kinds = ("toxicity", "integrity", "fibrosis")
+    changed = [f"{kind}_{part}" for kind in kinds for part in ("limit", "penalty")]
+    assert replace(strict, **{name: getattr(config, name) for name in changed}) == config
+    assert config.stricter() == config

@@ -124,12 +124,14 @@ class Args:
     patient_assignment: Literal["fixed", "random"] = "fixed"
     """whether an environment keeps its patient or draws one at each reset"""
 
-    limit_margin: float = 0.01
-    """train against safety limits tighter by this; every evaluation keeps the true ones"""
+    limit_margin: float = 0.005
+    """learn from safety limits tighter by this; what is reported keeps the true ones"""
+    penalty_scale: float = 2.0
+    """learn from safety penalties this many times as large; what is reported keeps the true ones"""
 
     # Algorithm
     policy: Policy = "autoregressive"
-    """factored heads, or coverage given the polymer and the formulation given both"""
+    """factored heads, or coverage and formulation conditioned on the sampled polymer"""
     state_std: bool = True
     """spread of the formulation from the state, or one learned spread per context"""
     hidden_dim: int = 256
@@ -168,7 +170,7 @@ class Args:
 
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself holds the source's numbers; its network has independent heads.
-    "source": dict(policy="factored", state_std=False, limit_margin=0.0),
+    "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
     "quick": dict(
         num_iterations=30,
         num_steps=20,
@@ -177,7 +179,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         learning_rate=1e-3,
     ),
     "full": dict(
-        num_iterations=100,
+        num_iterations=50,
         num_steps=40,
         num_epochs=4,
         learning_rate=1e-3,
@@ -276,8 +278,7 @@ class Agent(nn.Module):
     """Actor-critic of the source's shape: one trunk, a head per action factor, a critic.
 
     The continuous head is a Gaussian squashed by tanh onto the formulation's box. With
-    autoregressive heads, coverage has a block of outputs for each polymer, and the formulation one
-    for each pair of polymer and coverage.
+    autoregressive heads, coverage and formulation have a block of outputs for each polymer.
     Observations are normalised by fixed buffers, and the critic works in units of the return's
     standard deviation; both are saved with the weights.
 
@@ -311,8 +312,7 @@ class Agent(nn.Module):
         self.precision = precision
         self.formulation_dim = len(formulation_low)
         self.autoregressive = policy == "autoregressive"
-        polymers = num_polymers if self.autoregressive else 1
-        pairs = num_polymers * num_coverages if self.autoregressive else 1
+        contexts = num_polymers if self.autoregressive else 1
         self.encoder = nn.Sequential(
             layer_init(nn.Linear(obs_dim, hidden_dim)), nn.LayerNorm(hidden_dim), nn.ReLU()
         )
@@ -328,11 +328,11 @@ class Agent(nn.Module):
         self.polymer_head = Head(polymer, num_polymers, std=0.01)
         # means, then log standard deviations if they depend on the state
         outputs = self.formulation_dim * (2 if state_std else 1)
-        self.formulation_head = Head(formulation, outputs, std=0.01, num_contexts=pairs)
-        self.coverage_head = Head(coverage, num_coverages, std=0.01, num_contexts=polymers)
+        self.formulation_head = Head(formulation, outputs, std=0.01, num_contexts=contexts)
+        self.coverage_head = Head(coverage, num_coverages, std=0.01, num_contexts=contexts)
         self.critic = Head(critic, 1, std=1.0)
         if not state_std:
-            self.formulation_log_std = nn.Parameter(torch.zeros(pairs, self.formulation_dim))
+            self.formulation_log_std = nn.Parameter(torch.zeros(contexts, self.formulation_dim))
 
         self.register_buffer("formulation_low", torch.tensor(formulation_low))
         self.register_buffer("formulation_high", torch.tensor(formulation_high))
@@ -391,8 +391,7 @@ class Agent(nn.Module):
             coverage = choose(coverage_logp, deterministic, generator)
         else:
             coverage = action.coverage
-        pair = polymer_id * coverage_logp.shape[-1] + coverage
-        formulation = self.formulation_distribution(formulation_in, pair)
+        formulation = self.formulation_distribution(formulation_in, polymer_id, coverage)
         if action is None:
             presquash = formulation.median() if deterministic else formulation.sample(generator)
             action = HybridAction(polymer_id, presquash, coverage)
@@ -410,19 +409,22 @@ class Agent(nn.Module):
         )
         return PolicyOutput(action, logprob, entropy, self._value(value_in))
 
-    def formulation_distribution(self, hidden: Tensor, pair: Tensor) -> SquashedNormal:
+    def formulation_distribution(
+        self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
+    ) -> SquashedNormal:
         """Distribution of the formulation.
 
         Args:
             hidden: (B, 128) pre-activation of the head.
-            pair: (B,) polymer and coverage as one index; factored heads do not look at it.
+            polymer_id: (B,); factored heads do not look at it.
+            coverage: (B,); no head looks at it, for a block per coverage too was no better.
         """
-        out = self.formulation_head(hidden, pair)
+        out = self.formulation_head(hidden, polymer_id)
         if self.state_std:
             mean, log_std = out.split(self.formulation_dim, -1)
             return SquashedNormal(mean, log_std.clamp(*LOG_STD_RANGE), self.nodes)
         log_std = self.formulation_log_std
-        log_std = log_std[pair] if self.autoregressive else log_std.expand_as(out)
+        log_std = log_std[polymer_id] if self.autoregressive else log_std.expand_as(out)
         return SquashedNormal(out, log_std, self.nodes)
 
     def to_env(self, action: HybridAction) -> dict[str, Tensor]:
@@ -613,6 +615,7 @@ def rollout(
                 "logprob": output.logprob,
                 "value": output.value,
                 "reward": reward.to(output.value.dtype),
+                "objective": strict_reward(info, reward, args).to(output.value.dtype),
                 "terminated": terminated,
                 "done": done,
                 **{name: at_step(info, name) for name in OUTCOMES_LOGGED},
@@ -628,7 +631,7 @@ def rollout(
         final_values = agent.value(data["final_obs"].flatten(0, 1)).view_as(next_values)
         next_values = torch.where(truncated, final_values, next_values)
     advantages, returns = compute_gae(
-        data["reward"],
+        data["objective"],
         data["value"],
         next_values,
         data["terminated"],
@@ -643,6 +646,23 @@ def rollout(
         *(part.flatten() for part in (data["logprob"], advantages, returns, data["value"])),
     )
     return obs, batch, {name: data[name] for name in ("reward", *OUTCOMES_LOGGED)}
+
+
+def strict_reward(info: dict[str, Any], reward: Tensor, args: Args) -> Tensor:
+    """(B,) what a step is worth to the learner.
+
+    A penalty that starts at a limit leaves a policy indifferent on the wrong side of it, and one
+    that is right on average breaks the limit for half of the patients who are best served close to
+    it. Larger penalties from tighter limits move neither: the best designs break no limit.
+    """
+    if args.limit_margin == 0.0 and args.penalty_scale == 1.0:
+        return reward
+    outcomes = hydrogel_gym.Outcomes(
+        *(at_step(info, name) for name in hydrogel_gym.Outcomes._fields)
+    )
+    is_novel = at_step(info, "reward_novelty") > 0.0
+    config = hydrogel_gym.RewardConfig().stricter(args.limit_margin, args.penalty_scale)
+    return hydrogel_gym.compute_reward(outcomes, is_novel, config)
 
 
 def at_step(info: dict[str, Any], name: str) -> Tensor:
@@ -996,7 +1016,7 @@ def check_args(args: Args) -> None:
         (sizes, "1 or more", lambda x: x >= 1),
         ("seed", "0 or more", lambda x: x >= 0),
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
-        ("vf_coef ent_coef limit_margin", "0 or more", lambda x: 0.0 <= x < math.inf),
+        ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
     ):
         for name in names.split():
@@ -1058,14 +1078,12 @@ def make_envs(
     args: Args, cohort: Any, device: torch.device, *, training: bool = False
 ) -> gym.vector.VectorEnv:
     """Batched environments that return tensors: those to train in, or one per patient to judge."""
-    reward_config = hydrogel_gym.RewardConfig()
     return gym.make_vec(
         args.env_id,
         num_envs=args.num_envs if training else len(cohort),
         cohort=cohort,
         device=str(device),
         horizon=args.horizon,
-        reward_config=reward_config.tightened(args.limit_margin) if training else reward_config,
         patient_assignment=args.patient_assignment if training else "fixed",
         output="torch",
         autoreset_mode="SameStep",
