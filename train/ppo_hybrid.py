@@ -124,7 +124,7 @@ class Args:
     patient_assignment: Literal["fixed", "random"] = "fixed"
     """whether an environment keeps its patient or draws one at each reset"""
 
-    limit_margin: float = 0.005
+    limit_margin: float = 0.01
     """learn from safety limits tighter by this; what is reported keeps the true ones"""
     penalty_scale: float = 2.0
     """learn from safety penalties this many times as large; what is reported keeps the true ones"""
