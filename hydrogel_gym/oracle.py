@@ -173,33 +173,34 @@ def best_designs(
         key = _content_key(cohort, patients, model, config, seed)
         path = Path(cache_dir) / f"oracle-{key[:16]}.parquet"
         if (cached := _read_cache(path, key, len(cohort))) is not None:
-            return _judge(cohort, patients, *cached, model, config)
+            return _result(cohort, patients, *cached, model, config)
 
-    searches = [2 * seed, 2 * seed + 1]
+    chunks: list[tuple[Design, Tensor]] = []
     at_once = PATIENTS_AT_ONCE.get(device.type, PATIENTS_AT_ONCE_ELSEWHERE)
-    found: list[list[Design]] = [[], []]
-    with tqdm(
-        total=len(cohort) * len(searches), desc="oracle", unit="patient", disable=not progress
-    ) as bar:
-        for chunk in patients.split(at_once):
-            for k, search_seed in enumerate(searches):
-                found[k].append(search(chunk, model, config, search_seed))
-                bar.update(len(chunk))
-    first, second = (Design(*map(torch.cat, zip(*designs, strict=True))) for designs in found)
-    gap = torch.zeros(len(cohort))
-    scores = [_judge(cohort, patients, d, gap, model, config).score for d in (first, second)]
-    better = (scores[0] >= scores[1]).to(device)
-    design = Design(
-        *(
-            torch.where(better.view(-1, *[1] * (a.dim() - 1)), a, b)
-            for a, b in zip(first, second, strict=True)
-        )
-    )
-    best = _judge(cohort, patients, design, (scores[0] - scores[1]).abs(), model, config)
+    with tqdm(total=len(cohort), desc="oracle", unit="patient", disable=not progress) as bar:
+        for start in range(0, len(cohort), at_once):
+            rows = slice(start, start + at_once)
+            two = [search(patients[rows], model, config, 2 * seed + k) for k in (0, 1)]
+            ids = cohort.patient_ids[rows]
+            scores = [_judge(ids, patients[rows], design, model, config)[0] for design in two]
+            chunks.append((_better(*two, scores[0] >= scores[1]), (scores[0] - scores[1]).abs()))
+            bar.update(len(ids))
+    designs, gaps = zip(*chunks, strict=True)
+    design = Design(*map(torch.cat, zip(*designs, strict=True)))
+    best = _result(cohort, patients, design, torch.cat(gaps), model, config)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_cache(path, key, best)
     return best
+
+
+def _better(one: Design, other: Design, one_is_better: Tensor) -> Design:
+    columns = one_is_better.unsqueeze(-1)
+    return Design(
+        torch.where(one_is_better, one.polymer_id, other.polymer_id),
+        torch.where(columns, one.formulation, other.formulation),
+        torch.where(one_is_better, one.coverage, other.coverage),
+    )
 
 
 @torch.no_grad()
@@ -228,14 +229,16 @@ def search(
 
     def judge(pairs: Tensor, share: Tensor) -> Tensor:
         """(P, K, N) scores of formulations (P, K, N, 4), shares of the box, for pairs (P, K, 2)."""
+        batch = share.shape[:-1]
+        # One batch dimension, as in the environments: not every model broadcasts.
         outcomes = reward_model(
-            patients[:, None, None, :],
-            pairs[..., None, 0],
-            torch.lerp(low, high, share),
-            pairs[..., None, 1],
+            patients[:, None, None].expand(*batch, -1).reshape(-1, patients.shape[-1]),
+            pairs[..., None, 0].expand(batch).reshape(-1),
+            torch.lerp(low, high, share).reshape(-1, dim),
+            pairs[..., None, 1].expand(batch).reshape(-1),
         )
         score = compute_reward(outcomes, config=config)
-        return torch.where(sum(outcomes).isfinite(), score, torch.inf)
+        return torch.where(sum(outcomes).isfinite(), score, torch.inf).view(batch)
 
     sobol = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(NUM_SOBOL)
     pairs = torch.tensor(PAIRS, device=device).expand(num_patients, -1, -1)
@@ -272,6 +275,32 @@ def search(
 
 @torch.no_grad()
 def _judge(
+    patient_ids: tuple[str, ...],
+    patients: Tensor,
+    design: Design,
+    model: RewardModel,
+    config: RewardConfig,
+) -> tuple[Tensor, Outcomes]:
+    """Score and outcomes of one design per patient, as the environments have them.
+
+    Raises:
+        ValueError: an outcome is not finite; names patient and design.
+    """
+    outcomes = model(patients, *design)
+    bad = ~torch.stack(outcomes).isfinite().all(0)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        predicted = {name: value[row].item() for name, value in outcomes._asdict().items()}
+        raise ValueError(
+            f"the reward model returned {predicted} for patient {patient_ids[row]!r} and the "
+            f"design polymer_id={int(design.polymer_id[row])}, "
+            f"formulation={design.formulation[row].tolist()}, "
+            f"coverage={int(design.coverage[row])}; expected finite outcomes"
+        )
+    return compute_reward(outcomes, config=config), outcomes
+
+
+def _result(
     cohort: Cohort,
     patients: Tensor,
     design: Design,
@@ -279,30 +308,14 @@ def _judge(
     model: RewardModel,
     config: RewardConfig,
 ) -> BestDesigns:
-    """Score one design per patient as the environments do.
-
-    Raises:
-        ValueError: an outcome is not finite; names patient and design.
-    """
     design = Design(*(part.to(patients.device) for part in design))
-    outcomes = model(patients, *design)
-    bad = ~torch.stack(outcomes).isfinite().all(0)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"the reward model returned "
-            f"{ {name: value[row].item() for name, value in outcomes._asdict().items()} } "
-            f"for patient {cohort.patient_ids[row]!r} and the design "
-            f"polymer_id={int(design.polymer_id[row])}, "
-            f"formulation={design.formulation[row].tolist()}, "
-            f"coverage={int(design.coverage[row])}; expected finite outcomes"
-        )
+    score, outcomes = _judge(cohort.patient_ids, patients, design, model, config)
     return BestDesigns(
         cohort.patient_ids,
         Design(*(part.cpu() for part in design)),
-        compute_reward(outcomes, config=config).cpu(),
+        score.cpu(),
         Outcomes(*(value.cpu() for value in outcomes)),
-        seed_gap,
+        seed_gap.cpu(),
     )
 
 

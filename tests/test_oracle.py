@@ -186,6 +186,18 @@ def test_memory_is_bounded_by_the_patients_searched_at_once(cohort, best, mechan
     torch.testing.assert_close(chunked.score, best.score, rtol=0, atol=1e-3)
 
 
+def test_model_sees_one_batch_dimension_as_in_the_environments(three_patients):
+    shapes = set()
+
+    def strict(patient, polymer_id, formulation, coverage):
+        shapes.add((patient.dim(), polymer_id.dim(), formulation.dim(), coverage.dim()))
+        assert len(patient) == len(polymer_id) == len(formulation) == len(coverage)
+        return peaked_model(patient, polymer_id, formulation, coverage)
+
+    best_designs(three_patients, strict)
+    assert shapes == {(2, 1, 2, 1)}
+
+
 def test_calls_of_a_search_are_as_stated(three_patients):
     calls = 0
 
