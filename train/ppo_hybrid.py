@@ -62,6 +62,7 @@ RUN_FILES = (
     "policy_selection.png",
 )
 
+COHORTS = ("train", "holdout")
 YARDSTICK = ("regret", "regret_p95", "fraction_of_oracle")
 SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
 OUTCOMES_LOGGED = (
@@ -1111,12 +1112,14 @@ def judged(args: Args, cohort: Any, device: torch.device, runs_dir: Path) -> Jud
 
 
 def shown_regret(figures: dict[str, Any]) -> dict[str, str]:
-    """What the progress bar tells of the yardstick."""
+    """What the progress bar tells of the yardstick: training / held-out cohort."""
     if figures["holdout_regret"] is None:
         return {}
+    pairs = {name: [figures[f"{cohort}_{name}"] for cohort in COHORTS] for name in YARDSTICK}
     return {
-        "regret": f"{figures['holdout_regret']:.2f} (p95 {figures['holdout_regret_p95']:.2f})",
-        "of oracle": f"{100 * figures['holdout_fraction_of_oracle']:.1f} %",
+        "regret": " / ".join(f"{value:.2f}" for value in pairs["regret"]),
+        "p95": " / ".join(f"{value:.2f}" for value in pairs["regret_p95"]),
+        "of oracle": " / ".join(f"{100 * x:.1f} %" for x in pairs["fraction_of_oracle"]),
     }
 
 
@@ -1138,7 +1141,7 @@ def train(args: Args) -> dict[str, Any]:
     output_dir = prepare_output_dir(args)
     judged_on = {
         name: judged(args, patients, device, output_dir.parent)
-        for name, patients in (("train", cohort), ("holdout", holdout))
+        for name, patients in zip(COHORTS, (cohort, holdout), strict=True)
     }
 
     torch.manual_seed(args.seed)  # initial weights
