@@ -151,18 +151,6 @@ def decaying_entropy(trainer: ModuleType) -> None:
     trainer.update = update
 
 
-def batch_advantages(trainer: ModuleType) -> None:
-    """Advantages normalised once over the whole batch."""
-    plain, normalize = trainer.rollout, trainer.normalize_advantage
-
-    def rollout(*args: object) -> tuple:
-        obs, batch, told = plain(*args)
-        return obs, batch._replace(advantage=normalize(batch.advantage)), told
-
-    trainer.rollout = rollout
-    trainer.normalize_advantage = lambda advantage: advantage
-
-
 def scaled_advantages(trainer: ModuleType) -> None:
     """Advantages in units of the untrained policy's returns, and no other normalisation."""
     plain = trainer.rollout
@@ -197,14 +185,11 @@ CHANGES = {
     "one learned spread per polymer": Variant(("--no-state-std",)),
     "factored heads, one learned spread": Variant(("--policy", "factored", "--no-state-std")),
     "Beta distribution": Variant(patch=beta_distribution),
-    "entropy coefficient 0": Variant(("--ent-coef", "0")),
     "entropy coefficient 0.03": Variant(("--ent-coef", "0.03")),
     "entropy coefficient decays to 0": Variant(patch=decaying_entropy),
-    "advantages normalised per batch": Variant(patch=batch_advantages),
     "advantages scaled, not normalised": Variant(patch=scaled_advantages),
     "value targets in raw units": Variant(patch=raw_value_targets),
     "clipped value loss": Variant(("--clip-vloss",)),
-    "width 128": Variant(("--hidden-dim", "128")),
     "width 512": Variant(("--hidden-dim", "512")),
     "true safety limits and penalties": Variant(TRUE_SAFETY),
 }
