@@ -38,6 +38,7 @@ from hydrogel_gym.oracle import best_designs
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
+ORACLE_CACHE = ROOT / "runs" / "oracle"
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
 MILESTONE_REWARD = 29.2  # the source's final mean reward
 MILESTONE = "samples_to_29.2"
@@ -228,11 +229,11 @@ def work(name: str, seed: int, folder: Path) -> int:
     return trainer.main([*flags, *(SHORT if variant.short else ()), *variant.flags])
 
 
-def run(name: str, seed: int, oracle_dir: Path) -> dict[str, object]:
+def run(name: str, seed: int) -> dict[str, object]:
     """Figures of one run, in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         # The oracle's results lie beside a run; every run shares one folder of them.
-        Path(folder, "oracle").symlink_to(oracle_dir)
+        Path(folder, "oracle").symlink_to(ORACLE_CACHE)
         command = [sys.executable, __file__, "--work", name, str(seed), folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         subprocess.run(
@@ -321,17 +322,14 @@ def main() -> None:
     done = {(row["variant"], row["seed"]) for row in rows}
     jobs = [(v, s) for s in args.seeds for v in args.variants if (v, s) not in done]
     order = list(VARIANTS)
-    with (
-        tempfile.TemporaryDirectory() as oracle_dir,
-        ThreadPoolExecutor(args.processes) as pool,
-        tqdm(total=len(jobs), unit="run") as bar,
-    ):
-        # Before the runs, so that they find its results instead of searching all at once.
-        for cohort in ("train", "holdout"):
-            best_designs(cohort, cache_dir=oracle_dir)
+    torch.set_num_threads(1)
+    # Before the runs, so that they find its results instead of searching all at once.
+    for cohort in ("train", "holdout"):
+        best_designs(cohort, cache_dir=ORACLE_CACHE, progress=True)
+    with ThreadPoolExecutor(args.processes) as pool, tqdm(total=len(jobs), unit="run") as bar:
 
         def finish(job: tuple[str, int]) -> None:
-            figures = run(*job, Path(oracle_dir))
+            figures = run(*job)
             rows.append({"variant": job[0], "seed": job[1]} | figures)
             rows.sort(key=lambda row: (order.index(row["variant"]), row["seed"]))
             frame = pd.DataFrame(rows)
