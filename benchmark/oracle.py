@@ -23,23 +23,27 @@ RESULTS = Path(__file__).parent / "results"
 LIMIT_DISTANCE = 0.002  # of an index from 0 to 1: what counts as lying at a safety limit
 
 
-def share_at_a_limit(best: BestDesigns) -> float:
-    """Share of the best designs that lie just inside a safety limit."""
+def room_to_limits(best: BestDesigns) -> torch.Tensor:
+    """(3, P) distance to each safety limit, negative where it is broken."""
     config, outcomes = RewardConfig(), best.outcomes
-    distance = torch.stack(
+    return torch.stack(
         [
             config.toxicity_limit - outcomes.toxicity_risk,
             outcomes.structural_integrity - config.integrity_limit,
             config.fibrosis_limit - outcomes.fibrosis_risk,
         ]
     )
-    return ((distance >= 0) & (distance < LIMIT_DISTANCE)).any(0).float().mean().item()
+
+
+def share_of_any(mask: torch.Tensor) -> float:
+    """Share of the patients for whom a (3, P) mask holds at least once."""
+    return mask.any(0).float().mean().item()
 
 
 def main() -> None:
     """Search both cohorts under each seed and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     args = parser.parse_args()
     rows = []
     for name in ("train", "holdout"):
@@ -47,6 +51,7 @@ def main() -> None:
         for seed in args.seeds:
             start = time.perf_counter()
             best = best_designs(cohort, seed=seed, progress=True)
+            room = room_to_limits(best)
             rows.append(
                 {
                     "cohort": name,
@@ -55,7 +60,8 @@ def main() -> None:
                     "mean_best_reward": best.score.mean().item(),
                     "agree_within_0.02": (best.seed_gap <= 0.02).float().mean().item(),
                     "largest_gap": best.seed_gap.max().item(),
-                    "at_a_safety_limit": share_at_a_limit(best),
+                    "at_a_safety_limit": share_of_any((room >= 0) & (room < LIMIT_DISTANCE)),
+                    "breaks_a_safety_limit": share_of_any(room < 0),
                     "seconds": time.perf_counter() - start,
                     "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
                     "calls_per_patient": 2 * CALLS_PER_SEARCH,
@@ -70,8 +76,9 @@ def main() -> None:
         "`benchmark/oracle.py`.",
         "",
         "| cohort | patients | mean best reward | the two searches agree within 0.02 | largest gap "
-        "| best designs at a safety limit | seconds (median) | peak memory of the process |",
-        "|---|---|---|---|---|---|---|---|",
+        "| best designs at a safety limit | that break one | seconds (median) "
+        "| peak memory of the process |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, group in table.groupby("cohort", sort=False):
         lines.append(
@@ -80,6 +87,7 @@ def main() -> None:
             f"| {100 * group['agree_within_0.02'].min():.2f} % or more "
             f"| {group['largest_gap'].max():.3f} "
             f"| {100 * group['at_a_safety_limit'].mean():.0f} % "
+            f"| {100 * group['breaks_a_safety_limit'].max():.0f} % "
             f"| {group['seconds'].median():.0f} | {group['peak_memory_mib'].max():,.0f} MiB |"
         )
     write_atomically(RESULTS / "oracle.md", ("\n".join(lines) + "\n").encode())

@@ -25,3 +25,12 @@ def test_readme_links_lead_to_files_of_the_repository():
     targets = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert targets
     assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_readme_tables_of_results_are_rows_that_the_benchmarks_wrote():
+    section = README[README.index("## The oracle") : README.index("## Your own patients")]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    results = (ROOT / "benchmark" / "results").glob("*.md")
+    written = {line for path in results for line in path.read_text().splitlines()}
+    assert len(rows) > 20
+    assert [row for row in rows if row not in written] == []
