@@ -176,6 +176,7 @@ TRUE_SAFETY = ("--limit-margin", "0", "--penalty-scale", "1")
 PRESETS = {
     "quick": Variant(short=False),
     "quick, true safety limits and penalties": Variant(TRUE_SAFETY, short=False),
+    "quick, value targets in raw units": Variant(patch=raw_value_targets, short=False),
     "full": Variant(preset="full", short=False),
 }
 CHANGES = {
