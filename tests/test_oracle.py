@@ -272,9 +272,7 @@ def test_outcome_that_is_not_a_number_stops_with_patient_and_design(cohort, mech
         value = torch.where(bad, torch.nan, getattr(outcomes, field))
         return outcomes._replace(**{field: value})
 
-    with pytest.raises(
-        ValueError, match=rf"'{field}': nan.*{cohort.patient_ids[7]}.*polymer_id=9"
-    ):
+    with pytest.raises(ValueError, match=rf"'{field}': nan.*{cohort.patient_ids[7]}.*polymer_id=9"):
         best_designs(cohort, model)
 
 
