@@ -65,8 +65,8 @@ class SquashedBeta(NamedTuple):
         """Mean, which a Beta of concentrations above 1 has near its median."""
         return self._presquash(self.beta.mean)
 
-    def sample(self, generator: torch.Generator | None) -> Tensor:
-        """(B, d); torch samples a Beta from its global generator only."""
+    def sample(self, normal: Tensor) -> Tensor:
+        """(B, d); torch samples a Beta from its global generator only, not from given numbers."""
         return self._presquash(self.beta.sample())
 
     def logprob(self, u: Tensor) -> Tensor:

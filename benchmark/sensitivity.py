@@ -171,7 +171,7 @@ def designs_of(agent: Any, features: Tensor) -> Design:
     """Deterministic designs of a policy for patients (P, 11) in a first step."""
     patients = features.to(torch.float32)
     obs = torch.cat([patients, patients.new_zeros(len(patients), 2)], dim=-1)
-    return Design(**agent.to_env(agent(obs, deterministic=True).action))
+    return Design(**agent.to_env(agent(obs).action))
 
 
 def subset(cohort: Cohort, size: int, features: Tensor | None = None) -> Cohort:

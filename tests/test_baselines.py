@@ -254,10 +254,10 @@ def test_regression_proposes_designs_of_known_pairs_within_the_box(
 class StubAgent:
     """A policy that always takes polymer 4, and scatters formulations when it samples."""
 
-    def __call__(self, obs, *, deterministic, generator=None):
-        share = torch.full((len(obs), 4), 0.5)
-        if not deterministic:
-            share = torch.rand(len(obs), 4, generator=generator)
+    formulation_dim = 4
+
+    def __call__(self, obs, *, noise=None):
+        share = torch.full((len(obs), 4), 0.5) if noise is None else noise.normal.sigmoid()
         return SimpleNamespace(action=share)
 
     def to_env(self, action):

@@ -51,6 +51,11 @@ def make_agent(policy="autoregressive", hidden_dim=32, seed=0, state_std=True):
     return agent
 
 
+def noise_for(obs, seed):
+    generator = torch.Generator().manual_seed(seed)
+    return ppo.draw_noise(len(obs), formulation_dim=4, generator=generator)
+
+
 def small_args(tmp_path, **changes):
     settings = dict(
         preset="quick",
@@ -137,12 +142,13 @@ class OneStepEnv:
     """Ends every episode by truncation after one step, with a telling final observation."""
 
     num_envs = 2
+    unwrapped = None
     final_obs = torch.full((2, 13), 3.0)
 
     def step(self, action):
         flags = torch.tensor([False, False]), torch.tensor([True, False])
         zero = torch.zeros(2)
-        told = {name: zero for name in ppo.OUTCOMES_LOGGED}
+        told = {name: zero for name in ppo.INFOS_KEPT}
         info = told | {"final_obs": self.final_obs, "final_info": told}
         return torch.ones(2, 13), torch.tensor([1.0, 2.0]), *flags, info
 
@@ -196,7 +202,7 @@ def test_entropy_equals_the_mean_of_minus_logprob(policy, state_std):
     agent = make_agent(policy, state_std=state_std)
     obs = torch.randn(1, 13).expand(2**15, 13)
     with torch.no_grad():
-        output = agent(obs, generator=torch.Generator().manual_seed(1))
+        output = agent(obs, noise=noise_for(obs, seed=1))
     # Standard error of the mean is below 0.02 for a joint log-probability with SD of about 2.5.
     assert output.entropy.mean().item() == pytest.approx(-output.logprob.mean().item(), abs=0.06)
 
@@ -206,7 +212,7 @@ def test_a_sampled_action_has_the_same_logprob_when_judged_again(policy):
     agent = make_agent(policy)
     obs = torch.randn(64, 13)
     with torch.no_grad():
-        sampled = agent(obs, generator=torch.Generator().manual_seed(1))
+        sampled = agent(obs, noise=noise_for(obs, seed=1))
         judged = agent(obs, sampled.action)
     torch.testing.assert_close(judged.logprob, sampled.logprob)
     torch.testing.assert_close(judged.value, agent.value(obs).detach())
@@ -251,7 +257,7 @@ def test_joint_logprob_is_the_sum_over_the_heads(state_std):
     obs = torch.randn(5, 13)
     with torch.no_grad():
         polymer_in, formulation_in, coverage_in, _ = agent.head_inputs(obs)
-        output = agent(obs, generator=torch.Generator().manual_seed(2))
+        output = agent(obs, noise=noise_for(obs, seed=2))
         polymer = torch.distributions.Categorical(logits=agent.polymer_head(polymer_in))
         coverage = torch.distributions.Categorical(logits=agent.coverage_head(coverage_in))
         formulation = agent.formulation_distribution(formulation_in, None, None)
@@ -290,6 +296,20 @@ def test_policy_and_loss_run_on_the_meta_device():
     )
     loss.backward()
     assert agent.encoder[0].weight.grad.device.type == "meta"
+
+
+def test_a_category_is_chosen_in_proportion_to_its_probability():
+    logp = torch.tensor([0.1, 0.0, 0.6, 0.3]).log().expand(4001, 4)
+    chosen = ppo.choose(logp, torch.linspace(0.0, 1.0 - 2.0**-24, 4001))
+    share = torch.bincount(chosen, minlength=4) / len(chosen)
+    torch.testing.assert_close(share, logp[0].exp(), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2.0**-24])
+def test_the_ends_of_the_random_numbers_choose_a_category_that_exists(uniform):
+    logp = torch.randn(1000, 24, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    chosen = ppo.choose(logp, torch.full((1000,), uniform))
+    assert ((chosen >= 0) & (chosen < 24)).all()
 
 
 # --- loss
@@ -424,7 +444,7 @@ def test_regret_is_the_distance_to_the_oracle_of_the_same_patients(finished_run,
     best = best_designs(path).score
     agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
     patients = hydrogel_gym.load_cohort(path).features.float()
-    action = agent(torch.cat([patients, torch.zeros(len(patients), 2)], -1), deterministic=True)
+    action = agent(torch.cat([patients, torch.zeros(len(patients), 2)], -1))
     design = agent.to_env(action.action)
     model = hydrogel_gym.load_reward_model("mechanistic")
     reward = hydrogel_gym.compute_reward(model(patients, *design.values()))

@@ -227,7 +227,7 @@ def test_figures_count_what_a_person_counts(three_patients, toy_model):
 def test_nominal_figures_are_those_of_the_trainer(trainer, agent):
     args = trainer.Args()
     envs = trainer.make_envs(args, HOLDOUT, torch.device("cpu"))
-    expected = trainer.evaluate(agent, envs, args, deterministic=True)
+    expected = trainer.evaluate(agent, envs, args)
     design = sensitivity.designs_of(agent, HOLDOUT.features)
     result = sensitivity.figures(MechanisticModel(), HOLDOUT.features, design)
     assert isinstance(envs, gym.vector.VectorEnv)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -70,6 +71,10 @@ OUTCOMES_LOGGED = (
     "stress_reduction_pct",
     "is_optimal",
     *(f"reward_{name}" for name in SAFETY_LIMITS),
+)
+# The learner's own reward is computed from the rest.
+INFOS_KEPT = tuple(
+    dict.fromkeys((*OUTCOMES_LOGGED, *hydrogel_gym.Outcomes._fields, "reward_novelty"))
 )
 
 # The source's own results (sections 6.1 and 6.3), drawn beside ours: another reward model, so only
@@ -201,6 +206,26 @@ class HybridAction(NamedTuple):
     coverage: Tensor  # (B,) int64
 
 
+class Noise(NamedTuple):
+    """Random numbers that a sampled action is made from; drawn once per rollout."""
+
+    uniform: Tensor  # (..., 2) in [0, 1): polymer, coverage
+    normal: Tensor  # (..., 4) standard normal: formulation
+
+    def at(self, step: int) -> Noise:
+        """The numbers of one step."""
+        return Noise(self.uniform[step], self.normal[step])
+
+
+def draw_noise(*shape: int, formulation_dim: int, generator: torch.Generator) -> Noise:
+    """`Noise` of the given leading shape, on the generator's device."""
+    device = generator.device
+    return Noise(
+        torch.rand(*shape, 2, generator=generator, device=device),
+        torch.randn(*shape, formulation_dim, generator=generator, device=device),
+    )
+
+
 class PolicyOutput(NamedTuple):
     """What `Agent.forward` returns; joint log-probability and entropy over all heads, (B,)."""
 
@@ -253,10 +278,9 @@ class SquashedNormal(NamedTuple):
         """(B, d) median before tanh."""
         return self.mean
 
-    def sample(self, generator: torch.Generator | None) -> Tensor:
-        """(B, d) sample before tanh."""
-        noise = torch.randn(self.mean.shape, generator=generator, device=self.mean.device)
-        return self.mean + self.log_std.exp() * noise
+    def sample(self, normal: Tensor) -> Tensor:
+        """(B, d) sample before tanh, from (B, d) standard normal numbers."""
+        return self.mean + self.log_std.exp() * normal
 
     def logprob(self, u: Tensor) -> Tensor:
         """(B,) log-density of tanh(u) at the (B, d) presquash value u."""
@@ -370,31 +394,31 @@ class Agent(nn.Module):
         obs: Tensor,
         action: HybridAction | None = None,
         *,
-        deterministic: bool = False,
-        generator: torch.Generator | None = None,
+        noise: Noise | None = None,
     ) -> PolicyOutput:
         """Choose an action, or judge a given one.
 
         Args:
             obs: (B, obs_dim), physical units.
-            action: to judge; None samples one.
-            deterministic: take the most probable category and the median formulation.
-            generator: source of the samples.
+            action: to judge; None chooses one.
+            noise: what to sample from; None chooses the most probable categories and the median
+                formulation.
         """
+        pick_polymer, pick_coverage = noise.uniform.unbind(-1) if noise else (None, None)
         polymer_in, formulation_in, coverage_in, value_in = self.head_inputs(obs)
         polymer_logp = self.polymer_head(polymer_in).log_softmax(-1)
         if action is None:
-            polymer_id = choose(polymer_logp, deterministic, generator)
+            polymer_id = choose(polymer_logp, pick_polymer)
         else:
             polymer_id = action.polymer_id
         coverage_logp = self.coverage_head(coverage_in, polymer_id).log_softmax(-1)
         if action is None:
-            coverage = choose(coverage_logp, deterministic, generator)
+            coverage = choose(coverage_logp, pick_coverage)
         else:
             coverage = action.coverage
         formulation = self.formulation_distribution(formulation_in, polymer_id, coverage)
         if action is None:
-            presquash = formulation.median() if deterministic else formulation.sample(generator)
+            presquash = formulation.sample(noise.normal) if noise else formulation.median()
             action = HybridAction(polymer_id, presquash, coverage)
         logprob = (
             take(polymer_logp, action.polymer_id)
@@ -440,11 +464,20 @@ class Agent(nn.Module):
         }
 
 
-def choose(logp: Tensor, deterministic: bool, generator: torch.Generator | None) -> Tensor:
-    """Category of each row of (B, K) log-probabilities: the likeliest, or a sample."""
-    if deterministic:
+def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
+    """Category of each row of (B, K) log-probabilities, the likeliest without (B,) numbers.
+
+    With them, the category whose share of the cumulative distribution holds the row's number.
+    """
+    if uniform is None:
         return logp.argmax(-1)
-    return torch.multinomial(logp.exp(), 1, generator=generator).squeeze(-1)
+    cumulative = logp.exp().cumsum(-1)
+    # Times the last entry, which rounding may leave off 1: no number may lie beyond it.
+    return (
+        (cumulative <= uniform.unsqueeze(-1) * cumulative[:, -1:])
+        .sum(-1)
+        .clamp(max=logp.shape[-1] - 1)
+    )
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -510,16 +543,11 @@ class Batch(NamedTuple):
     returns: Tensor
     value: Tensor
 
-    def rows(self, index: Tensor) -> Batch:
+    def rows(self, index: Tensor | slice) -> Batch:
         """The samples at `index`."""
-        return Batch(
-            self.obs[index],
-            HybridAction(*(part[index] for part in self.action)),
-            self.logprob[index],
-            self.advantage[index],
-            self.returns[index],
-            self.value[index],
-        )
+        obs, action, *rest = self
+        action = HybridAction(*(part[index] for part in action))
+        return Batch(obs[index], action, *(part[index] for part in rest))
 
     @property
     def num_samples(self) -> int:
@@ -587,6 +615,19 @@ def ppo_loss(
     }
 
 
+def act(
+    agent: Agent, obs: Tensor, noise: Noise
+) -> tuple[HybridAction, Tensor, Tensor, dict[str, Tensor]]:
+    """Sample an action for each of (B, obs_dim) observations.
+
+    Returns:
+        The action, its log-probability and the state's value, (B,) each, and the action as the
+        environment takes it.
+    """
+    output = agent(obs, noise=noise)
+    return output.action, output.logprob, output.value, agent.to_env(output.action)
+
+
 @torch.no_grad()
 def rollout(
     envs: gym.vector.VectorEnv,
@@ -594,6 +635,7 @@ def rollout(
     obs: Tensor,
     args: Args,
     generator: torch.Generator,
+    act: Callable[..., Any] = act,
 ) -> tuple[Tensor, Batch, dict[str, Tensor]]:
     """Take `num_steps` steps in every environment.
 
@@ -601,25 +643,27 @@ def rollout(
         The observation to go on from, the flattened batch, and (T, B) tensors of what the steps
         told: reward and the outcomes in `OUTCOMES_LOGGED`.
     """
+    # Our environments never truncate from inside. Of others it is not known, and asking the data
+    # would be a read on the host: the value of every final observation is computed.
+    may_truncate = not isinstance(envs.unwrapped, hydrogel_gym.HydrogelVectorEnv)
+    noise = draw_noise(
+        args.num_steps, len(obs), formulation_dim=agent.formulation_dim, generator=generator
+    )
     steps: list[dict[str, Any]] = []
-    for _ in range(args.num_steps):
-        output = agent(obs, generator=generator)
-        next_obs, reward, terminated, truncated, info = envs.step(agent.to_env(output.action))
-        done = terminated | truncated
+    for t in range(args.num_steps):
+        action, logprob, value, design = act(agent, obs, noise.at(t))
+        next_obs, reward, terminated, truncated, info = envs.step(design)
         steps.append(
             {
                 "obs": obs,
-                "final_obs": info["final_obs"],
-                "polymer_id": output.action.polymer_id,
-                "presquash": output.action.presquash,
-                "coverage": output.action.coverage,
-                "logprob": output.logprob,
-                "value": output.value,
-                "reward": reward.to(output.value.dtype),
-                "objective": strict_reward(info, reward, args).to(output.value.dtype),
+                **action._asdict(),
+                "logprob": logprob,
+                "value": value,
+                "reward": reward.to(value.dtype),
                 "terminated": terminated,
-                "done": done,
-                **{name: at_step(info, name) for name in OUTCOMES_LOGGED},
+                "done": terminated | truncated,
+                **{name: at_step(info, name) for name in INFOS_KEPT},
+                **({"final_obs": info["final_obs"]} if may_truncate else {}),
             }
         )
         obs = next_obs
@@ -627,12 +671,11 @@ def rollout(
 
     # bootstrap: the value after a step is that of the next one, or of the final observation
     next_values = torch.cat([data["value"][1:], agent.value(obs).unsqueeze(0)])
-    truncated = data["done"] & ~data["terminated"]
-    if truncated.any():
+    if may_truncate:
         final_values = agent.value(data["final_obs"].flatten(0, 1)).view_as(next_values)
-        next_values = torch.where(truncated, final_values, next_values)
+        next_values = torch.where(data["done"] & ~data["terminated"], final_values, next_values)
     advantages, returns = compute_gae(
-        data["objective"],
+        strict_reward(data, args),
         data["value"],
         next_values,
         data["terminated"],
@@ -649,21 +692,19 @@ def rollout(
     return obs, batch, {name: data[name] for name in ("reward", *OUTCOMES_LOGGED)}
 
 
-def strict_reward(info: dict[str, Any], reward: Tensor, args: Args) -> Tensor:
-    """(B,) what a step is worth to the learner.
+def strict_reward(told: dict[str, Tensor], args: Args) -> Tensor:
+    """(T, B) what the steps are worth to the learner, from what they told.
 
     A penalty that starts at a limit leaves a policy indifferent on the wrong side of it, and one
     that is right on average breaks the limit for half of the patients who are best served close to
     it. Larger penalties from tighter limits move neither: the best designs break no limit.
     """
     if args.limit_margin == 0.0 and args.penalty_scale == 1.0:
-        return reward
-    outcomes = hydrogel_gym.Outcomes(
-        *(at_step(info, name) for name in hydrogel_gym.Outcomes._fields)
-    )
-    is_novel = at_step(info, "reward_novelty") > 0.0
+        return told["reward"]
+    outcomes = hydrogel_gym.Outcomes(*(told[name] for name in hydrogel_gym.Outcomes._fields))
     config = hydrogel_gym.RewardConfig().stricter(args.limit_margin, args.penalty_scale)
-    return hydrogel_gym.compute_reward(outcomes, is_novel, config)
+    reward = hydrogel_gym.compute_reward(outcomes, told["reward_novelty"] > 0.0, config)
+    return reward.to(told["reward"].dtype)
 
 
 def at_step(info: dict[str, Any], name: str) -> Tensor:
@@ -675,9 +716,35 @@ def at_step(info: dict[str, Any], name: str) -> Tensor:
     return info[name] + info["final_info"][name]
 
 
+def update_step(
+    agent: Agent, optimizer: torch.optim.Optimizer, args: Args, minibatch: Batch
+) -> dict[str, Tensor]:
+    """One step of the optimiser; returns the parts of the loss and the norm of the gradient."""
+    loss, parts = minibatch_loss(agent, agent, args, minibatch)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    return parts
+
+
+def minibatch_loss(
+    agent: Agent, policy: Callable[..., PolicyOutput], args: Args, minibatch: Batch
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss of a minibatch as `policy` judges it, which is `agent` or a function of its weights."""
+    return ppo_loss(
+        policy(minibatch.obs, minibatch.action),
+        minibatch,
+        clip_coef=args.clip_coef,
+        vf_coef=args.vf_coef,
+        ent_coef=args.ent_coef,
+        return_std=agent.return_std,
+        clip_vloss=args.clip_vloss,
+    )
+
+
 def update(
-    agent: Agent,
-    optimizer: torch.optim.Optimizer,
+    step: Callable[[Batch], dict[str, Tensor]],
     batch: Batch,
     args: Args,
     generator: torch.Generator,
@@ -687,30 +754,15 @@ def update(
 
     Ends early once `stop` asks for it, or when an epoch ends with `target_kl` exceeded.
     """
-    device = batch.logprob.device
     history: list[dict[str, Tensor]] = []
     for _ in range(args.num_epochs):
-        shuffled = torch.randperm(batch.num_samples, generator=generator, device=device)
-        for index in shuffled.split(args.minibatch_size):
-            minibatch = batch.rows(index)
-            output = agent(minibatch.obs, minibatch.action)
-            loss, parts = ppo_loss(
-                output,
-                minibatch,
-                clip_coef=args.clip_coef,
-                vf_coef=args.vf_coef,
-                ent_coef=args.ent_coef,
-                return_std=agent.return_std,
-                clip_vloss=args.clip_vloss,
-            )
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-            optimizer.step()
-            history.append(parts)
+        order = torch.randperm(batch.num_samples, generator=generator, device=generator.device)
+        shuffled = batch.rows(order)
+        for start in range(0, batch.num_samples, args.minibatch_size):
+            history.append(step(shuffled.rows(slice(start, start + args.minibatch_size))))
             if stop():
                 return mean_over(history)
-        if args.target_kl is not None and parts["approx_kl"] > args.target_kl:
+        if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
             break
     return mean_over(history)
 
@@ -749,7 +801,6 @@ def evaluate(
     envs: gym.vector.VectorEnv,
     args: Args,
     *,
-    deterministic: bool,
     best_score: Tensor | None = None,
     generator: torch.Generator | None = None,
     num_episodes: int = 1,
@@ -760,9 +811,8 @@ def evaluate(
         agent: the policy.
         envs: one environment per patient.
         args: for the horizon.
-        deterministic: whether to take the policy's likeliest design or to sample.
         best_score: (P,) largest reward for each patient.
-        generator: source of the samples.
+        generator: source of samples; None judges the deterministic policy.
         num_episodes: per environment.
 
     Returns:
@@ -775,7 +825,10 @@ def evaluate(
     obs, _ = envs.reset()
     rewards, optimal, breached, entropies, polymers = [], [], [], [], []
     for _ in range(num_episodes * args.horizon):
-        output = agent(obs, deterministic=deterministic, generator=generator)
+        noise = generator and draw_noise(
+            len(obs), formulation_dim=agent.formulation_dim, generator=generator
+        )
+        output = agent(obs, noise=noise)
         obs, reward, _, _, info = envs.step(agent.to_env(output.action))
         penalty = sum(at_step(info, f"reward_{name}") for name in SAFETY_LIMITS)
         rewards.append(reward)
@@ -826,7 +879,6 @@ def final_figures(
         agent,
         train_envs,
         args,
-        deterministic=False,
         best_score=best_score,
         generator=generator,
         num_episodes=10,
@@ -839,7 +891,7 @@ def final_figures(
     figures |= {name: sampled[name] for name in YARDSTICK}
     figures["polymer_share"] = dict(zip(names, sampled["polymer_share"], strict=True))
     for name, (envs, best_score) in cohorts.items():
-        result = evaluate(agent, envs, args, deterministic=True, best_score=best_score)
+        result = evaluate(agent, envs, args, best_score=best_score)
         figures[f"{name}_deterministic_reward"] = result["mean_reward"]
         figures[f"{name}_deterministic_optimal_rate"] = result["optimal_rate"]
         figures[f"{name}_deterministic_limit_breach_rate"] = result["limit_breach_rate"]
@@ -1167,6 +1219,7 @@ def train(args: Args) -> dict[str, Any]:
             0.5 * (1 + math.cos(math.pi * k / args.num_iterations)) if args.anneal_lr else 1.0
         ),
     )
+    step = functools.partial(update_step, agent, optimizer, args)
     write_json(output_dir / "config.json", plain_config(args))
 
     rows: list[dict[str, Any]] = []
@@ -1182,7 +1235,7 @@ def train(args: Args) -> dict[str, Any]:
             if iteration == 1:
                 agent.set_return_scale(batch.returns)
             learning_rate = scheduler.get_last_lr()[0]
-            losses = update(agent, optimizer, batch, args, generator, stop)
+            losses = update(step, batch, args, generator, stop)
             if stop():
                 break
             scheduler.step()
@@ -1206,7 +1259,7 @@ def train(args: Args) -> dict[str, Any]:
             row = {name: float(value) for name, value in row.items()}
             row |= {name: int(row[name]) for name in ("iteration", "global_step")}
             for name, (patients, best_score) in judged_on.items():
-                result = evaluate(agent, patients, args, deterministic=True, best_score=best_score)
+                result = evaluate(agent, patients, args, best_score=best_score)
                 row[f"{name}_deterministic_reward"] = result["mean_reward"]
                 row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
             row["wall_seconds"] = time.perf_counter() - start

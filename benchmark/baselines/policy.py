@@ -57,9 +57,12 @@ class TrainedPolicy:
         """One design for each of (B, 11) patients, at the start of an episode."""
         params = dynamics.EnvParams(patients.to(torch.float32), horizon=self.horizon)
         state = dynamics.initial(torch.zeros(len(patients), dtype=torch.int64), params)
-        output = self.agent(
-            dynamics.observation(state, params), deterministic=deterministic, generator=generator
-        )
+        noise = None
+        if not deterministic:
+            noise = load_trainer().draw_noise(
+                len(patients), formulation_dim=self.agent.formulation_dim, generator=generator
+            )
+        output = self.agent(dynamics.observation(state, params), noise=noise)
         return Design(**self.agent.to_env(output.action))
 
     def best_of(self, patient: Tensor, num_designs: int, seed: int) -> Design:
