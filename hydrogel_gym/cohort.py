@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from hydrogel_gym.spaces import PATIENT_FIELDS
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ID_COLUMN = "patient_id"
 FEATURE_COLUMNS = [field.name for field in PATIENT_FIELDS]
@@ -128,6 +129,11 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
 
 def _read(path: str | os.PathLike[str]) -> tuple[str, pd.DataFrame]:
     """Name of the table, and its cells: text from a CSV, typed from Parquet."""
+    # Imported here: a third of a second that whoever reads no table should not wait.
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     if path in SHIPPED:
         name = f"shipped {path}"
         source = files("hydrogel_gym.patients") / SHIPPED[path]

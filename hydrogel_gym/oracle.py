@@ -30,12 +30,9 @@ from importlib.metadata import version
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -55,6 +52,9 @@ from hydrogel_gym.spaces import (
     Design,
     Outcomes,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAIRS = tuple(product(range(NUM_POLYMERS), range(len(COVERAGES))))
 NUM_SOBOL = 128  # formulations per pair
@@ -110,6 +110,9 @@ class BestDesigns:
 
     def to_frame(self) -> pd.DataFrame:
         """Table with a row per patient; units are in the column names."""
+        # Imported here, as in `cohort`: a table is not needed by whoever only trains.
+        import pandas as pd
+
         names = load_polymers().names
         polymer_id, formulation, coverage = self.design
         return pd.DataFrame(
@@ -363,6 +366,9 @@ _CACHED = ("polymer_id", *(field.name for field in FORMULATION_FIELDS), "coverag
 
 
 def _write_cache(path: Path, key: str, best: BestDesigns) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     polymer_id, formulation, coverage = best.design
     columns = (polymer_id, *formulation.unbind(-1), coverage, best.seed_gap)
     arrays = [pa.array(column.numpy()) for column in columns]
@@ -380,6 +386,9 @@ def _read_cache(path: Path, key: str, num_patients: int) -> tuple[Design, Tensor
 
     A score is never read but computed again from its design.
     """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         table = pq.ParquetFile(path).read()
         if table.schema.metadata.get(b"key", b"").decode() != key or len(table) != num_patients:

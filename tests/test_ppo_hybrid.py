@@ -2,11 +2,13 @@ import dataclasses
 import importlib.util
 import json
 import math
+import os
 import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,6 +19,7 @@ from gymnasium.envs.registration import register, registry
 import hydrogel_gym
 from hydrogel_gym.oracle import best_designs
 
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
 
@@ -364,6 +367,195 @@ def test_gradient_of_the_first_update_is_that_of_the_plain_policy_gradient():
     torch.testing.assert_close(logprob.grad, -normalised / 4, rtol=1e-6, atol=1e-8)
 
 
+# --- the fast path
+
+
+def random_batch(agent, dtype, rows=64):
+    generator = torch.Generator().manual_seed(3)
+    obs = torch.randn(rows, 13, generator=generator)
+    with torch.no_grad():
+        sampled = agent(obs, noise=noise_for(obs, seed=4))
+    advantage, returns = torch.randn(2, rows, generator=generator)
+    # Ratios on both sides of the clipping range.
+    logprob = sampled.logprob + 0.3 * torch.randn(rows, generator=generator)
+    action = sampled.action._replace(presquash=sampled.action.presquash.to(dtype))
+    rest = (part.to(dtype) for part in (logprob, advantage, 20.0 + 5.0 * returns, sampled.value))
+    return ppo.Batch(obs.to(dtype), action, *rest)
+
+
+def assert_same_updates(dtype, args, rtol, device="cpu"):
+    plain_agent, fast_agent = (make_agent(args.policy, state_std=args.state_std) for _ in range(2))
+    batch = random_batch(plain_agent, dtype)
+    batch = ppo.tree_map(lambda part: part.to(device), batch)
+    plain_step = ppo.PlainStep(plain_agent.to(device, dtype), args)
+    fast_step = ppo.CompiledStep(fast_agent.to(device, dtype), args)
+    fast_step.warm_up(batch)  # leaves no trace
+    for agent in (plain_agent, fast_agent):
+        agent.set_return_scale(batch.returns)  # read by the graph, not frozen into it
+    for k in range(6):
+        learning_rate = 1e-2 / (1 + k)
+        plain, fast = (step(batch, learning_rate) for step in (plain_step, fast_step))
+        assert plain.keys() == fast.keys()
+        for name in plain:
+            torch.testing.assert_close(fast[name], plain[name], rtol=rtol, atol=rtol)
+    moved = make_agent(args.policy, state_std=args.state_std).to(device, dtype)
+    for fast, plain, start in zip(
+        *(agent.parameters() for agent in (fast_agent, plain_agent, moved)), strict=True
+    ):
+        torch.testing.assert_close(fast, plain, rtol=rtol, atol=rtol * 0.1)
+        assert not torch.equal(plain, start)
+
+
+# Rounding is amplified by Adam where a gradient is near zero: hence the factor above 1e-6.
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=["float64", "float32"]
+)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(policy="factored", state_std=False),
+        dict(policy="autoregressive", clip_vloss=True, max_grad_norm=1e9),
+    ],
+    ids=["factored", "autoregressive"],
+)
+def test_the_pure_step_gives_the_same_updates_as_the_plain_one(dtype, rtol, changes, monkeypatch):
+    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    assert_same_updates(dtype, ppo.Args(**changes), rtol)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=["float64", "float32"]
+)
+def test_the_compiled_step_gives_the_same_updates_as_the_plain_one(dtype, rtol):
+    assert_same_updates(dtype, ppo.Args(), rtol)
+
+
+@no_cuda
+def test_a_step_replayed_on_cuda_gives_the_same_updates_as_the_plain_one():
+    assert_same_updates(torch.float64, ppo.Args(), 1e-9, device="cuda")
+
+
+def test_the_weights_of_a_compiled_step_stay_those_of_the_agent(monkeypatch):
+    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    agent = make_agent()
+    before = {name: value.clone() for name, value in agent.state_dict().items()}
+    step = ppo.CompiledStep(agent, ppo.Args())
+    assert all(torch.equal(before[name], value) for name, value in agent.state_dict().items())
+    step.flat.zero_()
+    assert all(not parameter.any() for parameter in agent.parameters())
+
+
+class NoHostRead(torch.utils._python_dispatch.TorchDispatchMode):
+    """Raises where a value is read on the host, which on an accelerator waits for all it does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
+def test_nothing_is_read_on_the_host_within_an_iteration(step_class, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    args = small_args(tmp_path)
+    envs = hydrogel_gym.HydrogelVectorEnv(100, output="torch", validate_actions=False)
+    obs, _ = envs.reset(seed=0)
+    agent = make_agent()
+    step = getattr(ppo, step_class)(agent, args)
+    generator = torch.Generator().manual_seed(0)
+    with NoHostRead():
+        _, batch, _ = ppo.rollout(envs, agent, obs, args, generator)
+        losses = ppo.update(step, batch, args, 1e-3, generator, lambda: False)
+    assert math.isfinite(losses["policy_loss"])
+
+
+def test_a_host_read_would_be_noticed():
+    with NoHostRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        bool(torch.ones(1) > 0)
+
+
+@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
+def test_rollout_and_update_run_on_the_meta_device(step_class, tmp_path, monkeypatch):
+    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    args = small_args(tmp_path)
+    envs = hydrogel_gym.HydrogelVectorEnv(100, output="torch", device="meta")
+    obs, _ = envs.reset(seed=0)
+    agent = make_agent().to("meta")
+    step = getattr(ppo, step_class)(agent, args)
+    generator = SimpleNamespace(device=torch.device("meta"))
+    monkeypatch.setattr(torch, "rand", without_generator(torch.rand))
+    monkeypatch.setattr(torch, "randn", without_generator(torch.randn))
+    monkeypatch.setattr(torch, "randperm", without_generator(torch.randperm))
+    _, batch, _ = ppo.rollout(envs, agent, obs, args, generator)
+    losses = ppo.update(step, batch, args, 1e-3, generator, lambda: False)
+    assert {value.device.type for value in losses.values()} == {"meta"}
+    assert agent.encoder[0].weight.device.type == "meta"
+
+
+def without_generator(function):
+    """The meta device has no generators."""
+    return lambda *size, generator, device: function(*size, device=device)
+
+
+def test_auto_compiles_long_runs_only():
+    long, short = (ppo.parse_args(["--preset", name]) for name in ("source", "quick"))
+    assert ppo.worth_compiling(long)
+    assert not ppo.worth_compiling(dataclasses.replace(short, num_iterations=2))
+
+
+def test_memory_and_product_settings_leave_float32_what_it_is():
+    ppo.keep_freed_memory()
+    before = torch.get_float32_matmul_precision()
+    factor = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    with ppo.fast_float32(torch.device("cpu")):
+        product = factor @ factor
+    torch.testing.assert_close(
+        product.double(), factor.double() @ factor.double(), rtol=0, atol=1e-4
+    )
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_a_machine_without_a_compiler_gets_one_line_that_names_the_fallback(tmp_path):
+    command = [sys.executable, str(TRAINER), "--preset", "quick", "--compile", "on"]
+    command += ["--num-envs", "50", "--minibatch-size", "50", "--no-oracle"]
+    environment = os.environ | {
+        "CXX": "/absent/g++",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "c"),
+    }
+    result = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "--compile on" in errors[0]
+    assert "use --compile off" in errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_auto_goes_on_without_a_compiler(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ppo, "worth_compiling", lambda args: True)
+
+    make_envs = ppo.make_envs
+
+    def refuse_to_compile(*args, compile=False, **kwargs):
+        if compile:
+            raise ppo.CompileError("no C++ compiler")
+        return make_envs(*args, **kwargs)
+
+    monkeypatch.setattr(ppo, "make_envs", refuse_to_compile)
+    summary = ppo.train(small_args(tmp_path))
+    assert summary["compiled"] is False
+    assert "going on without: no C++ compiler" in capsys.readouterr().err
+
+
+def test_bfloat16_on_hardware_without_it_is_refused_with_the_fallback(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
+    with pytest.raises(ppo.UsageError, match="no bfloat16 arithmetic .* use --precision fp32"):
+        ppo.train(small_args(tmp_path, precision="bf16"))
+
+
 # --- training
 
 
@@ -607,6 +799,7 @@ def test_a_policy_of_another_polymer_table_is_refused(finished_run, tmp_path):
     ("flags", "message"),
     [
         (["--policy", "greedy"], "'greedy'"),
+        (["--compile", "maybe"], "'maybe'"),
         (["--preset", "slow"], "--preset is 'slow'; allowed: source, quick"),
         (["--num-iterations", "many"], "--num-iterations"),
         (["--minibatch-size", "999"], "--minibatch-size is 999, which does not divide"),

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
+import ctypes
 import dataclasses
 import functools
 import io
@@ -30,7 +32,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -38,20 +40,22 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import gymnasium as gym
 import numpy as np
-import pandas as pd
 import torch
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import hydrogel_gym
+from hydrogel_gym.compiled import CompileError
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
 
 Preset = Literal["source", "quick", "full"]
 Policy = Literal["factored", "autoregressive"]
 Precision = Literal["fp32", "bf16"]
+Compile = Literal["auto", "on", "off"]
 
 POLICY_FILE, SUMMARY_FILE, METRICS_FILE = "stage2_policy.pt", "summary.json", "metrics.csv"
 RUN_FILES = (
@@ -143,7 +147,9 @@ class Args:
     hidden_dim: int = 256
     """width of the trunk"""
     precision: Precision = "fp32"
-    """of the two large matrix products; everything else is float32"""
+    """of the two large matrix products (fp32 is TF32 on CUDA); everything else is float32"""
+    compile: Compile = "auto"
+    """compile rollout and update; auto does so when the run is long enough to gain by it"""
     num_iterations: int = 200
     """rollouts, each followed by its updates"""
     num_steps: int = 100
@@ -193,6 +199,12 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 }
 
 
+# Of `--compile auto`: per sample and pass, and for all graphs; see `worth_compiling`.
+SECONDS_SAVED_PER_SAMPLE = {"fp32": 3e-6, "bf16": 3e-6}
+COMPILE_SECONDS = 30.0
+
+BETAS, EPS = (0.9, 0.999), 1e-5  # of Adam
+
 # Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
 LOG_STD_RANGE = (-6.0, 1.0)
 HEAD_WIDTHS = (128, 128, 64, 128)  # hidden units for polymer, formulation, coverage, value
@@ -212,9 +224,9 @@ class Noise(NamedTuple):
     uniform: Tensor  # (..., 2) in [0, 1): polymer, coverage
     normal: Tensor  # (..., 4) standard normal: formulation
 
-    def at(self, step: int) -> Noise:
-        """The numbers of one step."""
-        return Noise(self.uniform[step], self.normal[step])
+    def rows(self, index: int | slice) -> Noise:
+        """The numbers at `index` of the first dimension."""
+        return Noise(self.uniform[index], self.normal[index])
 
 
 def draw_noise(*shape: int, formulation_dim: int, generator: torch.Generator) -> Noise:
@@ -651,7 +663,7 @@ def rollout(
     )
     steps: list[dict[str, Any]] = []
     for t in range(args.num_steps):
-        action, logprob, value, design = act(agent, obs, noise.at(t))
+        action, logprob, value, design = act(agent, obs, noise.rows(t))
         next_obs, reward, terminated, truncated, info = envs.step(design)
         steps.append(
             {
@@ -716,37 +728,44 @@ def at_step(info: dict[str, Any], name: str) -> Tensor:
     return info[name] + info["final_info"][name]
 
 
-def update_step(
-    agent: Agent, optimizer: torch.optim.Optimizer, args: Args, minibatch: Batch
-) -> dict[str, Tensor]:
-    """One step of the optimiser; returns the parts of the loss and the norm of the gradient."""
-    loss, parts = minibatch_loss(agent, agent, args, minibatch)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    parts["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-    optimizer.step()
-    return parts
+class PlainStep:
+    """One step of the optimiser on a minibatch.
+
+    Args:
+        agent: the policy, updated in place.
+        args: for the loss and the optimiser.
+    """
+
+    def __init__(self, agent: Agent, args: Args) -> None:
+        self.agent, self.args = agent, args
+        fused = agent.obs_mean.device.type in ("cpu", "cuda")
+        self.optimizer = torch.optim.Adam(agent.parameters(), betas=BETAS, eps=EPS, fused=fused)
+
+    def __call__(self, minibatch: Batch, learning_rate: float) -> dict[str, Tensor]:
+        """Update the agent; returns the parts of the loss and the norm of the gradient."""
+        output = self.agent(minibatch.obs, minibatch.action)
+        loss, parts = ppo_loss(
+            output, minibatch, return_std=self.agent.return_std, **loss_settings(self.args)
+        )
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = self.agent.parameters()
+        parts["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        self.optimizer.step()
+        return parts
 
 
-def minibatch_loss(
-    agent: Agent, policy: Callable[..., PolicyOutput], args: Args, minibatch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of a minibatch as `policy` judges it, which is `agent` or a function of its weights."""
-    return ppo_loss(
-        policy(minibatch.obs, minibatch.action),
-        minibatch,
-        clip_coef=args.clip_coef,
-        vf_coef=args.vf_coef,
-        ent_coef=args.ent_coef,
-        return_std=agent.return_std,
-        clip_vloss=args.clip_vloss,
-    )
+def loss_settings(args: Args) -> dict[str, Any]:
+    """The settings of `ppo_loss`."""
+    return {name: getattr(args, name) for name in "clip_coef vf_coef ent_coef clip_vloss".split()}
 
 
 def update(
-    step: Callable[[Batch], dict[str, Tensor]],
+    step: Callable[[Batch, float], dict[str, Tensor]],
     batch: Batch,
     args: Args,
+    learning_rate: float,
     generator: torch.Generator,
     stop: Callable[[], bool],
 ) -> dict[str, Tensor]:
@@ -759,7 +778,8 @@ def update(
         order = torch.randperm(batch.num_samples, generator=generator, device=generator.device)
         shuffled = batch.rows(order)
         for start in range(0, batch.num_samples, args.minibatch_size):
-            history.append(step(shuffled.rows(slice(start, start + args.minibatch_size))))
+            minibatch = shuffled.rows(slice(start, start + args.minibatch_size))
+            history.append(step(minibatch, learning_rate))
             if stop():
                 return mean_over(history)
         if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
@@ -767,9 +787,150 @@ def update(
     return mean_over(history)
 
 
+def learning_rate_at(iteration: int, args: Args) -> float:
+    """Learning rate of an iteration, the first of which is 1: cosine decay to zero."""
+    if not args.anneal_lr:
+        return args.learning_rate
+    share = (iteration - 1) / args.num_iterations
+    return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
+
+
 def mean_over(history: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Mean of each entry over the updates of an iteration."""
     return {name: torch.stack([parts[name] for parts in history]).mean() for name in history[0]}
+
+
+# The fast path: the same rollout and the same update, as one compiled graph each. Nothing below
+# changes what is computed; `act` and `PlainStep` are the definition, and a test compares the two.
+
+
+class CompiledStep:
+    """`PlainStep` as one graph: forward, loss, backward, clipping and Adam.
+
+    The weights become views of one flat vector, so that the gradient is one vector too and Adam one
+    kernel; the agent itself is always up to date.
+
+    Args:
+        agent: the policy, updated in place.
+        args: for the loss and the optimiser.
+    """
+
+    def __init__(self, agent: Agent, args: Args) -> None:
+        self.agent, self.args, self.num_updates = agent, args, 0
+        weights = dict(agent.named_parameters())
+        self.names = list(weights)
+        self.shapes = [weight.shape for weight in weights.values()]
+        self.sizes = [weight.numel() for weight in weights.values()]
+        self.buffers = dict(agent.named_buffers())
+        self.flat = torch.cat([weight.detach().flatten() for weight in weights.values()])
+        for weight, part in zip(weights.values(), self.flat.split(self.sizes), strict=True):
+            weight.data = part.view_as(weight)
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        # What changes from one update to the next: filled in place, without a copy from the host.
+        self.step_size, self.root_scale = self.flat.new_ones(()), self.flat.new_ones(())
+        self.graph = compiled(self.pure_step, agent.obs_mean.device)
+
+    def __call__(self, minibatch: Batch, learning_rate: float) -> dict[str, Tensor]:
+        """Update the agent; returns the parts of the loss and the norm of the gradient."""
+        self.num_updates += 1
+        beta1, beta2 = BETAS
+        self.step_size.fill_(learning_rate / (1.0 - beta1**self.num_updates))
+        self.root_scale.fill_((1.0 - beta2**self.num_updates) ** -0.5)
+        with torch.no_grad():
+            return self.graph(minibatch)
+
+    def warm_up(self, minibatch: Batch) -> None:
+        """Compile, and leave everything as it was."""
+        state = (self.flat, self.mean, self.square)
+        before = [part.clone() for part in state]
+        self(minibatch, 0.0)
+        self.num_updates = 0
+        for part, value in zip(state, before, strict=True):
+            part.copy_(value)
+
+    def loss(self, flat: Tensor, minibatch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a minibatch, and its parts, as a function of the weights."""
+        parts = zip(self.names, flat.split(self.sizes), self.shapes, strict=True)
+        weights = {name: part.view(shape) for name, part, shape in parts}
+        output = torch.func.functional_call(
+            self.agent, (weights, self.buffers), (minibatch.obs, minibatch.action)
+        )
+        return_std = self.buffers["return_std"]
+        return ppo_loss(output, minibatch, return_std=return_std, **loss_settings(self.args))
+
+    def pure_step(self, minibatch: Batch) -> dict[str, Tensor]:
+        """The graph: loss, gradient, clipping, Adam."""
+        gradient, (_, parts) = torch.func.grad_and_value(self.loss, has_aux=True)(
+            self.flat, minibatch
+        )
+        parts["grad_norm"] = gradient.norm()
+        gradient = gradient * (self.args.max_grad_norm / (parts["grad_norm"] + 1e-6)).clamp(max=1.0)
+        self.mean.lerp_(gradient, 1.0 - BETAS[0])
+        self.square.lerp_(gradient.square(), 1.0 - BETAS[1])
+        self.flat.sub_(self.step_size * self.mean / (self.square.sqrt() * self.root_scale + EPS))
+        return parts
+
+
+def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A function of tensors of fixed shapes as one compiled graph."""
+    graph = torch.compile(
+        function,
+        fullgraph=True,
+        dynamic=False,
+        # Shapes and settings never change here, and asking whether they did takes as long as a
+        # tenth of an update. Each graph is its own, so that no other function's can be taken.
+        isolate_recompiles=True,
+        options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+    )
+    return Replayed(graph) if device.type == "cuda" else graph
+
+
+def compile_training(agent: Agent, args: Args) -> tuple[CompiledStep, Callable[..., Any]]:
+    """The compiled forms of `PlainStep` and `act`, run once so that what follows is fast.
+
+    Raises:
+        CompileError: something that compiling needs is missing; says what.
+    """
+    device, rows = agent.obs_mean.device, args.minibatch_size
+    step = CompiledStep(agent, args)
+    fast_act = compiled(functools.partial(act, agent), device)
+    generator = torch.Generator(device).manual_seed(0)
+    obs = agent.obs_mean.expand(max(rows, args.num_envs), -1).contiguous()
+    noise = draw_noise(len(obs), formulation_dim=agent.formulation_dim, generator=generator)
+    try:
+        with torch.no_grad():
+            fast_act(obs[: args.num_envs], noise.rows(slice(args.num_envs)))
+            action, logprob, value, _ = act(agent, obs[:rows], noise.rows(slice(rows)))
+        step.warm_up(Batch(obs[:rows], action, logprob, value, value, value))
+    except Exception as error:  # whatever the compiler raises, and in however many lines
+        raise CompileError(reason(error)) from error
+    return step, lambda _, obs, noise: fast_act(obs, noise)
+
+
+class Replayed:
+    """A function on CUDA whose kernels are launched together, as a CUDA graph.
+
+    The first calls run as they are and compile; the third is recorded, on inputs of its own that
+    every later call is copied into. A recorded function must do all its work on the device.
+    """
+
+    def __init__(self, function: Callable[..., Any], calls_before_recording: int = 2) -> None:
+        self.function, self.calls_left = function, calls_before_recording
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the function returns, in tensors that no later call writes to."""
+        if self.calls_left:
+            self.calls_left -= 1
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs = tree_map(torch.clone, inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        tree_map(lambda kept, given: kept.copy_(given), self.inputs, inputs)
+        self.graph.replay()
+        return tree_map(torch.clone, self.outputs)
 
 
 def best_scores(envs: gym.vector.VectorEnv, args: Args, cache_dir: Path) -> Tensor | None:
@@ -904,6 +1065,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
 
 
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV; None becomes an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
 def save_policy(path: Path, agent: Agent, architecture: dict[str, Any], args: Args) -> None:
     """Write the policy: weights and plain types only, all that `load_policy` needs."""
     buffer = io.BytesIO()
@@ -962,7 +1132,7 @@ def draw_learning_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     # Imported here: two seconds that neither --help nor --evaluate should pay.
     from matplotlib.figure import Figure
 
-    table = pd.DataFrame(rows)
+    table = {name: [row[name] for row in rows] for name in rows[0]}
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     axes.plot(table["global_step"], table["mean_reward"], color="0.6", label="sampled, training")
@@ -1086,28 +1256,36 @@ def check_args(args: Args) -> None:
         )
 
 
-def prepare_output_dir(args: Args) -> Path:
-    """Make the run directory, or say why it cannot serve.
+def choose_output_dir(args: Args) -> Path:
+    """The run directory, before anything is done to it.
 
     Raises:
-        UsageError: it holds a run, or cannot be written to.
+        UsageError: it holds a run that may not be replaced.
     """
     output_dir = args.output_dir or Path("runs") / f"{args.preset}-s{args.seed}"
+    held = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if held and not args.overwrite:
+        raise UsageError(
+            f"--output-dir {output_dir} already holds a run ({held[0]}); "
+            "choose another directory or pass --overwrite"
+        )
+    return output_dir
+
+
+def prepare_output_dir(output_dir: Path) -> None:
+    """Make the run directory, and empty it of an earlier run.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir):
             pass
+        for name in RUN_FILES:
+            (output_dir / name).unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir {output_dir} cannot be written to: {error}") from error
-    if held := [name for name in RUN_FILES if (output_dir / name).exists()]:
-        if not args.overwrite:
-            raise UsageError(
-                f"--output-dir {output_dir} already holds a run ({held[0]}); "
-                "choose another directory or pass --overwrite"
-            )
-        for name in held:
-            (output_dir / name).unlink()
-    return output_dir
 
 
 def resolve_device(name: str) -> torch.device:
@@ -1127,8 +1305,81 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def reason(error: BaseException) -> str:
+    """An error as one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_precision(args: Args, device: torch.device) -> None:
+    """Refuse bfloat16 where the hardware would only emulate it.
+
+    Raises:
+        UsageError: names the fallback.
+    """
+    if args.precision != "bf16" or device.type == "meta":
+        return
+    if device.type == "cuda":
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        supported = any(on for name, on in torch.cpu.get_capabilities().items() if "bf16" in name)
+    if not supported:
+        raise UsageError(
+            f"--precision bf16: this {device.type} has no bfloat16 arithmetic (AVX512-BF16 or AMX "
+            "on a CPU, compute capability 8.0 on CUDA); use --precision fp32"
+        )
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed buffers for reuse.
+
+    By default those of megabytes go back to the system, which hands them out again one zeroed page
+    of 4 KiB at a time: a quarter of the time of an update.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 2**30)
+
+
+@contextlib.contextmanager
+def fast_float32(device: torch.device) -> Iterator[None]:
+    """Matrix products in TF32 on CUDA, by oneDNN instead of MKL on CPUs.
+
+    oneDNN is the faster of the two on AMD processors. It is what the setting below selects, but
+    where it makes bfloat16 of the factors too (AMX), the default stays.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
+    if device.type == "cpu":
+        factor = torch.linspace(1.0, 2.0, 64 * 64).view(64, 64)
+        exact = (factor.double() @ factor.double()).float()
+        if not torch.allclose(factor @ factor, exact, rtol=1e-5):
+            torch.set_float32_matmul_precision(before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def worth_compiling(args: Args) -> bool:
+    """Whether a run is long enough for compiled graphs to save more than they cost.
+
+    Both sides are measured by `benchmark/throughput.py` on two CPU cores, without anything cached,
+    and scale alike with the speed of a machine: so the answer depends on the request alone, and a
+    seed gives the same run every time.
+    """
+    updated = args.num_iterations * args.num_steps * args.num_envs * args.num_epochs
+    return updated * SECONDS_SAVED_PER_SAMPLE[args.precision] > COMPILE_SECONDS
+
+
 def make_envs(
-    args: Args, cohort: Any, device: torch.device, *, training: bool = False
+    args: Args,
+    cohort: Any,
+    device: torch.device,
+    *,
+    training: bool = False,
+    compile: bool = False,
 ) -> gym.vector.VectorEnv:
     """Batched environments that return tensors: those to train in, or one per patient to judge."""
     return gym.make_vec(
@@ -1140,6 +1391,7 @@ def make_envs(
         patient_assignment=args.patient_assignment if training else "fixed",
         output="torch",
         autoreset_mode="SameStep",
+        **({"compile": True} if compile else {}),
     )
 
 
@@ -1175,29 +1427,24 @@ def shown_regret(figures: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def train(args: Args) -> dict[str, Any]:
-    """Train a policy and write its run directory.
+class Learner(NamedTuple):
+    """What learns: the policy in its environments, and how it acts and is updated."""
 
-    Returns:
-        The content of `summary.json`.
+    envs: gym.vector.VectorEnv
+    agent: Agent
+    architecture: dict[str, Any]
+    act: Callable[..., Any]
+    step: PlainStep | CompiledStep
+
+
+def make_learner(args: Args, cohort: Any, device: torch.device, *, compile: bool) -> Learner:
+    """A learner with initial weights.
 
     Raises:
-        UsageError: the request cannot be carried out; raised before training.
-        FloatingPointError: the loss stopped being a number; the run so far is on disk.
+        CompileError: with `compile`, compiling is not possible here.
     """
-    check_args(args)
-    device = resolve_device(args.device)
-    cohort = hydrogel_gym.load_cohort(args.cohort)
-    holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
-    envs = make_envs(args, cohort, device, training=True)
-    output_dir = prepare_output_dir(args)
-    judged_on = {
-        name: judged(args, patients, device, output_dir.parent)
-        for name, patients in zip(COHORTS, (cohort, holdout), strict=True)
-    }
-
+    envs = make_envs(args, cohort, device, training=True, compile=compile)
     torch.manual_seed(args.seed)  # initial weights
-    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
     space = envs.single_action_space
     architecture = {
         "obs_dim": envs.single_observation_space.shape[0],
@@ -1212,33 +1459,82 @@ def train(args: Args) -> dict[str, Any]:
     }
     agent = Agent(**architecture).to(device)
     agent.obs_mean[:], agent.obs_std[:] = observation_statistics(envs, args)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda k: (
-            0.5 * (1 + math.cos(math.pi * k / args.num_iterations)) if args.anneal_lr else 1.0
-        ),
-    )
-    step = functools.partial(update_step, agent, optimizer, args)
+    step, act_ = compile_training(agent, args) if compile else (PlainStep(agent, args), act)
+    return Learner(envs, agent, architecture, act_, step)
+
+
+def compiled_learner(args: Args, cohort: Any, device: torch.device) -> Learner | None:
+    """A compiled learner where one is asked for; under `auto`, where the run gains by it.
+
+    Raises:
+        UsageError: it is asked for and not possible here.
+    """
+    if args.compile == "off" or (args.compile == "auto" and not worth_compiling(args)):
+        return None
+    print("compiling rollout and update, once per shape and machine ...", file=sys.stderr)
+    try:
+        return make_learner(args, cohort, device, compile=True)
+    except CompileError as error:
+        if args.compile == "on":
+            raise UsageError(f"--compile on: {error}; use --compile off") from error
+        print(f"not compiled, going on without: {error}", file=sys.stderr)
+        return None
+
+
+def train(args: Args) -> dict[str, Any]:
+    """Train a policy and write its run directory.
+
+    Returns:
+        The content of `summary.json`.
+
+    Raises:
+        UsageError: the request cannot be carried out; raised before training.
+        FloatingPointError: the loss stopped being a number; the run so far is on disk.
+    """
+    check_args(args)
+    device = resolve_device(args.device)
+    check_precision(args, device)
+    keep_freed_memory()
+    with fast_float32(device):
+        return learn(args, device)
+
+
+def learn(args: Args, device: torch.device) -> dict[str, Any]:
+    """`train`, once the process is set up for it."""
+    cohort = hydrogel_gym.load_cohort(args.cohort)
+    holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
+    output_dir = choose_output_dir(args)
+    start = time.perf_counter()
+    learner = compiled_learner(args, cohort, device)
+    is_compiled, compile_seconds = learner is not None, time.perf_counter() - start
+    learner = learner or make_learner(args, cohort, device, compile=False)
+    envs, agent = learner.envs, learner.agent
+    prepare_output_dir(output_dir)
+    judged_on = {
+        name: judged(args, patients, device, output_dir.parent)
+        for name, patients in zip(COHORTS, (cohort, holdout), strict=True)
+    }
+    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
     write_json(output_dir / "config.json", plain_config(args))
 
     rows: list[dict[str, Any]] = []
     samples_per_iteration = args.num_envs * args.num_steps
     obs, _ = envs.reset(seed=args.seed)
-    start = time.perf_counter()
+    began_at, start = time.time(), time.perf_counter()
     with (
         StopRequest() as stop,
         tqdm(total=args.num_iterations, unit="it", desc="training", dynamic_ncols=True) as bar,
     ):
         for iteration in range(1, args.num_iterations + 1):
-            obs, batch, told = rollout(envs, agent, obs, args, generator)
+            began = time.perf_counter()
+            obs, batch, told = rollout(envs, agent, obs, args, generator, learner.act)
+            rolled_out = time.perf_counter()
             if iteration == 1:
                 agent.set_return_scale(batch.returns)
-            learning_rate = scheduler.get_last_lr()[0]
-            losses = update(step, batch, args, generator, stop)
+            learning_rate = learning_rate_at(iteration, args)
+            losses = update(learner.step, batch, args, learning_rate, generator, stop)
             if stop():
                 break
-            scheduler.step()
             row = {
                 "iteration": iteration,
                 "global_step": iteration * samples_per_iteration,
@@ -1256,18 +1552,20 @@ def train(args: Args) -> dict[str, Any]:
                 - (batch.returns - batch.value).var() / batch.returns.var().clamp_min(1e-12),
                 "learning_rate": learning_rate,
             }
+            # The first read on the host since the iteration began: what it asked for is now done.
             row = {name: float(value) for name, value in row.items()}
+            updated = time.perf_counter()
             row |= {name: int(row[name]) for name in ("iteration", "global_step")}
             for name, (patients, best_score) in judged_on.items():
                 result = evaluate(agent, patients, args, best_score=best_score)
                 row[f"{name}_deterministic_reward"] = result["mean_reward"]
                 row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
+            row["rollout_seconds"] = rolled_out - began
+            row["update_seconds"] = updated - rolled_out
             row["wall_seconds"] = time.perf_counter() - start
             row["samples_per_second"] = row["global_step"] / row["wall_seconds"]
             rows.append(row)
-            write_atomically(
-                output_dir / METRICS_FILE, pd.DataFrame(rows).to_csv(index=False).encode()
-            )
+            write_csv(output_dir / METRICS_FILE, rows)
             watched = ("mean_reward", "policy_loss", "value_loss")
             if not all(math.isfinite(row[name]) for name in watched):
                 raise FloatingPointError(
@@ -1286,7 +1584,7 @@ def train(args: Args) -> dict[str, Any]:
             bar.update()
         wall_seconds = time.perf_counter() - start
 
-        save_policy(output_dir / POLICY_FILE, agent, architecture, args)
+        save_policy(output_dir / POLICY_FILE, agent, learner.architecture, args)
         figures = final_figures(agent, judged_on, args, generator)
         samples = rows[-1]["global_step"] if rows else 0
         summary = {
@@ -1296,7 +1594,10 @@ def train(args: Args) -> dict[str, Any]:
             **figures,
             "iterations": len(rows),
             "samples": samples,
+            "training_began": began_at,
             "wall_seconds": wall_seconds,
+            "compiled": is_compiled,
+            "compile_seconds": compile_seconds if is_compiled else 0.0,
             "samples_per_second": samples / wall_seconds,
             "seed": args.seed,
             "world_size": 1,
