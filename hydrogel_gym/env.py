@@ -6,21 +6,31 @@ Both classes hold a `State` of tensors, have `problem` turn what a user sends in
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 from torch import Tensor
 
 from hydrogel_gym import dynamics
 from hydrogel_gym.cohort import Cohort
-from hydrogel_gym.dynamics import PatientAssignment, RewardConfig, RewardMode, State, Transition
+from hydrogel_gym.compiled import CompiledFunction
+from hydrogel_gym.dynamics import (
+    PatientAssignment,
+    RewardConfig,
+    RewardMode,
+    State,
+    Step,
+    StepInfo,
+    Transition,
+)
 from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
 from hydrogel_gym.reward_model import RewardModel
 from hydrogel_gym.spaces import ActionFormat, ObsFormat
@@ -299,7 +309,12 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         output: `"numpy"` or `"torch"`.
         autoreset_mode: `"SameStep"`, `"NextStep"`, `"Disabled"` or Gymnasium's enumeration.
         validate_actions: check actions, and the reward model's outcomes, at every step. None means
-            on the CPU only: on an accelerator a check is a synchronisation.
+            on the CPU only: on an accelerator a check is a synchronisation. Unchecked, an action
+            that is not in the space reaches no table, and the built-in model's reward is NaN.
+        compile: run a step as one graph of `torch.compile`, made when the environment is. Integers
+            and bools are the same as without, floats to rounding. Needs a C++ compiler (on a GPU,
+            Triton), and a reward model without a graph break; each size and thread count takes
+            some seconds.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
@@ -324,6 +339,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         output: Output = "numpy",
         autoreset_mode: str | AutoresetMode = "SameStep",
         validate_actions: bool | None = None,
+        compile: bool = False,
     ) -> None:
         check_count("num_envs", num_envs)
         check_choice("output", output, get_args(Output))
@@ -356,6 +372,21 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._state: State | None = None
         self._done: Tensor | None = None
+        self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
+            self.problem.step, autoreset=self.autoreset_mode.value
+        )
+        if compile:
+            self._compile()
+
+    @torch.no_grad()
+    def _compile(self) -> None:
+        """Compile the step, by a first one that nobody sees."""
+        self._step = CompiledFunction(self._step)
+        keys = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        state = dynamics.initial(keys, self.problem.params)
+        action = create_empty_array(self.single_action_space, self.num_envs, np.zeros)
+        action = self.problem.read_action(action, (self.num_envs,))
+        self._step(state, torch.zeros_like(keys, dtype=torch.bool), action)
 
     @torch.no_grad()
     def reset(
@@ -386,13 +417,13 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
 
         fresh = self._reset_state(seeds)
         if chosen is not None:
-            fresh = fresh._replace(patient_index=chosen, home_index=chosen)
+            fresh = fresh._replace(patient_index=chosen, home_index=chosen.clone())
         self._state = fresh if mask is None else dynamics.select(mask, fresh, self._state)
         every = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         self._done = ~every if mask is None else self._done & ~mask
-        info = self._masked(
-            {"patient_index": self._state.patient_index}, every if mask is None else mask
-        )
+        mask = every if mask is None else mask.clone()
+        patients = self._state.patient_index.masked_fill(~mask, 0)
+        info = {"patient_index": patients, "_patient_index": mask}
         return self._to_output(self.problem.observe(self._state)), self._to_output(info)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
@@ -449,70 +480,89 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
+        action = self.problem.read_action(actions, (self.num_envs,))
+        step, valid = self._step(self._state, self._done, action)
+        if self.problem.validate and not valid:
+            self._refuse(action)
+        self._state, self._done = step.state, step.done
+        return self._returned(step)
+
+    def _refuse(self, action: tuple[Tensor, ...]) -> NoReturn:
+        """Say what is wrong with a step, which was found only to be wrong somewhere."""
         mode, problem = self.autoreset_mode, self.problem
-        if mode is AutoresetMode.DISABLED and problem.validate and self._done.any():
+        if mode is AutoresetMode.DISABLED and self._done.any():
             env = int(self._done.nonzero()[0])
             raise ResetNeeded(
                 f"env {env} has ended; reset it with reset(options={{'reset_mask': ...}})"
             )
-        # In mode `NextStep` an ended episode is reset instead of stepped, whatever the action.
         skip = self._done if mode is AutoresetMode.NEXT_STEP else None
-        design = problem.design(actions, (self.num_envs,), skip=skip)
-        result = problem.transition(self._state, design, skip=skip)
-        state, reward, terminated = result.state, result.reward, result.terminated
-        step_info = _step_info(result)
+        problem.check_action(action, skip=skip)
+        design = problem.ignore(problem.decode(action), skip)
+        problem.transition(self._state, design, skip=skip)
+        raise ValueError("the reward model returned an outcome that is not finite, but not again")
 
-        final = {}
-        begun = torch.zeros_like(terminated)  # where this step begins an episode
-        if mode is AutoresetMode.NEXT_STEP:
-            begun = self._done
-            reward, terminated = reward.masked_fill(begun, 0.0), terminated & ~begun
-        elif mode is AutoresetMode.SAME_STEP:
-            begun = terminated
-            final = self._final(state, step_info, terminated)
-        if mode is not AutoresetMode.DISABLED:
-            state = dynamics.select(begun, dynamics.next_episode(state, problem.params), state)
-        info = final | self._masked(step_info, ~begun)
+    def _returned(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """What Gymnasium asks of a step, in the library asked for."""
+        terminated = self._to_output(step.terminated)
+        info = {} if step.final_info is None else self._final(step, terminated)
+        info |= self._step_info(step.info, self._to_output(step.stepped))
         # The one entry that a reset has as well.
-        info |= self._masked({"patient_index": state.patient_index}, torch.ones_like(terminated))
-        obs = problem.observe(state)
-        self._state, self._done = state, terminated.clone()
-        truncated = torch.zeros_like(terminated)
-        return tuple(map(self._to_output, (obs, reward, terminated, truncated, info)))
+        everyone = torch.ones_like(step.terminated)
+        info |= self._to_output({"patient_index": step.patient_index, "_patient_index": everyone})
+        return (
+            self._to_output(self.problem.group(step.obs)),
+            self._to_output(step.reward),
+            terminated,
+            self._to_output(torch.zeros_like(step.terminated)),
+            info,
+        )
 
-    def _final(self, state: State, step_info: dict[str, Tensor], done: Tensor) -> dict[str, Any]:
+    def _final(self, step: Step, done: Any) -> dict[str, Any]:
         """`final_obs` and `final_info` of the episodes that end in this step."""
-        obs: Any = self.problem.observe(state)
+        obs = self._to_output(self.problem.group(step.final_obs))
         if self.output == "numpy":
             if not done.any():
                 return {}
             # Gymnasium's form: an object array with an observation where an episode ended.
-            batch, obs = self._to_output(obs), np.full(self.num_envs, None, dtype=object)
-            for env in done.nonzero().flatten().tolist():
-                obs[env] = _map(lambda rows, env=env: rows[env].copy(), batch)
+            ended, obs = _map(lambda rows: rows[done], obs), np.full(self.num_envs, None)
+            if isinstance(ended, dict):
+                groups = zip(*ended.values(), strict=True)
+                ended = [dict(zip(ended, rows, strict=True)) for rows in groups]
+            obs[done] = np.fromiter(ended, object, len(ended))
+        patients = {"patient_index": self._to_output(step.final_patient_index)}
+        masks = self._copies(done, 2)
         return {
             "final_obs": obs,
-            "_final_obs": done.clone(),
-            "final_info": self._masked(step_info, done),
-            "_final_info": done.clone(),
+            "_final_obs": masks[0],
+            "final_info": self._step_info(step.final_info, done, patients),
+            "_final_info": masks[1],
         }
 
-    def _masked(self, values: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """Each value with its `_key` mask, zero where the mask is false.
+    def _step_info(
+        self, info: StepInfo, mask: Any, more: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Every value under its name, each with the mask under `_key`.
 
         As in Gymnasium, numpy users get no key that holds for no environment; torch users always
         get all of them, since finding out would be a read on the host.
         """
         if self.output == "numpy" and not mask.any():
             return {}
-        info = {}
-        for key, value in values.items():
-            rows = mask.view(-1, *[1] * (value.dim() - 1))
-            info[key] = torch.where(rows, value, torch.zeros_like(value))
-            info[f"_{key}"] = mask.clone()
-        return info
+        scalars, flags, formulation = map(self._to_output, info)
+        values = {
+            **dict(zip(dynamics.INFO_SCALARS, scalars, strict=True)),
+            **dict(zip(dynamics.INFO_FLAGS, flags, strict=True)),
+            "formulation": formulation,
+            **(more or {}),
+        }
+        masks = self._copies(mask, len(values))
+        return values | {f"_{key}": row for key, row in zip(values, masks, strict=True)}
+
+    def _copies(self, mask: Any, num: int) -> Any:
+        """(num, B) rows of a (B,) mask: no two arrays handed out share memory."""
+        return mask.repeat(num, 1) if self.output == "torch" else np.tile(mask, (num, 1))
 
     def _to_output(self, value: Any) -> Any:
         if self.output == "torch":
             return value
-        return _map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, value)
+        return _map(lambda tensor: tensor.cpu().numpy(), value)

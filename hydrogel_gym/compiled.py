@@ -1,0 +1,65 @@
+"""A pure function as one compiled graph, and what is said when it cannot be one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class CompileError(RuntimeError):
+    """A function that cannot be compiled, or a machine that cannot compile."""
+
+
+class CompiledFunction:
+    """A pure function of tensors as one graph, compiled at its first call.
+
+    Everything but tensors that the function reads is taken to be constant from then on. A copy, or
+    one from a pickle, compiles anew.
+
+    Args:
+        function: what to compile; without a read on the host, a branch on data or side effects.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.is_compiled = False
+        self._call = torch.compile(
+            function,
+            fullgraph=True,
+            dynamic=False,
+            # Environments share the code of one function, and so would share its eight graphs.
+            isolate_recompiles=True,
+            # The C++ backend shuns vector instructions where many loads are look-ups in tables;
+            # here the arithmetic between them is worth it by far.
+            options={"cpp.enable_tiling_heuristics": False},
+        )
+
+    def __call__(self, *args: Any) -> Any:
+        """Return what the function returns.
+
+        Raises:
+            CompileError: the first call did not compile.
+        """
+        if self.is_compiled:
+            return self._call(*args)
+        try:
+            result = self._call(*args)
+        except Exception as error:  # of the tracer, the code generator, the C++ compiler, ...
+            raise CompileError(
+                f"compile=True failed: {_reason(error)}; "
+                "compile=False runs the same step uncompiled"
+            ) from error
+        self.is_compiled = True
+        return result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return CompiledFunction, (self.function,)
+
+
+def _reason(error: BaseException) -> str:
+    """First line of the innermost cause, with its type."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
