@@ -353,49 +353,28 @@ def transition(
     )
 
 
-# Names of what a step tells beside reward and observation, in the order of `StepInfo`.
+# What a step tells beside reward and observation: the (B,) numbers and the (B,) truths.
 INFO_SCALARS = (*Outcomes._fields, *RewardTerms._fields, "score")
 INFO_FLAGS = ("is_optimal", "formulation_clipped")
 
 
-class StepInfo(NamedTuple):
-    """What a step tells beside reward and observation; zero where it does not hold.
+class Step(NamedTuple):
+    """Everything one step of a vector of environments produces; no two tensors share memory.
 
-    Values of one dtype are the rows of one tensor: making 70 small tensors, as `info` has them,
-    costs a compiled graph more than computing 2,000 steps.
+    Values of one kind are the rows of one tensor, since a graph takes longer to hand out 80 small
+    tensors than to compute 2,000 steps. In mode `SameStep` what the episode's end had to tell, in
+    the rows that end with "final", is kept apart from what the new episode tells.
     """
 
-    scalars: Tensor  # (14, B) float32, rows as in INFO_SCALARS
-    flags: Tensor  # (2, B) bool, rows as in INFO_FLAGS
-    formulation: Tensor  # (B, 4) float32
-
-
-class Step(NamedTuple):
-    """Everything one step of a vector of environments produces; no two tensors share memory."""
-
     state: State  # after the autoreset
-    done: Tensor  # (B,) bool, `terminated` again, to be kept beside the state
     obs: Tensor  # (B, 13) or (B, 37) observation of that state
-    reward: Tensor  # (B,) float32
-    terminated: Tensor  # (B,) bool
-    patient_index: Tensor  # (B,) int64, of that state
-    stepped: Tensor  # (B,) bool, where no episode begins in this step
-    info: StepInfo  # where `stepped` holds
+    scalars: Tensor  # (R, B) float32: reward, INFO_SCALARS, INFO_SCALARS final
+    # (R, B) uint8: terminated, 0, 1, stepped (no episode begins), INFO_FLAGS, INFO_FLAGS final.
+    flags: Tensor
+    formulation: Tensor  # (R, B, 4) float32: formulation, formulation final
+    patient_index: Tensor  # (R, B) int64: patient of the state, patient final
     is_finite: Tensor  # (B,) bool, whether all outcomes are
-    # Mode `SameStep`: before the autoreset, where `terminated` holds (the observation everywhere).
-    final_obs: Tensor | None = None
-    final_info: StepInfo | None = None
-    final_patient_index: Tensor | None = None
-
-
-def _step_info(result: Transition, mask: Tensor) -> StepInfo:
-    scalars = (*result.outcomes, *result.terms, result.score)
-    flags = (result.is_optimal, result.formulation_clipped)
-    return StepInfo(
-        scalars=torch.stack([value.masked_fill(~mask, 0.0) for value in scalars]),
-        flags=torch.stack([value & mask for value in flags]),
-        formulation=result.formulation.masked_fill(~mask.unsqueeze(-1), 0.0),
-    )
+    final_obs: Tensor | None  # (B, 13) or (B, 37) observation before the autoreset
 
 
 def step(
@@ -427,22 +406,28 @@ def step(
         begun = terminated
     if autoreset != "Disabled":
         after = select(begun, next_episode(after, params), after)
-    stepped = ~begun
-    made = Step(
+    # What `info` tells holds where no episode begins, what `final_info` tells where one ends.
+    masks = [~begun, terminated] if autoreset == "SameStep" else [~begun]
+    patients = [after.patient_index, result.state.patient_index.masked_fill(~terminated, 0)]
+    scalars = (*result.outcomes, *result.terms, result.score)
+    # As floats, since the compiler for CPUs stores truths one by one: those of a step would take
+    # longer than its arithmetic.
+    flags = [x.to(reward.dtype) for x in (result.is_optimal, result.formulation_clipped)]
+    zero = torch.zeros_like(reward)
+    truths = [terminated.to(reward.dtype), zero, zero + 1.0, masks[0].to(reward.dtype)]
+    return Step(
         state=after,
-        done=terminated.clone(),
         obs=observation(after, params),
-        reward=reward,
-        terminated=terminated,
-        stepped=stepped,
-        patient_index=after.patient_index.clone(),
-        info=_step_info(result, stepped),
+        scalars=torch.stack(
+            [reward, *(x.masked_fill(~mask, 0.0) for mask in masks for x in scalars)]
+        ),
+        flags=torch.stack(
+            [*truths, *(x.masked_fill(~mask, 0.0) for mask in masks for x in flags)]
+        ).to(torch.uint8),
+        formulation=torch.stack(
+            [result.formulation.masked_fill(~mask.unsqueeze(-1), 0.0) for mask in masks]
+        ),
+        patient_index=torch.stack(patients[: len(masks)]),
         is_finite=torch.stack(result.outcomes).isfinite().all(0),
-    )
-    if autoreset != "SameStep":
-        return made
-    return made._replace(
-        final_obs=observation(result.state, params),
-        final_info=_step_info(result, terminated),
-        final_patient_index=result.state.patient_index.masked_fill(~terminated, 0),
+        final_obs=observation(result.state, params) if autoreset == "SameStep" else None,
     )

@@ -7,8 +7,9 @@ Both classes hold a `State` of tensors, have `problem` turn what a user sends in
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args
 
 import gymnasium as gym
@@ -23,12 +24,13 @@ from hydrogel_gym import dynamics
 from hydrogel_gym.cohort import Cohort
 from hydrogel_gym.compiled import CompiledFunction
 from hydrogel_gym.dynamics import (
+    INFO_FLAGS,
+    INFO_SCALARS,
     PatientAssignment,
     RewardConfig,
     RewardMode,
     State,
     Step,
-    StepInfo,
     Transition,
 )
 from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
@@ -65,6 +67,17 @@ def _step_info(result: Transition) -> dict[str, Tensor]:
         "formulation_clipped": result.formulation_clipped,
         "patient_index": result.state.patient_index,
     }
+
+
+# Which rows of `Step.flags` are handed out, each as often as it is: no two arrays handed out share
+# memory. The state's own first, then terminated, truncated, stepped, what `info` tells and its
+# masks, the same for `final_info` and the masks of the two final entries.
+_MASK_NAMES = [f"_{name}" for name in (*INFO_SCALARS, *INFO_FLAGS, "formulation")]
+_TERMINATED, _FALSE, _TRUE, _STEPPED = range(4)
+_FLAGS, _FINAL_FLAGS = [4, 5], [6, 7]
+_TRUTHS = [_TERMINATED, _TERMINATED, _FALSE, _STEPPED, *_FLAGS, *[_STEPPED] * len(_MASK_NAMES)]
+_TRUTHS += [_TRUE]
+_FINAL_TRUTHS = [*_FINAL_FLAGS, *[_TERMINATED] * (len(_MASK_NAMES) + 3)]
 
 
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
@@ -375,6 +388,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
             self.problem.step, autoreset=self.autoreset_mode.value
         )
+        final = _FINAL_TRUTHS if self.autoreset_mode is AutoresetMode.SAME_STEP else []
+        self._truths = torch.tensor(_TRUTHS + final, device=self.device)
         if compile:
             self._compile()
 
@@ -484,8 +499,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         step, valid = self._step(self._state, self._done, action)
         if self.problem.validate and not valid:
             self._refuse(action)
-        self._state, self._done = step.state, step.done
-        return self._returned(step)
+        return self._accept(step)
 
     def _refuse(self, action: tuple[Tensor, ...]) -> NoReturn:
         """Say what is wrong with a step, which was found only to be wrong somewhere."""
@@ -501,66 +515,51 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         problem.transition(self._state, design, skip=skip)
         raise ValueError("the reward model returned an outcome that is not finite, but not again")
 
-    def _returned(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """What Gymnasium asks of a step, in the library asked for."""
-        terminated = self._to_output(step.terminated)
-        info = {} if step.final_info is None else self._final(step, terminated)
-        info |= self._step_info(step.info, self._to_output(step.stepped))
-        # The one entry that a reset has as well.
-        everyone = torch.ones_like(step.terminated)
-        info |= self._to_output({"patient_index": step.patient_index, "_patient_index": everyone})
-        return (
-            self._to_output(self.problem.group(step.obs)),
-            self._to_output(step.reward),
-            terminated,
-            self._to_output(torch.zeros_like(step.terminated)),
-            info,
+    def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Keep the state of a step; return what Gymnasium asks of one, in the library asked for."""
+        truths = step.flags.index_select(0, self._truths).view(torch.bool)
+        self._state, self._done = step.state, truths[0]
+        truths, scalars, formulation, patient_index = (
+            iter(self._to_output(rows))
+            for rows in (truths, step.scalars, step.formulation, step.patient_index)
         )
+        reward = next(scalars)
+        _, terminated, truncated, stepped = itertools.islice(truths, 4)
+        info = self._info(scalars, truths, formulation)
+        if self.output == "numpy" and not stepped.any():
+            info = {}  # as in Gymnasium, no key that holds for no environment
+        # The one entry that a reset has as well.
+        info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
+        if step.final_obs is not None and (self.output == "torch" or terminated.any()):
+            final_info = self._info(scalars, truths, formulation)
+            final_info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
+            info |= {"final_info": final_info, "_final_info": next(truths)}
+            obs = self._final_obs(step.final_obs, terminated)
+            info |= {"final_obs": obs, "_final_obs": next(truths)}
+        obs = self._to_output(self.problem.group(step.obs))
+        return obs, reward, terminated, truncated, info
 
-    def _final(self, step: Step, done: Any) -> dict[str, Any]:
-        """`final_obs` and `final_info` of the episodes that end in this step."""
-        obs = self._to_output(self.problem.group(step.final_obs))
-        if self.output == "numpy":
-            if not done.any():
-                return {}
-            # Gymnasium's form: an object array with an observation where an episode ended.
-            ended, obs = _map(lambda rows: rows[done], obs), np.full(self.num_envs, None)
-            if isinstance(ended, dict):
-                groups = zip(*ended.values(), strict=True)
-                ended = [dict(zip(ended, rows, strict=True)) for rows in groups]
-            obs[done] = np.fromiter(ended, object, len(ended))
-        patients = {"patient_index": self._to_output(step.final_patient_index)}
-        masks = self._copies(done, 2)
-        return {
-            "final_obs": obs,
-            "_final_obs": masks[0],
-            "final_info": self._step_info(step.final_info, done, patients),
-            "_final_info": masks[1],
-        }
-
-    def _step_info(
-        self, info: StepInfo, mask: Any, more: Mapping[str, Any] | None = None
+    @staticmethod
+    def _info(
+        scalars: Iterator[Any], truths: Iterator[Any], formulation: Iterator[Any]
     ) -> dict[str, Any]:
-        """Every value under its name, each with the mask under `_key`.
+        """The next values under their names, then as many masks; in the order of `_TRUTHS`."""
+        info = dict(zip(INFO_SCALARS, scalars, strict=False))
+        info |= zip(INFO_FLAGS, truths, strict=False)
+        info["formulation"] = next(formulation)
+        return info | dict(zip(_MASK_NAMES, truths, strict=False))
 
-        As in Gymnasium, numpy users get no key that holds for no environment; torch users always
-        get all of them, since finding out would be a read on the host.
-        """
-        if self.output == "numpy" and not mask.any():
-            return {}
-        scalars, flags, formulation = map(self._to_output, info)
-        values = {
-            **dict(zip(dynamics.INFO_SCALARS, scalars, strict=True)),
-            **dict(zip(dynamics.INFO_FLAGS, flags, strict=True)),
-            "formulation": formulation,
-            **(more or {}),
-        }
-        masks = self._copies(mask, len(values))
-        return values | {f"_{key}": row for key, row in zip(values, masks, strict=True)}
-
-    def _copies(self, mask: Any, num: int) -> Any:
-        """(num, B) rows of a (B,) mask: no two arrays handed out share memory."""
-        return mask.repeat(num, 1) if self.output == "torch" else np.tile(mask, (num, 1))
+    def _final_obs(self, obs: Tensor, done: Any) -> Any:
+        """Last observations: all rows, or Gymnasium's object array of those that ended."""
+        obs = self._to_output(self.problem.group(obs))
+        if self.output == "torch":
+            return obs
+        ended, final_obs = _map(lambda rows: rows[done], obs), np.full(self.num_envs, None)
+        if isinstance(ended, dict):
+            groups = zip(*ended.values(), strict=True)
+            ended = [dict(zip(ended, rows, strict=True)) for rows in groups]
+        final_obs[done] = np.fromiter(ended, object, len(ended))
+        return final_obs
 
     def _to_output(self, value: Any) -> Any:
         if self.output == "torch":

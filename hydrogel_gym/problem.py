@@ -269,7 +269,7 @@ class DesignProblem:
             valid = valid | done
         elif autoreset == "Disabled":
             valid = valid & ~done
-        return step, valid.all()
+        return step, valid.to(step.obs.dtype).min() > 0.0  # a float, as in `dynamics.step`
 
 
 def _replace_rows(design: Design, mask: Tensor, formulation: float) -> Design:
