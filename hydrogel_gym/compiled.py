@@ -33,7 +33,12 @@ class CompiledFunction:
             isolate_recompiles=True,
             # The C++ backend shuns vector instructions where many loads are look-ups in tables;
             # here the arithmetic between them is worth it by far.
-            options={"cpp.enable_tiling_heuristics": False},
+            options={
+                "cpp.enable_tiling_heuristics": False,
+                "size_asserts": False,  # the sizes of tensors are checked before the call
+                # Checking at every call that no constant has changed takes 20 us.
+                "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+            },
         )
 
     def __call__(self, *args: Any) -> Any:

@@ -373,7 +373,7 @@ class Step(NamedTuple):
     flags: Tensor
     formulation: Tensor  # (R, B, 4) float32: formulation, formulation final
     patient_index: Tensor  # (R, B) int64: patient of the state, patient final
-    is_finite: Tensor  # (B,) bool, whether all outcomes are
+    defect: Tensor  # (B,) float32, 0 where all outcomes are finite, else NaN
     final_obs: Tensor | None  # (B, 13) or (B, 37) observation before the autoreset
 
 
@@ -428,6 +428,6 @@ def step(
             [result.formulation.masked_fill(~mask.unsqueeze(-1), 0.0) for mask in masks]
         ),
         patient_index=torch.stack(patients[: len(masks)]),
-        is_finite=torch.stack(result.outcomes).isfinite().all(0),
+        defect=sum(outcome * 0.0 for outcome in result.outcomes),
         final_obs=observation(result.state, params) if autoreset == "SameStep" else None,
     )

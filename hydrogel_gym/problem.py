@@ -264,12 +264,13 @@ class DesignProblem:
         if autoreset == "NextStep":
             design = _replace_rows(design, done, 0.0)
         step = dynamics.step(state, done, design, self.params, self.reward_model, autoreset)
-        valid = allowed & step.is_finite
+        # Numbers for the reason given in `dynamics.step`.
+        defect = step.defect + (~allowed).to(step.defect.dtype)
         if autoreset == "NextStep":
-            valid = valid | done
+            defect = defect.masked_fill(done, 0.0)
         elif autoreset == "Disabled":
-            valid = valid & ~done
-        return step, valid.to(step.obs.dtype).min() > 0.0  # a float, as in `dynamics.step`
+            defect = defect + done.to(defect.dtype)
+        return step, defect.sum() == 0.0
 
 
 def _replace_rows(design: Design, mask: Tensor, formulation: float) -> Design:
@@ -305,7 +306,7 @@ def as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
         ValueError: it holds no numbers.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(device)
+        return value.detach().to(device) if value.requires_grad else value.to(device)
     try:
         # A copy: torch would warn of a read-only array.
         return torch.tensor(np.asarray(value), device=device)
