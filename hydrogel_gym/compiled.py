@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hydrogel_gym.memory import is_out_of_memory
+
 
 class CompileError(RuntimeError):
     """A function that cannot be compiled, or a machine that cannot compile."""
@@ -52,6 +54,8 @@ class CompiledFunction:
         try:
             result = self._call(*args)
         except Exception as error:  # of the tracer, the code generator, the C++ compiler, ...
+            if is_out_of_memory(error):
+                raise
             raise CompileError(
                 f"compile=True failed: {_reason(error)}; "
                 "compile=False runs the same step uncompiled"
@@ -64,7 +68,9 @@ class CompiledFunction:
 
 
 def _reason(error: BaseException) -> str:
-    """First line of the innermost cause, with its type."""
+    """Type and first line of the innermost cause, and the explanation that the tracer adds."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    first, *others = str(error).strip().splitlines() or [""]
+    explanation = [line.partition("Explanation:")[2] for line in others if "Explanation:" in line]
+    return f"{type(error).__name__}: {first}" + "".join(explanation[:1])

@@ -33,6 +33,7 @@ from hydrogel_gym.dynamics import (
     Step,
     Transition,
 )
+from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, too_large
 from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
 from hydrogel_gym.reward_model import RewardModel
 from hydrogel_gym.spaces import ActionFormat, ObsFormat
@@ -85,6 +86,22 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _map(function, item) for key, item in value.items()}
     return function(value)
+
+
+def _explains_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Say in one line how much memory is missing, where torch or numpy found too little."""
+
+    @functools.wraps(method)
+    def explaining(self: HydrogelVectorEnv, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            line = too_large(self.num_envs, self._bytes_per_env, self.device)
+            raise MemoryError(line) from error
+
+    return explaining
 
 
 class HydrogelEnv(gym.Env):
@@ -326,11 +343,13 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             that is not in the space reaches no table, and the built-in model's reward is NaN.
         compile: run a step as one graph of `torch.compile`, made when the environment is. Integers
             and bools are the same as without, floats to rounding. Needs a C++ compiler (on a GPU,
-            Triton), and a reward model without a graph break; each size and thread count takes
-            some seconds.
+            Triton) and a reward model without a graph break. Making the environment takes some
+            seconds longer; whatever the reward model reads beside tensors is constant from then on.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
+        MemoryError: `num_envs` is more than fits; says how many would. Also from `reset`, `step`.
+        CompileError: the step cannot be compiled, as a `RuntimeError`; names the cause.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -378,11 +397,16 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.num_envs = num_envs
         self.output = output
         self.device = self.problem.device
+        self._bytes_per_env = bytes_per_env(
+            compiled=compile,
+            numpy=output == "numpy",
+            explored=observe_explored,
+            grouped=obs_format == "dict",
+        )
+        check_memory(num_envs, self._bytes_per_env, self.device)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.single_action_space = self.problem.action_space
         self.single_observation_space = self.problem.observation_space
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._state: State | None = None
         self._done: Tensor | None = None
         self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
@@ -390,12 +414,16 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         )
         final = _FINAL_TRUTHS if self.autoreset_mode is AutoresetMode.SAME_STEP else []
         self._truths = torch.tensor(_TRUTHS + final, device=self.device)
-        if compile:
-            self._compile()
+        self._allocate(compile)
 
+    @_explains_memory
     @torch.no_grad()
-    def _compile(self) -> None:
-        """Compile the step, by a first one that nobody sees."""
+    def _allocate(self, compile: bool) -> None:
+        """Make what grows with `num_envs`; compile the step by one that nobody sees."""
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        if not compile:
+            return
         self._step = CompiledFunction(self._step)
         keys = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         state = dynamics.initial(keys, self.problem.params)
@@ -403,6 +431,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         action = self.problem.read_action(action, (self.num_envs,))
         self._step(state, torch.zeros_like(keys, dtype=torch.bool), action)
 
+    @_explains_memory
     @torch.no_grad()
     def reset(
         self,
@@ -483,6 +512,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             raise ValueError("reset_mask is all False; at least one environment must be reset")
         return mask
 
+    @_explains_memory
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Evaluate one design per environment.

@@ -25,10 +25,11 @@ MAY_IMPORT = {
     "dynamics": LEAVES,
     "reward_model": LEAVES | {"mechanistic"},
     "files": set(),
-    "compiled": set(),
+    "memory": set(),
+    "compiled": {"memory"},
     "oracle": LEAVES | {"dynamics", "reward_model", "files"},
     "problem": LEAVES | {"dynamics", "reward_model"},
-    "env": LEAVES | {"dynamics", "reward_model", "problem", "compiled"},
+    "env": LEAVES | {"dynamics", "reward_model", "problem", "compiled", "memory"},
     "__init__": set(MODULES) - {"__init__"},
 }
 
