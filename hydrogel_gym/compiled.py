@@ -69,8 +69,8 @@ class CompiledFunction:
 
 def _reason(error: BaseException) -> str:
     """Type and first line of the innermost cause, and the explanation that the tracer adds."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = cause
     first, *others = str(error).strip().splitlines() or [""]
     explanation = [line.partition("Explanation:")[2] for line in others if "Explanation:" in line]
     return f"{type(error).__name__}: {first}" + "".join(explanation[:1])
