@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from hydrogel_gym.memory import is_out_of_memory
+
 
 class CompileError(RuntimeError):
     """A function that cannot be compiled, or a machine that cannot compile."""
@@ -33,7 +35,12 @@ class CompiledFunction:
             isolate_recompiles=True,
             # The C++ backend shuns vector instructions where many loads are look-ups in tables;
             # here the arithmetic between them is worth it by far.
-            options={"cpp.enable_tiling_heuristics": False},
+            options={
+                "cpp.enable_tiling_heuristics": False,
+                "size_asserts": False,  # the sizes of tensors are checked before the call
+                # Checking at every call that no constant has changed takes 20 us.
+                "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+            },
         )
 
     def __call__(self, *args: Any) -> Any:
@@ -47,6 +54,8 @@ class CompiledFunction:
         try:
             result = self._call(*args)
         except Exception as error:  # of the tracer, the code generator, the C++ compiler, ...
+            if is_out_of_memory(error):
+                raise
             raise CompileError(
                 f"compile=True failed: {_reason(error)}; "
                 "compile=False runs the same step uncompiled"
@@ -59,7 +68,9 @@ class CompiledFunction:
 
 
 def _reason(error: BaseException) -> str:
-    """First line of the innermost cause, with its type."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    """Type and first line of the innermost cause, and the explanation that the tracer adds."""
+    while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
+        error = cause
+    first, *others = str(error).strip().splitlines() or [""]
+    explanation = [line.partition("Explanation:")[2] for line in others if "Explanation:" in line]
+    return f"{type(error).__name__}: {first}" + "".join(explanation[:1])

@@ -29,6 +29,7 @@ from hydrogel_gym.spaces import (
 
 RewardMode = Literal["score", "improvement"]
 PatientAssignment = Literal["fixed", "random"]
+Autoreset = Literal["SameStep", "NextStep", "Disabled"]  # Gymnasium's names
 RewardFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Outcomes]
 
 
@@ -138,7 +139,7 @@ class State(NamedTuple):
     patient_index: Tensor  # (B,) int64, the patient of this episode
     best_score: Tensor  # (B,) float32, max(0, scores of this episode)
     iteration: Tensor  # (B,) int64, steps of this episode
-    explored: Tensor  # (B, 24) bool, polymers used in this episode
+    explored: Tensor  # (B,) int64, bit i is set once polymer i was used in this episode
 
 
 class Transition(NamedTuple):
@@ -194,7 +195,7 @@ def _begin(seed: Tensor, episode: Tensor, home_index: Tensor, params: EnvParams)
     if params.patient_assignment == "random":
         patient_index = draw_patient_index(seed, episode, params.num_patients)
     else:
-        patient_index = home_index
+        patient_index = home_index.clone()  # a graph would be specialised to the two being one
     return State(
         seed=seed,
         episode=episode,
@@ -202,7 +203,7 @@ def _begin(seed: Tensor, episode: Tensor, home_index: Tensor, params: EnvParams)
         patient_index=patient_index,
         best_score=torch.zeros_like(seed, dtype=params.patients.dtype),
         iteration=torch.zeros_like(seed),
-        explored=torch.zeros((*seed.shape, NUM_POLYMERS), dtype=torch.bool, device=seed.device),
+        explored=torch.zeros_like(seed),
     )
 
 
@@ -224,11 +225,14 @@ def next_episode(state: State, params: EnvParams) -> State:
 
 def select(mask: Tensor, chosen: State, other: State) -> State:
     """State whose rows come from `chosen` where the (B,) mask holds, else from `other`."""
+    pairs = zip(chosen, other, strict=True)
+    return State(*(a if a is b else torch.where(mask, a, b) for a, b in pairs))
 
-    def rows(a: Tensor, b: Tensor) -> Tensor:
-        return torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b)
 
-    return State(*(rows(a, b) for a, b in zip(chosen, other, strict=True)))
+def explored_polymers(state: State) -> Tensor:
+    """(B, 24) int64, 1 for each polymer used in this episode."""
+    polymers = torch.arange(NUM_POLYMERS, device=state.explored.device)
+    return (state.explored.unsqueeze(-1) >> polymers) & 1
 
 
 def observation(state: State, params: EnvParams) -> Tensor:
@@ -240,7 +244,7 @@ def observation(state: State, params: EnvParams) -> Tensor:
         state.iteration.unsqueeze(-1).to(patients.dtype),
     ]
     if params.observe_explored:
-        columns.append(state.explored.to(patients.dtype))
+        columns.append(explored_polymers(state).to(patients.dtype))
     return torch.cat(columns, dim=-1)
 
 
@@ -327,10 +331,9 @@ def transition(
     patients = params.patients[state.patient_index]
     outcomes = reward_model(patients, design.polymer_id, formulation, design.coverage)
 
-    polymers = torch.arange(NUM_POLYMERS, device=design.polymer_id.device)
-    used = design.polymer_id.unsqueeze(-1) == polymers
+    used = torch.ones_like(design.polymer_id) << design.polymer_id
     config = params.reward_config
-    terms = reward_terms(outcomes, ~(state.explored & used).any(-1), config)
+    terms = reward_terms(outcomes, (state.explored & used) == 0, config)
     score = sum_terms(terms)
     best_score = torch.maximum(state.best_score, score)
     iteration = state.iteration + 1
@@ -347,4 +350,84 @@ def transition(
         formulation_clipped=(formulation != design.formulation).any(-1),
         is_optimal=(outcomes.delta_ef_pct >= config.optimal_delta_ef_pct)
         & (outcomes.stress_reduction_pct >= config.optimal_stress_reduction_pct),
+    )
+
+
+# What a step tells beside reward and observation: the (B,) numbers and the (B,) truths.
+INFO_SCALARS = (*Outcomes._fields, *RewardTerms._fields, "score")
+INFO_FLAGS = ("is_optimal", "formulation_clipped")
+
+
+class Step(NamedTuple):
+    """Everything one step of a vector of environments produces; no two tensors share memory.
+
+    Values of one kind are the rows of one tensor, since a graph takes longer to hand out 80 small
+    tensors than to compute 2,000 steps. In mode `SameStep` what the episode's end had to tell, in
+    the rows that end with "final", is kept apart from what the new episode tells.
+    """
+
+    state: State  # after the autoreset
+    obs: Tensor  # (B, 13) or (B, 37) observation of that state
+    scalars: Tensor  # (R, B) float32: reward, INFO_SCALARS, INFO_SCALARS final
+    # (R, B) uint8: terminated, 0, 1, stepped (no episode begins), INFO_FLAGS, INFO_FLAGS final.
+    flags: Tensor
+    formulation: Tensor  # (R, B, 4) float32: formulation, formulation final
+    patient_index: Tensor  # (R, B) int64: patient of the state, patient final
+    defect: Tensor  # (B,) float32, 0 where all outcomes are finite, else NaN
+    final_obs: Tensor | None  # (B, 13) or (B, 37) observation before the autoreset
+
+
+def step(
+    state: State,
+    done: Tensor,
+    design: Design,
+    params: EnvParams,
+    reward_model: RewardFunction,
+    autoreset: Autoreset,
+) -> Step:
+    """Apply one design per environment and reset those whose episode has ended.
+
+    Args:
+        state: B environments.
+        done: (B,) bool, whose episode ended in the step before: in mode `NextStep` these are reset
+            instead of stepped, whatever their design.
+        design: one each, with valid indices.
+        params: the problem.
+        reward_model: the Stage-1 model.
+        autoreset: when an ended episode is followed by another.
+    """
+    result = transition(state, design, params, reward_model)
+    after, reward, terminated = result.state, result.reward, result.terminated
+    begun = torch.zeros_like(done)
+    if autoreset == "NextStep":
+        begun = done
+        reward, terminated = reward.masked_fill(begun, 0.0), terminated & ~begun
+    elif autoreset == "SameStep":
+        begun = terminated
+    if autoreset != "Disabled":
+        after = select(begun, next_episode(after, params), after)
+    # What `info` tells holds where no episode begins, what `final_info` tells where one ends.
+    masks = [~begun, terminated] if autoreset == "SameStep" else [~begun]
+    patients = [after.patient_index, result.state.patient_index.masked_fill(~terminated, 0)]
+    scalars = (*result.outcomes, *result.terms, result.score)
+    # As floats, since the compiler for CPUs stores truths one by one: those of a step would take
+    # longer than its arithmetic.
+    flags = [x.to(reward.dtype) for x in (result.is_optimal, result.formulation_clipped)]
+    zero = torch.zeros_like(reward)
+    truths = [terminated.to(reward.dtype), zero, zero + 1.0, masks[0].to(reward.dtype)]
+    return Step(
+        state=after,
+        obs=observation(after, params),
+        scalars=torch.stack(
+            [reward, *(x.masked_fill(~mask, 0.0) for mask in masks for x in scalars)]
+        ),
+        flags=torch.stack(
+            [*truths, *(x.masked_fill(~mask, 0.0) for mask in masks for x in flags)]
+        ).to(torch.uint8),
+        formulation=torch.stack(
+            [result.formulation.masked_fill(~mask.unsqueeze(-1), 0.0) for mask in masks]
+        ),
+        patient_index=torch.stack(patients[: len(masks)]),
+        defect=sum(outcome * 0.0 for outcome in result.outcomes),
+        final_obs=observation(result.state, params) if autoreset == "SameStep" else None,
     )

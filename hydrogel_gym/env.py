@@ -6,21 +6,34 @@ Both classes hold a `State` of tensors, have `problem` turn what a user sends in
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args
 
 import gymnasium as gym
 import numpy as np
 import torch
 from gymnasium.error import ResetNeeded
 from gymnasium.vector import AutoresetMode
-from gymnasium.vector.utils import batch_space
+from gymnasium.vector.utils import batch_space, create_empty_array
 from torch import Tensor
 
 from hydrogel_gym import dynamics
 from hydrogel_gym.cohort import Cohort
-from hydrogel_gym.dynamics import PatientAssignment, RewardConfig, RewardMode, State, Transition
+from hydrogel_gym.compiled import CompiledFunction
+from hydrogel_gym.dynamics import (
+    INFO_FLAGS,
+    INFO_SCALARS,
+    PatientAssignment,
+    RewardConfig,
+    RewardMode,
+    State,
+    Step,
+    Transition,
+)
+from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, too_large
 from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
 from hydrogel_gym.reward_model import RewardModel
 from hydrogel_gym.spaces import ActionFormat, ObsFormat
@@ -57,11 +70,38 @@ def _step_info(result: Transition) -> dict[str, Tensor]:
     }
 
 
+# Which rows of `Step.flags` are handed out, each as often as it is: no two arrays handed out share
+# memory. The state's own first, then terminated, truncated, stepped, what `info` tells and its
+# masks, the same for `final_info` and the masks of the two final entries.
+_MASK_NAMES = [f"_{name}" for name in (*INFO_SCALARS, *INFO_FLAGS, "formulation")]
+_TERMINATED, _FALSE, _TRUE, _STEPPED = range(4)
+_FLAGS, _FINAL_FLAGS = [4, 5], [6, 7]
+_TRUTHS = [_TERMINATED, _TERMINATED, _FALSE, _STEPPED, *_FLAGS, *[_STEPPED] * len(_MASK_NAMES)]
+_TRUTHS += [_TRUE]
+_FINAL_TRUTHS = [*_FINAL_FLAGS, *[_TERMINATED] * (len(_MASK_NAMES) + 3)]
+
+
 def _map(function: Callable[[Any], Any], value: Any) -> Any:
     """Apply a function to an array, or to every array of a nested dict."""
     if isinstance(value, dict):
         return {key: _map(function, item) for key, item in value.items()}
     return function(value)
+
+
+def _explains_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Say in one line how much memory is missing, where torch or numpy found too little."""
+
+    @functools.wraps(method)
+    def explaining(self: HydrogelVectorEnv, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            line = too_large(self.num_envs, self._bytes_per_env, self.device)
+            raise MemoryError(line) from error
+
+    return explaining
 
 
 class HydrogelEnv(gym.Env):
@@ -299,10 +339,17 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         output: `"numpy"` or `"torch"`.
         autoreset_mode: `"SameStep"`, `"NextStep"`, `"Disabled"` or Gymnasium's enumeration.
         validate_actions: check actions, and the reward model's outcomes, at every step. None means
-            on the CPU only: on an accelerator a check is a synchronisation.
+            on the CPU only: on an accelerator a check is a synchronisation. Unchecked, an action
+            that is not in the space reaches no table, and the built-in model's reward is NaN.
+        compile: run a step as one graph of `torch.compile`, made when the environment is. Integers
+            and bools are the same as without, floats to rounding. Needs a C++ compiler (on a GPU,
+            Triton) and a reward model without a graph break. Making the environment takes some
+            seconds longer; whatever the reward model reads beside tensors is constant from then on.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
+        MemoryError: `num_envs` is more than fits; says how many would. Also from `reset`, `step`.
+        CompileError: the step cannot be compiled, as a `RuntimeError`; names the cause.
     """
 
     metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
@@ -324,6 +371,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         output: Output = "numpy",
         autoreset_mode: str | AutoresetMode = "SameStep",
         validate_actions: bool | None = None,
+        compile: bool = False,
     ) -> None:
         check_count("num_envs", num_envs)
         check_choice("output", output, get_args(Output))
@@ -349,14 +397,41 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.num_envs = num_envs
         self.output = output
         self.device = self.problem.device
+        self._bytes_per_env = bytes_per_env(
+            compiled=compile,
+            numpy=output == "numpy",
+            explored=observe_explored,
+            grouped=obs_format == "dict",
+        )
+        check_memory(num_envs, self._bytes_per_env, self.device)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
         self.single_action_space = self.problem.action_space
         self.single_observation_space = self.problem.observation_space
-        self.action_space = batch_space(self.single_action_space, num_envs)
-        self.observation_space = batch_space(self.single_observation_space, num_envs)
         self._state: State | None = None
         self._done: Tensor | None = None
+        self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
+            self.problem.step, autoreset=self.autoreset_mode.value
+        )
+        final = _FINAL_TRUTHS if self.autoreset_mode is AutoresetMode.SAME_STEP else []
+        self._truths = torch.tensor(_TRUTHS + final, device=self.device)
+        self._allocate(compile)
 
+    @_explains_memory
+    @torch.no_grad()
+    def _allocate(self, compile: bool) -> None:
+        """Make what grows with `num_envs`; compile the step by one that nobody sees."""
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        if not compile:
+            return
+        self._step = CompiledFunction(self._step)
+        keys = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        state = dynamics.initial(keys, self.problem.params)
+        action = create_empty_array(self.single_action_space, self.num_envs, np.zeros)
+        action = self.problem.read_action(action, (self.num_envs,))
+        self._step(state, torch.zeros_like(keys, dtype=torch.bool), action)
+
+    @_explains_memory
     @torch.no_grad()
     def reset(
         self,
@@ -386,13 +461,13 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
 
         fresh = self._reset_state(seeds)
         if chosen is not None:
-            fresh = fresh._replace(patient_index=chosen, home_index=chosen)
+            fresh = fresh._replace(patient_index=chosen, home_index=chosen.clone())
         self._state = fresh if mask is None else dynamics.select(mask, fresh, self._state)
         every = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         self._done = ~every if mask is None else self._done & ~mask
-        info = self._masked(
-            {"patient_index": self._state.patient_index}, every if mask is None else mask
-        )
+        mask = every if mask is None else mask.clone()
+        patients = self._state.patient_index.masked_fill(~mask, 0)
+        info = {"patient_index": patients, "_patient_index": mask}
         return self._to_output(self.problem.observe(self._state)), self._to_output(info)
 
     def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
@@ -437,6 +512,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             raise ValueError("reset_mask is all False; at least one environment must be reset")
         return mask
 
+    @_explains_memory
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Evaluate one design per environment.
@@ -449,70 +525,73 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
+        action = self.problem.read_action(actions, (self.num_envs,))
+        step, valid = self._step(self._state, self._done, action)
+        if self.problem.validate and not valid:
+            self._refuse(action)
+        return self._accept(step)
+
+    def _refuse(self, action: tuple[Tensor, ...]) -> NoReturn:
+        """Say what is wrong with a step, which was found only to be wrong somewhere."""
         mode, problem = self.autoreset_mode, self.problem
-        if mode is AutoresetMode.DISABLED and problem.validate and self._done.any():
+        if mode is AutoresetMode.DISABLED and self._done.any():
             env = int(self._done.nonzero()[0])
             raise ResetNeeded(
                 f"env {env} has ended; reset it with reset(options={{'reset_mask': ...}})"
             )
-        # In mode `NextStep` an ended episode is reset instead of stepped, whatever the action.
         skip = self._done if mode is AutoresetMode.NEXT_STEP else None
-        design = problem.design(actions, (self.num_envs,), skip=skip)
-        result = problem.transition(self._state, design, skip=skip)
-        state, reward, terminated = result.state, result.reward, result.terminated
-        step_info = _step_info(result)
+        problem.check_action(action, skip=skip)
+        design = problem.ignore(problem.decode(action), skip)
+        problem.transition(self._state, design, skip=skip)
+        raise ValueError("the reward model returned an outcome that is not finite, but not again")
 
-        final = {}
-        begun = torch.zeros_like(terminated)  # where this step begins an episode
-        if mode is AutoresetMode.NEXT_STEP:
-            begun = self._done
-            reward, terminated = reward.masked_fill(begun, 0.0), terminated & ~begun
-        elif mode is AutoresetMode.SAME_STEP:
-            begun = terminated
-            final = self._final(state, step_info, terminated)
-        if mode is not AutoresetMode.DISABLED:
-            state = dynamics.select(begun, dynamics.next_episode(state, problem.params), state)
-        info = final | self._masked(step_info, ~begun)
+    def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Keep the state of a step; return what Gymnasium asks of one, in the library asked for."""
+        truths = step.flags.index_select(0, self._truths).view(torch.bool)
+        self._state, self._done = step.state, truths[0]
+        truths, scalars, formulation, patient_index = (
+            iter(self._to_output(rows))
+            for rows in (truths, step.scalars, step.formulation, step.patient_index)
+        )
+        reward = next(scalars)
+        _, terminated, truncated, stepped = itertools.islice(truths, 4)
+        info = self._info(scalars, truths, formulation)
+        if self.output == "numpy" and not stepped.any():
+            info = {}  # as in Gymnasium, no key that holds for no environment
         # The one entry that a reset has as well.
-        info |= self._masked({"patient_index": state.patient_index}, torch.ones_like(terminated))
-        obs = problem.observe(state)
-        self._state, self._done = state, terminated.clone()
-        truncated = torch.zeros_like(terminated)
-        return tuple(map(self._to_output, (obs, reward, terminated, truncated, info)))
+        info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
+        if step.final_obs is not None and (self.output == "torch" or terminated.any()):
+            final_info = self._info(scalars, truths, formulation)
+            final_info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
+            info |= {"final_info": final_info, "_final_info": next(truths)}
+            obs = self._final_obs(step.final_obs, terminated)
+            info |= {"final_obs": obs, "_final_obs": next(truths)}
+        obs = self._to_output(self.problem.group(step.obs))
+        return obs, reward, terminated, truncated, info
 
-    def _final(self, state: State, step_info: dict[str, Tensor], done: Tensor) -> dict[str, Any]:
-        """`final_obs` and `final_info` of the episodes that end in this step."""
-        obs: Any = self.problem.observe(state)
-        if self.output == "numpy":
-            if not done.any():
-                return {}
-            # Gymnasium's form: an object array with an observation where an episode ended.
-            batch, obs = self._to_output(obs), np.full(self.num_envs, None, dtype=object)
-            for env in done.nonzero().flatten().tolist():
-                obs[env] = _map(lambda rows, env=env: rows[env].copy(), batch)
-        return {
-            "final_obs": obs,
-            "_final_obs": done.clone(),
-            "final_info": self._masked(step_info, done),
-            "_final_info": done.clone(),
-        }
+    @staticmethod
+    def _info(
+        scalars: Iterator[Any], truths: Iterator[Any], formulation: Iterator[Any]
+    ) -> dict[str, Any]:
+        """The next values under their names, then as many masks; in the order of `_TRUTHS`."""
+        info = dict(zip(INFO_SCALARS, scalars, strict=False))
+        info |= zip(INFO_FLAGS, truths, strict=False)
+        info["formulation"] = next(formulation)
+        return info | dict(zip(_MASK_NAMES, truths, strict=False))
 
-    def _masked(self, values: dict[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-        """Each value with its `_key` mask, zero where the mask is false.
-
-        As in Gymnasium, numpy users get no key that holds for no environment; torch users always
-        get all of them, since finding out would be a read on the host.
-        """
-        if self.output == "numpy" and not mask.any():
-            return {}
-        info = {}
-        for key, value in values.items():
-            rows = mask.view(-1, *[1] * (value.dim() - 1))
-            info[key] = torch.where(rows, value, torch.zeros_like(value))
-            info[f"_{key}"] = mask.clone()
-        return info
+    def _final_obs(self, obs: Tensor, done: Any) -> Any:
+        """Last observations: all rows, or Gymnasium's object array of those that ended."""
+        obs = self._to_output(self.problem.group(obs))
+        if self.output == "torch":
+            return obs
+        ended, final_obs = _map(lambda rows: rows[done], obs), np.full(self.num_envs, None)
+        if isinstance(ended, dict):
+            groups = zip(*ended.values(), strict=True)
+            ended = [dict(zip(ended, rows, strict=True)) for rows in groups]
+        final_obs[done] = np.fromiter(ended, object, len(ended))
+        return final_obs
 
     def _to_output(self, value: Any) -> Any:
         if self.output == "torch":
             return value
-        return _map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, value)
+        return _map(lambda tensor: tensor.cpu().numpy(), value)

@@ -18,11 +18,13 @@ from torch import Tensor
 from hydrogel_gym import dynamics
 from hydrogel_gym.cohort import Cohort, load_cohort
 from hydrogel_gym.dynamics import (
+    Autoreset,
     EnvParams,
     PatientAssignment,
     RewardConfig,
     RewardMode,
     State,
+    Step,
     Transition,
 )
 from hydrogel_gym.reward_model import RewardModel, load_reward_model
@@ -93,7 +95,10 @@ class DesignProblem:
 
     def observe(self, state: State) -> Tensor | dict[str, Tensor]:
         """Observation of every environment in the format asked for."""
-        obs = dynamics.observation(state, self.params)
+        return self.group(dynamics.observation(state, self.params))
+
+    def group(self, obs: Tensor) -> Tensor | dict[str, Tensor]:
+        """A (B, 13) or (B, 37) observation in the format asked for (views, no copy)."""
         return obs if self.obs_format == "box" else split_observation(obs)
 
     def patient_indices(self, patients: Any, batch_shape: tuple[int, ...]) -> Tensor:
@@ -111,14 +116,80 @@ class DesignProblem:
             _check_range("patient_id", index, self.params.num_patients, skip=None)
         return index
 
+    def read_action(self, action: Any, batch_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Tensors of an action: one of B rows for the flat formats, else one per head.
+
+        Args:
+            action: as the action space has it; numpy or torch, any integer dtype, a tuple also as a
+                list, each discrete also with a trailing dimension of 1.
+            batch_shape: (B,) or ().
+
+        Raises:
+            ValueError: container, shape or dtype is not what it may be; names the field.
+        """
+        device = self.device
+        if self.action_format == "box":
+            return (_floats(action, "action", batch_shape, self.action_space.shape[0], device),)
+        if self.action_format == "multidiscrete":
+            width = len(self.action_space.nvec)
+            return (_integers(action, "action", batch_shape, device, width=width),)
+        polymer_id, formulation, coverage = self._heads(action)
+        return (
+            _integers(polymer_id, "polymer_id", batch_shape, device),
+            _floats(formulation, "formulation", batch_shape, len(FORMULATION_FIELDS), device),
+            _integers(coverage, "coverage", batch_shape, device),
+        )
+
+    def check_action(self, action: tuple[Tensor, ...], *, skip: Tensor | None = None) -> None:
+        """Raise a ValueError that names the first environment whose action is not allowed.
+
+        Args:
+            action: what `read_action` returned.
+            skip: (B,) mask of environments whose action is ignored.
+        """
+        if self.action_format == "box":
+            _check_finite("action", *action, ["[-1, 1]"] * len(FORMULATION_FIELDS), skip)
+        elif self.action_format == "multidiscrete":
+            for column, size in enumerate(self.action_space.nvec.tolist()):
+                _check_range(f"action[{column}]", action[0][:, column], size, skip)
+        else:
+            polymer_id, formulation, coverage = action
+            _check_range("polymer_id", polymer_id, NUM_POLYMERS, skip)
+            _check_finite("formulation", formulation, _FORMULATION_RANGES, skip)
+            _check_range("coverage", coverage, len(COVERAGES), skip)
+
+    def allows(self, action: tuple[Tensor, ...]) -> Tensor:
+        """(B,) bool, whether `check_action` accepts a row; reads nothing on the host."""
+        if self.action_format == "box":
+            return action[0].isfinite().all(-1)
+        if self.action_format == "multidiscrete":
+            columns = zip(action[0].unbind(-1), self.action_space.nvec.tolist(), strict=True)
+            within = [(column >= 0) & (column < size) for column, size in columns]
+            return torch.stack(within).all(0)
+        polymer_id, formulation, coverage = action
+        return (
+            (polymer_id >= 0)
+            & (polymer_id < NUM_POLYMERS)
+            & formulation.isfinite().all(-1)
+            & (coverage >= 0)
+            & (coverage < len(COVERAGES))
+        )
+
+    def decode(self, action: tuple[Tensor, ...]) -> Design:
+        """Designs of what `read_action` returned; the formulation is left unclipped."""
+        if self.action_format == "box":
+            return decode_box(*action)
+        if self.action_format == "multidiscrete":
+            return decode_multidiscrete(*action)
+        return Design(*action)
+
     def design(
         self, action: Any, batch_shape: tuple[int, ...], *, skip: Tensor | None = None
     ) -> Design:
         """Check actions and turn them into designs.
 
         Args:
-            action: as the action space has it; numpy or torch, any integer dtype, a tuple also as a
-                list, each discrete also with a trailing dimension of 1.
+            action: as for `read_action`.
             batch_shape: (B,) or ().
             skip: (B,) mask of environments whose action is ignored, and so not checked.
 
@@ -126,38 +197,14 @@ class DesignProblem:
             ValueError: names the field, what it is and what is allowed; for a value that is out of
                 range, the environment too.
         """
-        width = len(FORMULATION_FIELDS)
-        if self.action_format == "box":
-            flat = _floats(action, "action", batch_shape, self.action_space.shape[0], self.device)
-            if self.validate:
-                _check_finite("action", flat, ["[-1, 1]"] * width, skip)
-            design = decode_box(flat)
-        elif self.action_format == "multidiscrete":
-            sizes = self.action_space.nvec.tolist()
-            flat = _integers(action, "action", batch_shape, self.device, width=len(sizes))
-            if self.validate:
-                for column, size in enumerate(sizes):
-                    _check_range(f"action[{column}]", flat[:, column], size, skip)
-            design = decode_multidiscrete(flat)
-        else:
-            polymer_id, formulation, coverage = self._heads(action)
-            design = Design(
-                _integers(polymer_id, "polymer_id", batch_shape, self.device),
-                _floats(formulation, "formulation", batch_shape, width, self.device),
-                _integers(coverage, "coverage", batch_shape, self.device),
-            )
-            if self.validate:
-                _check_range("polymer_id", design.polymer_id, NUM_POLYMERS, skip)
-                _check_finite("formulation", design.formulation, _FORMULATION_RANGES, skip)
-                _check_range("coverage", design.coverage, len(COVERAGES), skip)
-        if skip is None:
-            return design
-        # Whatever an ignored action holds, it must not reach a look-up in a table.
-        return Design(
-            design.polymer_id.masked_fill(skip, 0),
-            design.formulation.masked_fill(skip.unsqueeze(-1), 0.0),
-            design.coverage.masked_fill(skip, 0),
-        )
+        tensors = self.read_action(action, batch_shape)
+        if self.validate:
+            self.check_action(tensors, skip=skip)
+        return self.ignore(self.decode(tensors), skip)
+
+    def ignore(self, design: Design, skip: Tensor | None) -> Design:
+        """Designs in which whatever an ignored action holds is replaced by zeros."""
+        return design if skip is None else _replace_rows(design, skip, 0.0)
 
     def _heads(self, action: Any) -> tuple[Any, ...]:
         if self.action_format == "dict":
@@ -193,6 +240,47 @@ class DesignProblem:
                 )
         return result
 
+    def step(
+        self, state: State, done: Tensor, action: tuple[Tensor, ...], autoreset: Autoreset
+    ) -> tuple[Step, Tensor]:
+        """One step of a vector of environments, from action to observation; see `dynamics.step`.
+
+        Pure, without a read on the host or a branch on data: this is what is compiled.
+
+        Args:
+            state: B environments.
+            done: (B,) bool, whose episode ended in the step before.
+            action: what `read_action` returned.
+            autoreset: when an ended episode is followed by another.
+
+        Returns:
+            The step, and () bool: whether every environment could be stepped, its action allowed
+            and the outcomes finite. An action that is not allowed reaches no table and leaves the
+            outcomes of the built-in model not a number.
+        """
+        allowed = self.allows(action)
+        # Whatever an action holds, it must not be read outside a table.
+        design = _replace_rows(self.decode(action), ~allowed, torch.nan)
+        if autoreset == "NextStep":
+            design = _replace_rows(design, done, 0.0)
+        step = dynamics.step(state, done, design, self.params, self.reward_model, autoreset)
+        # Numbers for the reason given in `dynamics.step`.
+        defect = step.defect + (~allowed).to(step.defect.dtype)
+        if autoreset == "NextStep":
+            defect = defect.masked_fill(done, 0.0)
+        elif autoreset == "Disabled":
+            defect = defect + done.to(defect.dtype)
+        return step, defect.sum() == 0.0
+
+
+def _replace_rows(design: Design, mask: Tensor, formulation: float) -> Design:
+    """Designs with polymer 0, coverage 0 and the same formulation everywhere the mask holds."""
+    return Design(
+        design.polymer_id.masked_fill(mask, 0),
+        design.formulation.masked_fill(mask.unsqueeze(-1), formulation),
+        design.coverage.masked_fill(mask, 0),
+    )
+
 
 def check_count(name: str, value: Any) -> None:
     """Raise a ValueError unless `value` is a whole number, 1 or more."""
@@ -218,7 +306,7 @@ def as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
         ValueError: it holds no numbers.
     """
     if isinstance(value, Tensor):
-        return value.to(device)
+        return value.detach().to(device) if value.requires_grad else value.to(device)
     try:
         # A copy: torch would warn of a read-only array.
         return torch.tensor(np.asarray(value), device=device)
@@ -241,7 +329,7 @@ def _integers(
     row = () if width is None else (width,)
     allowed = [(*batch_shape, *row)] + ([(*batch_shape, 1)] if width is None else [])
     _check_shape(name, tensor, *allowed)
-    return tensor.reshape(-1, *row).long()
+    return tensor.reshape(-1, *row).long().contiguous()
 
 
 def _floats(
@@ -252,7 +340,7 @@ def _floats(
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected a real number dtype")
     _check_shape(name, tensor, (*batch_shape, width))
-    return tensor.reshape(-1, width).to(torch.float32)
+    return tensor.reshape(-1, width).to(torch.float32).contiguous()
 
 
 def _check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:

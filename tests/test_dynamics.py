@@ -12,6 +12,7 @@ from hydrogel_gym.dynamics import (
     State,
     clip_formulation,
     draw_patient_index,
+    explored_polymers,
     initial,
     next_episode,
     observation,
@@ -230,7 +231,7 @@ def test_transition_of_three_designs_worked_out_by_hand(params, toy_model):
     torch.testing.assert_close(result.score, scores)
     assert result.is_optimal.tolist() == [True, False, False]
     assert result.state.iteration.tolist() == [1, 1, 1]
-    assert result.state.explored.nonzero().tolist() == [[0, 4], [1, 2], [2, 0]]
+    assert explored_polymers(result.state).nonzero().tolist() == [[0, 4], [1, 2], [2, 0]]
     obs = observation(result.state, params)
     torch.testing.assert_close(obs[:, 11], scores)
     assert obs[:, 12].tolist() == [1.0, 1.0, 1.0]

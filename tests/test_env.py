@@ -393,6 +393,7 @@ def test_vector_arguments_have_the_defaults_of_the_single_ones_but_for_the_assig
         "output": "numpy",
         "autoreset_mode": "SameStep",
         "validate_actions": None,
+        "compile": False,
     }
 
 

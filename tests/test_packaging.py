@@ -25,9 +25,11 @@ MAY_IMPORT = {
     "dynamics": LEAVES,
     "reward_model": LEAVES | {"mechanistic"},
     "files": set(),
+    "memory": set(),
+    "compiled": {"memory"},
     "oracle": LEAVES | {"dynamics", "reward_model", "files"},
     "problem": LEAVES | {"dynamics", "reward_model"},
-    "env": LEAVES | {"dynamics", "reward_model", "problem"},
+    "env": LEAVES | {"dynamics", "reward_model", "problem", "compiled", "memory"},
     "__init__": set(MODULES) - {"__init__"},
 }
 

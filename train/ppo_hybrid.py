@@ -50,6 +50,7 @@ from tqdm import tqdm
 import hydrogel_gym
 from hydrogel_gym.compiled import CompileError
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.memory import available_bytes
 from hydrogel_gym.oracle import best_designs
 
 Preset = Literal["source", "quick", "full"]
@@ -202,6 +203,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 # Of `--compile auto`: per sample and pass, and for all graphs; see `worth_compiling`.
 SECONDS_SAVED_PER_SAMPLE = {"fp32": 3e-6, "bf16": 3e-6}
 COMPILE_SECONDS = 30.0
+# Peak of a rollout and its update; measured by `benchmark/throughput.py`.
+BYTES_PER_SAMPLE = 1000
 
 BETAS, EPS = (0.9, 0.999), 1e-5  # of Adam
 
@@ -1330,6 +1333,24 @@ def check_precision(args: Args, device: torch.device) -> None:
         )
 
 
+def check_memory(args: Args, device: torch.device) -> None:
+    """Refuse a rollout that does not fit into memory.
+
+    Linux hands out more memory than there is and ends the process that uses it.
+
+    Raises:
+        UsageError: says what fits.
+    """
+    available = available_bytes(device)
+    samples = args.num_envs * args.num_steps
+    if available is not None and samples * BYTES_PER_SAMPLE > available:
+        raise UsageError(
+            f"--num-envs {args.num_envs} x --num-steps {args.num_steps} needs about "
+            f"{samples * BYTES_PER_SAMPLE / 1e9:,.1f} GB for a rollout and {device} has "
+            f"{available / 1e9:,.1f} GB left; take at most {available // BYTES_PER_SAMPLE:,} samples"
+        )
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep freed buffers for reuse.
 
@@ -1494,6 +1515,7 @@ def train(args: Args) -> dict[str, Any]:
     check_args(args)
     device = resolve_device(args.device)
     check_precision(args, device)
+    check_memory(args, device)
     keep_freed_memory()
     with fast_float32(device):
         return learn(args, device)
@@ -1688,6 +1710,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        hint = "take fewer --num-envs or --num-steps"
+        print(f"error: out of memory: {reason(error)}; {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training began, or a second Ctrl-C
         print("interrupted", file=sys.stderr)

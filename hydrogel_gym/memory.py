@@ -1,0 +1,72 @@
+"""How many environments fit into memory, and the one line said when they do not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+# Peak while a step runs: spaces, states, what the step hands out and what it needs in between, and
+# the results of the step before, which the caller holds. Measured by `benchmark/environment.py`
+# as 1,080 bytes (compiled, torch), 1,300 (torch) and 1,670 (numpy); the last two are further runs.
+_BYTES_PER_ENV = 1100
+_BYTES_UNCOMPILED = 250
+_BYTES_NUMPY = 350
+_BYTES_EXPLORED = 750  # `observe_explored=True`
+_BYTES_GROUPED = 1050  # `obs_format="dict"`, as numpy: a dict per `final_obs`
+
+
+def bytes_per_env(*, compiled: bool, numpy: bool, explored: bool, grouped: bool) -> int:
+    """About how many bytes one environment needs at the peak of a step."""
+    return (
+        _BYTES_PER_ENV
+        + _BYTES_UNCOMPILED * (not compiled)
+        + _BYTES_NUMPY * numpy
+        + _BYTES_EXPLORED * explored
+        + _BYTES_GROUPED * (numpy and grouped)
+    )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that can be had on a device; None where nobody knows."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    meminfo = Path("/proc/meminfo")  # Linux
+    if device.type != "cpu" or not meminfo.exists():
+        return None
+    rows = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+    return int(rows["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in rows else None
+
+
+def too_large(num_envs: int, bytes_each: int, device: torch.device) -> str:
+    """Line that says what `num_envs` needs and what would fit."""
+    line = f"num_envs is {num_envs}; it needs about {num_envs * bytes_each / 1e9:,.1f} GB"
+    available = available_bytes(device)
+    if available is None:
+        return f"{line} ({bytes_each:,} bytes each), more than there is; take fewer"
+    fitting = available // bytes_each
+    return (
+        f"{line} ({bytes_each:,} bytes each) and {device} has {available / 1e9:,.1f} GB left; "
+        f"take {max(1, min(fitting, num_envs // 2)):,} or fewer"
+    )
+
+
+def check_memory(num_envs: int, bytes_each: int, device: torch.device) -> None:
+    """Refuse more environments than fit.
+
+    Linux hands out more memory than there is and ends the process that uses it, so that asking is
+    no test.
+
+    Raises:
+        MemoryError: says how many would fit.
+    """
+    available = available_bytes(device)
+    if available is not None and num_envs * bytes_each > available:
+        raise MemoryError(too_large(num_envs, bytes_each, device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether numpy, torch on a CPU or torch on an accelerator failed to get memory."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
