@@ -1347,7 +1347,7 @@ def check_memory(args: Args, device: torch.device) -> None:
         raise UsageError(
             f"--num-envs {args.num_envs} x --num-steps {args.num_steps} needs about "
             f"{samples * BYTES_PER_SAMPLE / 1e9:,.1f} GB for a rollout and {device} has "
-            f"{available / 1e9:,.1f} GB left; take at most {available // BYTES_PER_SAMPLE:,} samples"
+            f"{available / 1e9:,.1f} GB left; {available // BYTES_PER_SAMPLE:,} samples fit"
         )
 
 
