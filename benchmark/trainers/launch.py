@@ -1,0 +1,126 @@
+"""Runs trainers as processes of their own and reads what they told.
+
+A trainer is a shell command, run from the root of the checkout, in which `{python}`, `{output}`,
+`{seed}`, `{iterations}` and `{steps}` are filled in. What it leaves at `{output}` is either a file
+of JSON lines, as `protocol.py` defines them, or a run directory of `train/ppo_hybrid.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).parents[2]
+REWARDS = ("train_deterministic_reward", "holdout_deterministic_reward")
+# Columns of the trainer's metrics.csv under the names of the lines. Its time since the process
+# started holds an evaluation per iteration; its parts of an iteration do not.
+METRICS = {
+    "iteration": "iteration",
+    "global_step": "samples",
+    "process_seconds": "seconds",
+    "rollout_seconds": "seconds_rollout",
+    "update_seconds": "seconds_update",
+} | {name: name for name in REWARDS}
+
+
+class TrainerError(RuntimeError):
+    """A trainer failed or told too little; the message is one line."""
+
+
+def fill(command: str, **values: object) -> str:
+    """The command with its placeholders filled in; other braces are left alone."""
+    for name, value in (values | {"python": sys.executable}).items():
+        command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
+    return command
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Variables of a trainer's process, which is to use `threads` threads."""
+    return os.environ | {"OMP_NUM_THREADS": str(threads)}
+
+
+def read_iterations(path: Path, needed: Iterable[str]) -> pd.DataFrame:
+    """A row per iteration, whichever of the two forms lies at `path`.
+
+    Args:
+        path: file of JSON lines, or run directory.
+        needed: columns that must be there.
+
+    Raises:
+        TrainerError: nothing is there, or a column is missing.
+    """
+    try:
+        if path.is_dir():
+            table = pd.read_csv(path / "metrics.csv").rename(columns=METRICS)
+            if {"seconds_rollout", "seconds_update"} <= set(table):
+                table["seconds_iteration"] = table["seconds_rollout"] + table["seconds_update"]
+        else:
+            table = pd.read_json(path, lines=True)
+    except (OSError, ValueError) as error:
+        raise TrainerError(f"nothing to read at {path}: {error}") from error
+    if missing := [name for name in needed if name not in table]:
+        raise TrainerError(f"{path} lacks {', '.join(missing)}")
+    return table
+
+
+def train(
+    name: str, command: str, needed: Iterable[str], threads: int, **values: object
+) -> pd.DataFrame:
+    """Run a trainer to its end; returns a row per iteration.
+
+    Args:
+        name: for messages.
+        command: with placeholders.
+        needed: columns that must come back.
+        threads: of every trainer's OpenMP.
+        values: of the placeholders but `python` and `output`.
+
+    Raises:
+        TrainerError: it failed or told too little.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder, "output")
+        ended = subprocess.run(
+            fill(command, output=output, **values),
+            shell=True,
+            cwd=ROOT,
+            env=environment(threads),
+            capture_output=True,
+            text=True,
+        )
+        if ended.returncode:
+            reason = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
+            raise TrainerError(f"{name}: exit code {ended.returncode}: {''.join(reason)}")
+        try:
+            return read_iterations(output, needed)
+        except TrainerError as error:
+            raise TrainerError(f"{name}: {error}") from error
+
+
+def machine(threads: int) -> str:
+    """Hardware, threads, commit and versions, for the foot of a table."""
+    cpu = platform.processor()
+    if (info := Path("/proc/cpuinfo")).exists():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        cpu = models[0].partition(":")[2].strip() if models else cpu
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or "unknown"
+    packages = []
+    for name in ("torch", "gymnasium", "stable-baselines3"):
+        try:
+            packages.append(f"{name} {version(name)}")
+        except ModuleNotFoundError:
+            packages.append(f"no {name}")
+    return (
+        f"{cpu or platform.machine()}, {os.cpu_count()} cores; threads of every trainer: {threads}; "
+        f"commit {commit}; Python {platform.python_version()}, {', '.join(packages)}."
+    )
