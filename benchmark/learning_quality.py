@@ -25,8 +25,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor, nn
@@ -142,14 +143,19 @@ def embedded_context(trainer: ModuleType) -> None:
 
 def decaying_entropy(trainer: ModuleType) -> None:
     """Entropy coefficient from its initial value to zero, linearly."""
-    plain, updates = trainer.update, iter(range(10**9))
 
-    def update(agent: object, optimizer: object, batch: object, args: object, *rest: object):
-        left = 1.0 - next(updates) / args.num_iterations
-        args = dataclasses.replace(args, ent_coef=args.ent_coef * left)
-        return plain(agent, optimizer, batch, args, *rest)
+    class DecayingStep(trainer.PlainStep):
+        def __init__(self, agent: object, args: Any) -> None:
+            super().__init__(agent, args)
+            batch = args.num_steps * args.num_envs
+            updates = args.num_iterations * args.num_epochs * (batch // args.minibatch_size)
+            self.coefficients = iter(np.linspace(args.ent_coef, 0.0, updates))
 
-    trainer.update = update
+        def __call__(self, *inputs: object) -> dict[str, Tensor]:
+            self.args = dataclasses.replace(self.args, ent_coef=next(self.coefficients))
+            return super().__call__(*inputs)
+
+    trainer.PlainStep = DecayingStep
 
 
 def scaled_advantages(trainer: ModuleType) -> None:
@@ -166,17 +172,11 @@ def scaled_advantages(trainer: ModuleType) -> None:
     trainer.normalize_advantage = lambda advantage: advantage
 
 
-def raw_value_targets(trainer: ModuleType) -> None:
-    """The critic in units of the reward, which spans about -6 to 41."""
-    trainer.Agent.set_return_scale = lambda self, returns: None
-
-
-SHORT = ("--num-iterations", "15")
+SHORT = ("--num-iterations", "50")
 TRUE_SAFETY = ("--limit-margin", "0", "--penalty-scale", "1")
 PRESETS = {
     "quick": Variant(short=False),
     "quick, true safety limits and penalties": Variant(TRUE_SAFETY, short=False),
-    "quick, value targets in raw units": Variant(patch=raw_value_targets, short=False),
     "full": Variant(preset="full", short=False),
 }
 CHANGES = {
@@ -190,9 +190,18 @@ CHANGES = {
     "entropy coefficient 0.03": Variant(("--ent-coef", "0.03")),
     "entropy coefficient decays to 0": Variant(patch=decaying_entropy),
     "advantages scaled, not normalised": Variant(patch=scaled_advantages),
-    "value targets in raw units": Variant(patch=raw_value_targets),
+    "value loss of weight 0.5, the source's": Variant(("--vf-coef", "0.5")),
+    "value loss of weight 5": Variant(("--vf-coef", "5")),
+    "rollouts of 1 step": Variant(("--num-steps", "1", "--num-iterations", "100")),
+    "rollouts of 5 steps": Variant(("--num-steps", "5", "--num-iterations", "20")),
+    "rollouts of 10 steps": Variant(("--num-steps", "10", "--num-iterations", "10")),
+    "learning rate 1e-3": Variant(("--learning-rate", "1e-3")),
+    "minibatches of 500": Variant(("--minibatch-size", "500")),
+    "minibatches of 2,000": Variant(("--minibatch-size", "2000")),
+    "2 epochs": Variant(("--num-epochs", "2")),
     "clipped value loss": Variant(("--clip-vloss",)),
     "width 512": Variant(("--hidden-dim", "512")),
+    "width 128": Variant(("--hidden-dim", "128")),
     "true safety limits and penalties": Variant(TRUE_SAFETY),
 }
 VARIANTS = PRESETS | CHANGES
@@ -227,6 +236,7 @@ def work(name: str, seed: int, folder: Path) -> int:
     if variant.patch:
         variant.patch(trainer)
     flags = ["--preset", variant.preset, "--seed", str(seed), "--output-dir", str(folder / "run")]
+    flags += ["--compile", "off"]  # changed pieces are those of the plain path
     return trainer.main([*flags, *(SHORT if variant.short else ()), *variant.flags])
 
 

@@ -45,7 +45,8 @@ from hydrogel_gym.files import write_atomically
 RESULTS = Path(__file__).parent / "results"
 UNIT_SAMPLES, UNIT_EPOCHS = 200_000, 10
 MINIBATCH = 2000
-REFERENCE = "plain"
+# What a user would pick instead, and our own plain path.
+REFERENCES = ("CleanRL manner", "LeanRL manner", "Stable-Baselines3", "plain")
 MEMORY_TARGET_MB = 700
 
 # Inputs and outputs of every linear layer; the hidden layers of the four heads count as one.
@@ -72,7 +73,7 @@ SIZES = (
 )
 CLEANRL = "{python} benchmark/trainers/cleanrl_manner.py " + SIZES
 TRAINERS = {
-    REFERENCE: Trainer(OURS + " --compile off --precision fp32"),
+    "plain": Trainer(OURS + " --compile off --precision fp32"),
     "fast fp32": Trainer(OURS + " --compile on --precision fp32"),
     "fast bf16": Trainer(OURS + " --compile on --precision bf16", bf16=True),
     "CleanRL manner": Trainer(CLEANRL),
@@ -205,7 +206,7 @@ def peak_memory_mb(command: str, threads: int) -> float:
 
 
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
-    """Per trainer: medians and ranges over the rounds, and the ratio to `plain`.
+    """Per trainer: medians and ranges over the rounds, and how many times as fast as others it is.
 
     A ratio is taken within each round, where both met the same machine, and then its median.
     """
@@ -216,7 +217,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for name in runs["name"].unique():
         own = runs[runs["name"] == name]
-        ratio = seconds[REFERENCE] / seconds[name] if REFERENCE in seconds else None
+        ratios = {other: seconds[other] / seconds[name] for other in REFERENCES if other in seconds}
         limits = ceiling[
             [("bfloat16" == key) == bool(own["bf16"].iloc[0]) for key in ceiling.index]
         ]
@@ -226,9 +227,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
                 "seconds": own["seconds"].median(),
                 "fastest": own["seconds"].min(),
                 "slowest": own["seconds"].max(),
-                "ratio": math.nan if ratio is None else ratio.median(),
-                "ratio_low": math.nan if ratio is None else ratio.min(),
-                "ratio_high": math.nan if ratio is None else ratio.max(),
+                **{f"against {other}": ratio.median() for other, ratio in ratios.items()},
                 "rollout_seconds": own["rollout_seconds"].median(),
                 "update_seconds": own["update_seconds"].median(),
                 "first_iteration_seconds": own["first_iteration_seconds"].median(),
@@ -242,6 +241,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
 def markdown(rows: pd.DataFrame, where: str) -> str:
     """The tables."""
     table = summarise(rows)
+    others = [column for column in table if column.startswith("against ")]
     rounds = rows["round"].nunique()
     samples = int(rows.loc[rows["kind"] == "trainer", "samples_measured"].median())
     lines = [
@@ -252,21 +252,23 @@ def markdown(rows: pd.DataFrame, where: str) -> str:
         "",
         f"{where}",
         "",
-        f"| trainer | seconds | times as fast as {REFERENCE} | rollout | updates "
+        f"| trainer | seconds | {' | '.join(others)} | rollout | updates "
         "| first iteration (as run) | GFLOP/s of the updates | of the ceiling |",
-        "|---|---|---|---|---|---|---|---|",
+        "|---" * (7 + len(others)) + "|",
     ]
     for name, row in table.iterrows():
         lines.append(
             f"| {name} | {row['seconds']:.2f} [{row['fastest']:.2f}, {row['slowest']:.2f}] "
-            f"| {spread(row)} | {shown(row['rollout_seconds'], '.2f')} "
+            f"| {' | '.join(shown(row[other], '.2f', '×') for other in others)} "
+            f"| {shown(row['rollout_seconds'], '.2f')} "
             f"| {shown(row['update_seconds'], '.2f')} "
             f"| {row['first_iteration_seconds']:.1f} "
             f"| {shown(row['gflops'], '.0f')} | {shown(100 * row['of_ceiling'], '.0f', ' %')} |"
         )
     lines += [
         "",
-        "The ratio is taken within each round. Floating-point operations: 3 × 2 × "
+        "“Against” says how many times as fast a trainer is as another: the median of the ratios "
+        "within each round. Floating-point operations: 3 × 2 × "
         "multiply-accumulates of the linear layers, samples and epochs: "
         f"{flops_per_sample(SOURCE_LAYERS) / 1e6:.3f} MFLOP per sample and epoch for the source's "
         f"network, {flops_per_sample(BASELINES3_LAYERS) / 1e6:.3f} for Stable-Baselines3's. The "
@@ -312,13 +314,6 @@ def matmul_table(rows: pd.DataFrame) -> list[str]:
 def shown(value: float, form: str, unit: str = "") -> str:
     """A figure, or a dash where there is none."""
     return "–" if math.isnan(value) else f"{value:{form}}{unit}"
-
-
-def spread(row: pd.Series) -> str:
-    """Ratio and its range."""
-    if math.isnan(row["ratio"]):
-        return "–"
-    return f"{row['ratio']:.2f} [{row['ratio_low']:.2f}, {row['ratio_high']:.2f}]"
 
 
 def draw(rows: pd.DataFrame) -> bytes:

@@ -7,12 +7,14 @@ of JSON lines, as `protocol.py` defines them, or a run directory of `train/ppo_h
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +23,10 @@ import pandas as pd
 
 ROOT = Path(__file__).parents[2]
 REWARDS = ("train_deterministic_reward", "holdout_deterministic_reward")
-# Columns of the trainer's metrics.csv under the names of the lines. Its time since the process
-# started holds an evaluation per iteration; its parts of an iteration do not.
+# Columns of the trainer's metrics.csv under the names of the lines.
 METRICS = {
     "iteration": "iteration",
     "global_step": "samples",
-    "process_seconds": "seconds",
     "rollout_seconds": "seconds_rollout",
     "update_seconds": "seconds_update",
 } | {name: name for name in REWARDS}
@@ -48,12 +48,14 @@ def environment(threads: int) -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": str(threads)}
 
 
-def read_iterations(path: Path, needed: Iterable[str]) -> pd.DataFrame:
+def read_iterations(path: Path, needed: Iterable[str], launched: float) -> pd.DataFrame:
     """A row per iteration, whichever of the two forms lies at `path`.
 
     Args:
         path: file of JSON lines, or run directory.
         needed: columns that must be there.
+        launched: when the process was, in seconds since the epoch. A run directory counts from when
+            training began; and there, an evaluation per iteration is in the time.
 
     Raises:
         TrainerError: nothing is there, or a column is missing.
@@ -61,8 +63,9 @@ def read_iterations(path: Path, needed: Iterable[str]) -> pd.DataFrame:
     try:
         if path.is_dir():
             table = pd.read_csv(path / "metrics.csv").rename(columns=METRICS)
-            if {"seconds_rollout", "seconds_update"} <= set(table):
-                table["seconds_iteration"] = table["seconds_rollout"] + table["seconds_update"]
+            summary = json.loads((path / "summary.json").read_text())
+            table["seconds"] = table["wall_seconds"] + summary["training_began"] - launched
+            table["seconds_iteration"] = table["seconds_rollout"] + table["seconds_update"]
         else:
             table = pd.read_json(path, lines=True)
     except (OSError, ValueError) as error:
@@ -88,7 +91,7 @@ def train(
         TrainerError: it failed or told too little.
     """
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder, "output")
+        output, launched = Path(folder, "output"), time.time()
         ended = subprocess.run(
             fill(command, output=output, **values),
             shell=True,
@@ -101,7 +104,7 @@ def train(
             reason = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
             raise TrainerError(f"{name}: exit code {ended.returncode}: {''.join(reason)}")
         try:
-            return read_iterations(output, needed)
+            return read_iterations(output, needed, launched)
         except TrainerError as error:
             raise TrainerError(f"{name}: {error}") from error
 
@@ -121,6 +124,6 @@ def machine(threads: int) -> str:
         except ModuleNotFoundError:
             packages.append(f"no {name}")
     return (
-        f"{cpu or platform.machine()}, {os.cpu_count()} cores; threads of every trainer: {threads}; "
-        f"commit {commit}; Python {platform.python_version()}, {', '.join(packages)}."
+        f"{cpu or platform.machine()}, {os.cpu_count()} cores; threads of every trainer: "
+        f"{threads}; commit {commit}; Python {platform.python_version()}, {', '.join(packages)}."
     )
