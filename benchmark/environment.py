@@ -39,6 +39,7 @@ VARIANTS = {
 MANUAL_SIZE = 2000  # the default `num_envs`, one environment per shipped patient
 SYNC_ENVS = 32
 MEMORY_FROM = 4096  # fewer environments vanish in what a process needs anyway
+ROUND_SECONDS = 0.1
 LAUNCH_US = 5.0  # assumed: what a kernel launch costs the host, whatever the kernel does
 
 
@@ -68,30 +69,33 @@ def make(variant: str, num_envs: int, device: str) -> tuple[HydrogelVectorEnv, A
     return env, action
 
 
-def seconds_per_call(call: Callable[[], Any], num_calls: int, device: str) -> float:
-    """Mean over some calls; an accelerator is waited for at both ends."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    for _ in range(num_calls):
-        call()
-    wait()
-    return (time.perf_counter() - start) / num_calls
-
-
 def time_calls(
     calls: dict[str, Callable[[], Any]], rounds: int, device: str
-) -> dict[str, list[float]]:
-    """Seconds per call of each, in rounds that take turns, so that a busy moment meets them all."""
-    num_calls = {}
-    for name, call in calls.items():
-        seconds_per_call(call, 3, device)  # warm up
-        num_calls[name] = max(1, int(0.1 / seconds_per_call(call, 2, device)))
-    seconds = {name: [] for name in calls}
+) -> dict[str, pd.Series]:
+    """Seconds per call of each: the median call of every round.
+
+    The calls take turns, so that a busy moment meets them all, and a call during which the process
+    had to wait for a core does not count. An accelerator is waited for after every call.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def seconds(call: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        call()
+        wait()
+        return time.perf_counter() - start
+
+    for call in calls.values():
+        for _ in range(3):
+            seconds(call)  # warm up
+    rows = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
-            seconds[name].append(seconds_per_call(call, num_calls[name], device))
-    return seconds
+            timings, end = [], time.perf_counter() + ROUND_SECONDS
+            while not timings or time.perf_counter() < end:
+                timings.append(seconds(call))
+            rows[name].append(pd.Series(timings).median())
+    return {name: pd.Series(medians) for name, medians in rows.items()}
 
 
 def peak_bytes(variant: str, num_envs: int, device: str) -> int:
@@ -124,19 +128,20 @@ def count_kernels(device: str) -> tuple[int, int]:
     return operations.count, metrics.generated_kernel_count
 
 
-def measure(sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
+def measure(sizes: list[int], rounds: int, device: str, threads: int) -> list[dict[str, Any]]:
     """One row per variant and size."""
     rows = []
+    torch.set_num_threads(threads)
     for num_envs in sizes:
         calls = {}
         for variant in VARIANTS:
             env, action = make(variant, num_envs, device)
             calls[variant] = lambda env=env, action=action: env.step(action)
-        for variant, seconds in time_calls(calls, rounds, device).items():
-            timings = pd.Series(seconds)
+        for variant, timings in time_calls(calls, rounds, device).items():
             rows.append(
                 {
                     "device": device,
+                    "threads": threads,
                     "variant": variant,
                     "num_envs": num_envs,
                     "ms_per_step": 1e3 * timings.median(),
@@ -146,13 +151,17 @@ def measure(sizes: list[int], rounds: int, device: str) -> list[dict[str, Any]]:
                     "million_steps_per_s": num_envs / timings.median() / 1e6,
                 }
             )
-            print(f"{device} {variant} {num_envs}: {rows[-1]['ms_per_step']:.3f} ms", flush=True)
+            print(*rows[-1].values(), flush=True)
+    return rows
+
+
+def add_memory(rows: list[dict[str, Any]], device: str) -> None:
+    """`bytes_per_env` of the larger sizes."""
     one = {variant: measure_memory(variant, 1, device) for variant in VARIANTS}
     for row in rows:
         if row["num_envs"] >= MEMORY_FROM:
             peak = measure_memory(row["variant"], row["num_envs"], device)
             row["bytes_per_env"] = (peak - one[row["variant"]]) / (row["num_envs"] - 1)
-    return rows
 
 
 def sync_steps_per_second(rounds: int) -> float:
@@ -160,8 +169,10 @@ def sync_steps_per_second(rounds: int) -> float:
     env = SyncVectorEnv([HydrogelEnv] * SYNC_ENVS, autoreset_mode="SameStep")
     env.reset(seed=0)
     action = env.action_space.sample()
-    seconds = time_calls({"sync": lambda: env.step(action)}, rounds, "cpu")["sync"]
-    return SYNC_ENVS / pd.Series(seconds).median()
+    torch.set_num_threads(1)  # its tensors of one row are never shared out anyway
+    return (
+        SYNC_ENVS / time_calls({"sync": lambda: env.step(action)}, rounds, "cpu")["sync"].median()
+    )
 
 
 def hardware() -> str:
@@ -178,7 +189,7 @@ def hardware() -> str:
     ).stdout.strip()
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return (
-        f"{names[0] if names else platform.processor()}{gpu}, {torch.get_num_threads()} threads; "
+        f"{names[0] if names else platform.processor()}{gpu}; "
         f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"gymnasium {gymnasium.__version__}; commit {commit or 'unknown'}"
     )
@@ -186,23 +197,27 @@ def hardware() -> str:
 
 def summarise(table: pd.DataFrame, sync: float, counts: dict[str, tuple[int, int]]) -> str:
     """The report in Markdown."""
-    rounds_note = "median of the rounds, minimum to maximum in brackets"
+    note = "median of the rounds' median steps, minimum to maximum of the rounds in brackets"
     lines = [
         f"The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU); {hardware()}; "
-        f"{rounds_note}; made by `benchmark/environment.py`.",
+        f"{note}; made by `benchmark/environment.py`.",
         "",
         f"| {MANUAL_SIZE:,} environments | ms per step | M steps/s | times SyncVectorEnv "
         "| bytes per environment |",
         "|---|---|---|---|---|",
     ]
     largest = table["num_envs"].max()
-    for (device, variant), group in table.groupby(["device", "variant"], sort=False):
+    for (device, threads, variant), group in table.groupby(
+        ["device", "threads", "variant"], sort=False
+    ):
         row = group[group["num_envs"] == MANUAL_SIZE].iloc[0]
         memory = group.loc[group["num_envs"] == largest, "bytes_per_env"].iloc[0]
+        name = f"{variant}, {device}, {threads} thread{'s' * (threads > 1)}"
         lines.append(
-            f"| {variant}, {device} | {row['ms_per_step']:.2f} "
+            f"| {name} | {row['ms_per_step']:.2f} "
             f"[{row['ms_min']:.2f}, {row['ms_max']:.2f}] | {row['million_steps_per_s']:.2f} "
-            f"| {row['million_steps_per_s'] * 1e6 / sync:,.0f} | {memory:,.0f} |"
+            f"| {row['million_steps_per_s'] * 1e6 / sync:,.0f} "
+            f"| {'' if pd.isna(memory) else f'{memory:,.0f}'} |"
         )
     lines += [
         f"| SyncVectorEnv of {SYNC_ENVS} `HydrogelEnv` | {1e3 * SYNC_ENVS / sync:.2f} "
@@ -212,16 +227,16 @@ def summarise(table: pd.DataFrame, sync: float, counts: dict[str, tuple[int, int
         "less that of one with a single environment; "
         f"from {MEMORY_FROM:,} environments):",
         "",
-        "| environments | " + " | ".join(f"{variant}" for variant in VARIANTS) + " |",
-        "|---|" + "---|" * len(VARIANTS),
+        "| device | threads | environments | " + " | ".join(VARIANTS) + " |",
+        "|---|---|---|" + "---|" * len(VARIANTS),
     ]
-    for (device, num_envs), group in table.groupby(["device", "num_envs"], sort=True):
+    for (device, threads, num_envs), group in table.groupby(["device", "threads", "num_envs"]):
         cells = [
             f"{row['ns_per_env_step']:,.0f} ns"
             + ("" if pd.isna(row["bytes_per_env"]) else f", {row['bytes_per_env']:,.0f} B")
             for _, row in group.iterrows()
         ]
-        lines.append(f"| {num_envs:,} ({device}) | " + " | ".join(cells) + " |")
+        lines.append(f"| {device} | {threads} | {num_envs:,} | " + " | ".join(cells) + " |")
     for device, (operations, kernels) in counts.items():
         launches = [f"{count * LAUNCH_US / 1e3:.2f} ms" for count in (operations, kernels)]
         lines += [
@@ -240,16 +255,17 @@ def draw(table: pd.DataFrame) -> bytes:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    for (device, variant), group in table.groupby(["device", "variant"], sort=False):
-        label = f"{variant}, {device}"
+    for (device, threads, variant), group in table.groupby(
+        ["device", "threads", "variant"], sort=False
+    ):
+        label = f"{variant}, {device}, {threads} thread{'s' * (threads > 1)}"
         left.plot(group["num_envs"], group["ns_per_env_step"], marker="o", ms=3, label=label)
-        known = group.dropna(subset=["bytes_per_env"])
-        right.plot(known["num_envs"], known["bytes_per_env"], marker="o", ms=3, label=label)
+        right.plot(group["num_envs"], group["bytes_per_env"], marker="o", ms=3, label=label)
     for axes, title in ((left, "ns per environment and step"), (right, "bytes per environment")):
         axes.set(xscale="log", yscale="log", xlabel="environments", ylabel=title)
         axes.grid(alpha=0.3, which="both")
     right.set_ylim(300, 5000)
-    left.legend()
+    left.legend(fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
@@ -260,6 +276,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7, help="timings per size; the median counts")
     parser.add_argument("--max-power", type=int, default=20, help="largest size, as a power of 2")
+    # One thread by default: where other work shares the cores, threads that wait for each other
+    # at every loop of a step make it hundreds of times slower, and the figures worthless.
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="on the CPU")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.max_power < 12:
@@ -270,7 +289,12 @@ def main() -> None:
     rows, counts = [], {}
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         counts[device] = count_kernels(device)
-        rows += measure(sizes, args.rounds, device)
+        for threads in args.threads if device == "cpu" else [1]:
+            measured = measure(sizes, args.rounds, device, threads)
+            # More threads need no more memory.
+            if threads == args.threads[0]:
+                add_memory(measured, device)
+            rows += measured
     table = pd.DataFrame(rows)
     text = summarise(table, sync_steps_per_second(args.rounds), counts)
     csv = table.to_csv(index=False, float_format="%.6g")
