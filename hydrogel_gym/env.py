@@ -345,6 +345,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             and bools are the same as without, floats to rounding. Needs a C++ compiler (on a GPU,
             Triton) and a reward model without a graph break. Making the environment takes some
             seconds longer; whatever the reward model reads beside tensors is constant from then on.
+            Where other work shares the cores, call `torch.set_num_threads(1)` before: threads that
+            wait for each other can make a step, compiled or not, a hundred times slower.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.

@@ -73,6 +73,8 @@ class DesignProblem:
         self.action_format = action_format
         self.obs_format = obs_format
         self.action_space = action_space(action_format)
+        # Plain numbers, since an array would be an input of the compiled step.
+        self._sizes = tuple(np.ravel(getattr(self.action_space, "nvec", ())).tolist())
         reward_config = reward_config or RewardConfig()
         self.observation_space = observation_space(
             obs_format,
@@ -131,8 +133,7 @@ class DesignProblem:
         if self.action_format == "box":
             return (_floats(action, "action", batch_shape, self.action_space.shape[0], device),)
         if self.action_format == "multidiscrete":
-            width = len(self.action_space.nvec)
-            return (_integers(action, "action", batch_shape, device, width=width),)
+            return (_integers(action, "action", batch_shape, device, width=len(self._sizes)),)
         polymer_id, formulation, coverage = self._heads(action)
         return (
             _integers(polymer_id, "polymer_id", batch_shape, device),
@@ -150,7 +151,7 @@ class DesignProblem:
         if self.action_format == "box":
             _check_finite("action", *action, ["[-1, 1]"] * len(FORMULATION_FIELDS), skip)
         elif self.action_format == "multidiscrete":
-            for column, size in enumerate(self.action_space.nvec.tolist()):
+            for column, size in enumerate(self._sizes):
                 _check_range(f"action[{column}]", action[0][:, column], size, skip)
         else:
             polymer_id, formulation, coverage = action
@@ -163,7 +164,7 @@ class DesignProblem:
         if self.action_format == "box":
             return action[0].isfinite().all(-1)
         if self.action_format == "multidiscrete":
-            columns = zip(action[0].unbind(-1), self.action_space.nvec.tolist(), strict=True)
+            columns = zip(action[0].unbind(-1), self._sizes, strict=True)
             within = [(column >= 0) & (column < size) for column, size in columns]
             return torch.stack(within).all(0)
         polymer_id, formulation, coverage = action

@@ -195,10 +195,12 @@ PRESETS: dict[Preset, dict[str, Any]] = {
         vf_coef=2.0,
     ),
     "full": dict(
-        num_iterations=50,
-        num_steps=40,
+        num_iterations=200,
+        num_steps=5,
+        minibatch_size=1000,
         num_epochs=4,
-        learning_rate=1e-3,
+        learning_rate=2e-3,
+        vf_coef=2.0,
     ),
 }
 
