@@ -3,13 +3,15 @@
 One policy learns to design a hydrogel for every patient of a cohort: a polymer (categorical), a
 formulation (four continuous parameters) and a coverage pattern (categorical).
 
-    python train/ppo_hybrid.py --preset quick                                  # a laptop, minutes
+    python train/ppo_hybrid.py --preset quick                                  # half a minute
     python train/ppo_hybrid.py --preset full                                   # the best policy
-    python train/ppo_hybrid.py --preset source --device cuda                   # the source's scale
+    python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --evaluate runs/quick-s1/stage2_policy.pt       # a saved policy
 
 The run directory receives `config.json`, `metrics.csv` (a row per iteration), `learning_curve.png`,
 `policy_selection.png`, `stage2_policy.pt` and `summary.json`; the README defines every column.
+The algorithm reads from top to bottom in plain PyTorch; `CompiledStep` and what follows it make the
+same rollout and update one compiled graph each (`--compile`).
 Figures of *the source* are those of the HYDRA-BERT Stage-2 document; the README lists its faults
 that are mended here.
 """
@@ -106,8 +108,8 @@ class Args:
     """Train, or evaluate, a hybrid-action PPO policy on HydrogelDesign-v0."""
 
     preset: Preset = "source"
-    """starting values of all other flags: the source's table, a run of about a minute, or the
-    best policy that some ten minutes give"""
+    """starting values of all other flags: the source's table, a run of half a minute, or the
+    best policy that a few minutes give"""
     output_dir: Path | None = None
     """run directory; default runs/PRESET-sSEED"""
     overwrite: bool = False
@@ -1661,7 +1663,8 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
         for name, patients in cohorts.items()
     }
     generator = torch.Generator(device).manual_seed(args.seed)
-    figures = final_figures(agent, judged_on, args, generator)
+    with fast_float32(device):  # as in training, whose figures this repeats
+        figures = final_figures(agent, judged_on, args, generator)
     result = {
         "policy_file": str(args.evaluate),
         "cohort": str(args.cohort or "shipped"),
