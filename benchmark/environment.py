@@ -38,7 +38,7 @@ VARIANTS = {
 }
 MANUAL_SIZE = 2000  # the default `num_envs`, one environment per shipped patient
 SYNC_ENVS = 32
-MEMORY_FROM = 4096  # fewer environments vanish in what a process needs anyway
+MEMORY_FROM = 2**18  # fewer environments fit into what the compiler needed before them
 ROUND_SECONDS = 0.1
 LAUNCH_US = 5.0  # assumed: what a kernel launch costs the host, whatever the kernel does
 
@@ -281,8 +281,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1], help="on the CPU")
     parser.add_argument("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.max_power < 12:
-        parser.error(f"--max-power is {args.max_power}; allowed: 12 or more")
+    if args.max_power < 18 or args.max_power % 2:
+        parser.error(f"--max-power is {args.max_power}; allowed: 18 or more, even numbers")
     if not args.output_dir.is_dir():
         parser.error(f"--output-dir {args.output_dir}: no such folder")
     sizes = sorted([*(2**power for power in range(0, args.max_power + 1, 2)), MANUAL_SIZE])
