@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
 VARIANTS = {
@@ -132,6 +133,7 @@ def measure(sizes: list[int], rounds: int, device: str, threads: int) -> list[di
     """One row per variant and size."""
     rows = []
     torch.set_num_threads(threads)
+    keep_freed_memory()
     for num_envs in sizes:
         calls = {}
         for variant in VARIANTS:
@@ -199,8 +201,8 @@ def summarise(table: pd.DataFrame, sync: float, counts: dict[str, tuple[int, int
     """The report in Markdown."""
     note = "median of the rounds' median steps, minimum to maximum of the rounds in brackets"
     lines = [
-        f"The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU); {hardware()}; "
-        f"{note}; made by `benchmark/environment.py`.",
+        "The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU) after "
+        f"`hydrogel_gym.memory.keep_freed_memory()`; {hardware()}; {note}; made by `benchmark/environment.py`.",
         "",
         f"| {MANUAL_SIZE:,} environments | ms per step | M steps/s | times SyncVectorEnv "
         "| bytes per environment |",

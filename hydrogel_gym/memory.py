@@ -1,7 +1,9 @@
-"""How many environments fit into memory, and the one line said when they do not."""
+"""How many environments fit into memory, what is said if they do not, and reuse of freed memory."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from pathlib import Path
 
 import torch
@@ -63,6 +65,19 @@ def check_memory(num_envs: int, bytes_each: int, device: torch.device) -> None:
     available = available_bytes(device)
     if available is not None and num_envs * bytes_each > available:
         raise MemoryError(too_large(num_envs, bytes_each, device))
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep freed buffers for reuse, in the whole process and for good.
+
+    By default those of megabytes go back to the system, which hands them out again one zeroed page
+    of 4 KiB at a time: a quarter of the time of a training update, and with a million environments
+    nearly half that of a step. Elsewhere than on Linux this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        mallopt = ctypes.CDLL(None).mallopt
+        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            mallopt(parameter, 2**31 - 1)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
-import ctypes
 import dataclasses
 import functools
 import io
@@ -52,7 +51,7 @@ from tqdm import tqdm
 import hydrogel_gym
 from hydrogel_gym.compiled import CompileError
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.memory import available_bytes
+from hydrogel_gym.memory import available_bytes, keep_freed_memory
 from hydrogel_gym.oracle import best_designs
 
 Preset = Literal["source", "quick", "full"]
@@ -1356,18 +1355,6 @@ def check_memory(args: Args, device: torch.device) -> None:
             f"{samples * BYTES_PER_SAMPLE / 1e9:,.1f} GB for a rollout and {device} has "
             f"{available / 1e9:,.1f} GB left; {available // BYTES_PER_SAMPLE:,} samples fit"
         )
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep freed buffers for reuse.
-
-    By default those of megabytes go back to the system, which hands them out again one zeroed page
-    of 4 KiB at a time: a quarter of the time of an update.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        mallopt = ctypes.CDLL(None).mallopt
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            mallopt(parameter, 2**30)
 
 
 @contextlib.contextmanager
