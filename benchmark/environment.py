@@ -202,7 +202,8 @@ def summarise(table: pd.DataFrame, sync: float, counts: dict[str, tuple[int, int
     note = "median of the rounds' median steps, minimum to maximum of the rounds in brackets"
     lines = [
         "The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU) after "
-        f"`hydrogel_gym.memory.keep_freed_memory()`; {hardware()}; {note}; made by `benchmark/environment.py`.",
+        f"`hydrogel_gym.memory.keep_freed_memory()`; {hardware()}; {note}; made by "
+        "`benchmark/environment.py`.",
         "",
         f"| {MANUAL_SIZE:,} environments | ms per step | M steps/s | times SyncVectorEnv "
         "| bytes per environment |",
