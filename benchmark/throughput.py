@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import math
 import shlex
 import subprocess
@@ -205,6 +206,28 @@ def peak_memory_mb(command: str, threads: int) -> float:
     return int(ended.stdout.splitlines()[-1]) / 1e6
 
 
+def compile_seconds(command: str, threads: int) -> dict[str, float]:
+    """Seconds that a trainer of ours takes to compile, with an empty cache and with a full one."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for state in ("cold", "warm"):
+            run_dir = Path(folder, state)
+            ended = subprocess.run(
+                fill(command, output=run_dir, iterations=1, steps=1, seed=1),
+                shell=True,
+                cwd=ROOT,
+                env=environment(threads) | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "cache"))},
+                capture_output=True,
+                text=True,
+            )
+            if ended.returncode:
+                reason = "".join(ended.stderr.strip().splitlines()[-1:])
+                raise TrainerError(f"compilation: exit code {ended.returncode}: {reason}")
+            summary = json.loads((run_dir / "summary.json").read_text())
+            seconds[state] = summary["compile_seconds"]
+    return seconds
+
+
 def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     """Per trainer: medians and ranges over the rounds, and how many times as fast as others it is.
 
@@ -276,6 +299,21 @@ def markdown(rows: pd.DataFrame, where: str) -> str:
         "rounds: for a trainer in bf16 that of bfloat16, else the better of the two float32.",
     ]
     lines += ["", "## Matrix products alone", "", *matmul_table(rows)]
+    compiling = rows[rows["kind"] == "compile"]
+    if len(compiling):
+        lines += [
+            "",
+            "## Compilation",
+            "",
+            "Seconds before training begins, all graphs together, once.",
+            "",
+            "| trainer | nothing cached | cached by an earlier run |",
+            "|---|---|---|",
+            *(
+                f"| {row['name']} | {row['cold']:.0f} | {row['warm']:.0f} |"
+                for _, row in compiling.iterrows()
+            ),
+        ]
     memory = rows[rows["kind"] == "memory"]
     if len(memory):
         lines += [
@@ -342,7 +380,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--num-iterations", type=int, default=3, help="per process; the first is left out")
     flag("--num-steps", type=int, default=20, help="per environment and iteration")
     flag("--threads", type=int, default=torch.get_num_threads(), help="of every trainer")
-    flag("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure it too")
+    flag(
+        "--once",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure memory and compilation too, which take one run each",
+    )
     flag("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     for name, least in (("rounds", 1), ("num_iterations", 2), ("num_steps", 1), ("threads", 1)):
@@ -364,11 +407,14 @@ def main(argv: list[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     rows: list[dict[str, object]] = []
     try:
-        if args.memory:
+        if args.once:
             for name, trainer in args.trainers.items():
                 if trainer.command.startswith(OURS):
                     megabytes = peak_memory_mb(trainer.command, args.threads)
                     rows.append({"kind": "memory", "name": name, "megabytes": megabytes})
+                if "--compile on" in trainer.command:
+                    seconds = compile_seconds(trainer.command, args.threads)
+                    rows.append({"kind": "compile", "name": name} | seconds)
         with tqdm(total=args.rounds * len(args.trainers), unit="run") as bar:
             for round_number in range(1, args.rounds + 1):
                 told = measure_round(round_number, args, bar)

@@ -35,25 +35,28 @@ RESULTS = Path(__file__).parent / "results"
 ORACLE_CACHE = ROOT / "runs" / "oracle"
 TRAIN, HOLDOUT = REWARDS
 
-OURS = (
-    "{python} train/ppo_hybrid.py --preset quick --no-oracle --overwrite --output-dir {output} "
-    "--seed {seed}"
-)
-LINES = "--evaluate-every 1 --seed {seed} --output {output}"
+OURS = "{python} train/ppo_hybrid.py --no-oracle --output-dir {output} --seed {seed} --preset "
+# The best of what was tried for each, short rollouts first of all, as in our own presets.
+LINES = "--minibatch-size 1000 --num-epochs 4 --evaluate-every 1 --seed {seed} --output {output} "
 CLEANRL = (
-    "{python} benchmark/trainers/cleanrl_manner.py --num-iterations 50 --num-steps 20 "
-    "--minibatch-size 1000 --num-epochs 4 --learning-rate 1e-3 " + LINES
+    "{python} benchmark/trainers/cleanrl_manner.py " + LINES + "--num-iterations 200 "
+    "--num-steps 2 --learning-rate 1e-3"
 )
+BASELINES3 = "{python} benchmark/trainers/stable_baselines3_manner.py " + LINES
 TRAINERS = {
-    "quick, plain fp32": OURS + " --compile off --precision fp32",
-    "quick, plain bf16": OURS + " --compile off --precision bf16",
-    "quick, compiled": OURS + " --compile auto",
+    "quick": OURS + "quick",
+    "quick, bf16": OURS + "quick --precision bf16",
+    "full": OURS + "full",
     "CleanRL manner": CLEANRL,
     "LeanRL manner": CLEANRL + " --compile",
-    "Stable-Baselines3": (
-        "{python} benchmark/trainers/stable_baselines3_manner.py --num-iterations 50 "
-        "--num-steps 20 --minibatch-size 1000 --num-epochs 4 --learning-rate 1e-3 "
-        "--log-std-init -0.5 " + LINES
+    "Stable-Baselines3, rollouts of 1 step": (
+        BASELINES3 + "--num-iterations 200 --num-steps 1 --learning-rate 2e-3 --log-std-init -1"
+    ),
+    "Stable-Baselines3, rollouts of 2 steps": (
+        BASELINES3 + "--num-iterations 150 --num-steps 2 --learning-rate 2e-3 --log-std-init -0.5"
+    ),
+    "Stable-Baselines3, rollouts of 20 steps": (
+        BASELINES3 + "--num-iterations 50 --num-steps 20 --learning-rate 1e-3 --log-std-init -0.5"
     ),
 }
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
