@@ -185,12 +185,12 @@ class Args:
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself holds the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
-    # Short rollouts, so that what was learnt is tried at once, and a heavy value loss: by
+    # Short rollouts, so that what was learnt is tried at once, and small minibatches: by
     # `benchmark/learning_quality.py` the least time to a good policy.
     "quick": dict(
-        num_iterations=100,
+        num_iterations=75,
         num_steps=2,
-        minibatch_size=1000,
+        minibatch_size=500,
         num_epochs=4,
         learning_rate=2e-3,
         vf_coef=2.0,
