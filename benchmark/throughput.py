@@ -240,7 +240,9 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
     table = []
     for name in runs["name"].unique():
         own = runs[runs["name"] == name]
-        ratios = {other: seconds[other] / seconds[name] for other in REFERENCES if other in seconds}
+        others = [other for other in REFERENCES if other in seconds]
+        ratios = {other: seconds[other] / seconds[name] for other in others}
+        quietest = {other: seconds[other].min() / own["seconds"].min() for other in others}
         limits = ceiling[
             [("bfloat16" == key) == bool(own["bf16"].iloc[0]) for key in ceiling.index]
         ]
@@ -251,6 +253,7 @@ def summarise(rows: pd.DataFrame) -> pd.DataFrame:
                 "fastest": own["seconds"].min(),
                 "slowest": own["seconds"].max(),
                 **{f"against {other}": ratio.median() for other, ratio in ratios.items()},
+                **{f"fastest against {other}": ratio for other, ratio in quietest.items()},
                 "rollout_seconds": own["rollout_seconds"].median(),
                 "update_seconds": own["update_seconds"].median(),
                 "first_iteration_seconds": own["first_iteration_seconds"].median(),
@@ -282,7 +285,7 @@ def markdown(rows: pd.DataFrame, where: str) -> str:
     for name, row in table.iterrows():
         lines.append(
             f"| {name} | {row['seconds']:.2f} [{row['fastest']:.2f}, {row['slowest']:.2f}] "
-            f"| {' | '.join(shown(row[other], '.2f', '×') for other in others)} "
+            f"| {' | '.join(ratio(row, other) for other in others)} "
             f"| {shown(row['rollout_seconds'], '.2f')} "
             f"| {shown(row['update_seconds'], '.2f')} "
             f"| {row['first_iteration_seconds']:.1f} "
@@ -291,7 +294,8 @@ def markdown(rows: pd.DataFrame, where: str) -> str:
     lines += [
         "",
         "“Against” says how many times as fast a trainer is as another: the median of the ratios "
-        "within each round. Floating-point operations: 3 × 2 × "
+        "within each round, and in brackets the ratio of the fastest rounds of the two, which "
+        "other work on the machine's host disturbs least. Floating-point operations: 3 × 2 × "
         "multiply-accumulates of the linear layers, samples and epochs: "
         f"{flops_per_sample(SOURCE_LAYERS) / 1e6:.3f} MFLOP per sample and epoch for the source's "
         f"network, {flops_per_sample(BASELINES3_LAYERS) / 1e6:.3f} for Stable-Baselines3's. The "
@@ -347,6 +351,11 @@ def matmul_table(rows: pd.DataFrame) -> list[str]:
         '`"highest"` and `"medium"` are those of `torch.set_float32_matmul_precision`: the first '
         "multiplies with MKL, the second with oneDNN, which may round operands to bfloat16.",
     ]
+
+
+def ratio(row: pd.Series, other: str) -> str:
+    """How many times as fast: within rounds, and of the fastest ones."""
+    return f"{row[other]:.2f}× [{row[f'fastest {other}']:.2f}×]"
 
 
 def shown(value: float, form: str, unit: str = "") -> str:

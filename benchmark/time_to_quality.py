@@ -48,15 +48,11 @@ TRAINERS = {
     "quick, bf16": OURS + "quick --precision bf16",
     "full": OURS + "full",
     "CleanRL manner": CLEANRL,
-    "LeanRL manner": CLEANRL + " --compile",
     "Stable-Baselines3, rollouts of 1 step": (
         BASELINES3 + "--num-iterations 200 --num-steps 1 --learning-rate 2e-3 --log-std-init -1"
     ),
     "Stable-Baselines3, rollouts of 2 steps": (
         BASELINES3 + "--num-iterations 150 --num-steps 2 --learning-rate 2e-3 --log-std-init -0.5"
-    ),
-    "Stable-Baselines3, rollouts of 20 steps": (
-        BASELINES3 + "--num-iterations 50 --num-steps 20 --learning-rate 1e-3 --log-std-init -0.5"
     ),
 }
 COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7", "#000000")
