@@ -185,8 +185,7 @@ class Args:
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself holds the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
-    # Short rollouts, so that what was learnt is tried at once: by `benchmark/learning_quality.py` the
-    # least time to a good policy.
+    # Short rollouts, so that what was learnt is tried at once: `benchmark/learning_quality.py`.
     "quick": dict(
         num_iterations=100,
         num_steps=2,
