@@ -7,6 +7,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -363,14 +364,14 @@ def test_damaged_cache_is_replaced(tmp_path, three_patients, searched, damage):
     elif damage == "text":
         path.write_text("not a table")
     else:
-        table = oracle.pq.read_table(path)
+        table = pq.read_table(path)
         if damage == "other rows":
             table = table.slice(1)
         elif damage == "other key":
             table = table.replace_schema_metadata({"key": "another"})
         else:
             table = table.drop_columns(["coverage"])
-        oracle.pq.write_table(table, path)
+        pq.write_table(table, path)
     again = best_designs(three_patients, cache_dir=tmp_path)
     assert len(searched) == 4
     assert torch.equal(again.score, first.score)
@@ -381,7 +382,7 @@ def test_damaged_cache_is_replaced(tmp_path, three_patients, searched, damage):
 def test_score_is_computed_from_the_cached_design_not_read(tmp_path, three_patients):
     best_designs(three_patients, cache_dir=tmp_path)
     (path,) = cache_files(tmp_path)
-    assert "score" not in oracle.pq.read_schema(path).names
+    assert "score" not in pq.read_schema(path).names
 
 
 def test_interrupted_search_leaves_no_file(tmp_path, three_patients, monkeypatch):

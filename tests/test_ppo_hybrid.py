@@ -424,7 +424,11 @@ def test_the_pure_step_gives_the_same_updates_as_the_plain_one(dtype, rtol, chan
 
 
 @pytest.mark.parametrize(
-    ("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=["float64", "float32"]
+    ("dtype", "rtol"),
+    [
+        pytest.param(torch.float64, 1e-9, marks=pytest.mark.slow, id="float64"),
+        pytest.param(torch.float32, 2e-3, id="float32"),
+    ],
 )
 def test_the_compiled_step_gives_the_same_updates_as_the_plain_one(dtype, rtol):
     assert_same_updates(dtype, ppo.Args(), rtol)
@@ -514,6 +518,7 @@ def test_the_faster_products_are_still_float32():
     assert torch.get_float32_matmul_precision() == before
 
 
+@pytest.mark.slow
 def test_a_machine_without_a_compiler_gets_one_line_that_names_the_fallback(tmp_path):
     command = [sys.executable, str(TRAINER), "--preset", "quick", "--compile", "on"]
     command += ["--num-envs", "50", "--minibatch-size", "50", "--no-oracle"]
