@@ -423,12 +423,9 @@ def test_the_pure_step_gives_the_same_updates_as_the_plain_one(dtype, rtol, chan
     assert_same_updates(dtype, ppo.Args(**changes), rtol)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dtype", "rtol"),
-    [
-        pytest.param(torch.float64, 1e-9, marks=pytest.mark.slow, id="float64"),
-        pytest.param(torch.float32, 2e-3, id="float32"),
-    ],
+    ("dtype", "rtol"), [(torch.float64, 1e-9), (torch.float32, 2e-3)], ids=["float64", "float32"]
 )
 def test_the_compiled_step_gives_the_same_updates_as_the_plain_one(dtype, rtol):
     assert_same_updates(dtype, ppo.Args(), rtol)
