@@ -436,6 +436,21 @@ def test_a_step_replayed_on_cuda_gives_the_same_updates_as_the_plain_one():
     assert_same_updates(torch.float64, ppo.Args(), 1e-9, device="cuda")
 
 
+def test_a_graph_is_made_from_inputs_that_are_not_one_tensor(monkeypatch, tmp_path):
+    seen = []
+
+    def record(function, device):
+        return lambda *inputs: (
+            seen.append(ppo.tree_map(torch.Tensor.data_ptr, inputs)) or function(*inputs)
+        )
+
+    monkeypatch.setattr(ppo, "compiled", record)
+    ppo.compile_training(make_agent(), small_args(tmp_path))
+    for inputs in seen:
+        addresses = torch.utils._pytree.tree_leaves(inputs)
+        assert len(set(addresses)) == len(addresses) > 2
+
+
 def test_the_weights_of_a_compiled_step_stay_those_of_the_agent(monkeypatch):
     monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
     agent = make_agent()

@@ -851,7 +851,8 @@ class CompiledStep:
         """Compile, and leave everything as it was."""
         state = (self.flat, self.mean, self.square)
         before = [part.clone() for part in state]
-        self(minibatch, 0.0)
+        # Copies, since a graph would be specialised to two inputs being the same tensor.
+        self(tree_map(torch.clone, minibatch), 0.0)
         self.num_updates = 0
         for part, value in zip(state, before, strict=True):
             part.copy_(value)
