@@ -178,7 +178,6 @@ TRUE_SAFETY = ("--limit-margin", "0", "--penalty-scale", "1")
 PRESETS = {
     "quick": Variant(short=False),
     "quick, compiled": Variant(("--compile", "on"), short=False),
-    "quick, compiled, bf16": Variant(("--compile", "on", "--precision", "bf16"), short=False),
     "quick, true safety limits and penalties": Variant(TRUE_SAFETY, short=False),
     "full": Variant(preset="full", short=False),
 }
