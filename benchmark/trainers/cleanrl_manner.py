@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import torch
-from protocol import Recorder, UsageError, check_sizes
+from protocol import Recorder, check_sizes, run
 from torch import Tensor, nn, optim
 from torch.distributions import Categorical, Distribution, Normal
 from torch.distributions.transforms import TanhTransform
@@ -312,12 +312,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        train(parse_args(argv))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return run(train, parse_args, argv)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -131,3 +132,13 @@ def check_sizes(args: argparse.Namespace, names: Iterable[str]) -> None:
             f"--minibatch-size is {args.minibatch_size}, which does not divide the batch of "
             f"num_envs x num_steps = {batch_size}"
         )
+
+
+def run(train: Callable[[argparse.Namespace], None], parse: Callable[..., Any], argv: Any) -> int:
+    """Train as a command line asks; returns the exit code, after one line on a bad request."""
+    try:
+        train(parse(argv))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
