@@ -1,7 +1,8 @@
 """The Gymnasium environments: thin adapters over the batched functions of `dynamics`.
 
-Both classes hold a `State` of tensors, have `problem` turn what a user sends into a `Design`, call
-`transition`, and put the result into the shape that Gymnasium asks for. Nothing is computed here.
+Both classes hold a `State` of tensors, have `problem` turn what a user sends into a `Design` and
+apply it (`transition`, or `step` with the autoreset of a vector), and put the result into the shape
+that Gymnasium asks for. Nothing is computed here.
 """
 
 from __future__ import annotations

@@ -208,7 +208,8 @@ PRESETS: dict[Preset, dict[str, Any]] = {
 # Of `--compile auto`, see `worth_compiling`. Small and large minibatches save about as much.
 SECONDS_SAVED_PER_UPDATE = 3e-3
 COMPILE_SECONDS = 34.0
-# Peak of a rollout and its update; measured by `benchmark/throughput.py`.
+# At least, for the tensors of a rollout and their copies; with the libraries, the 200,000 samples
+# of the source preset take 1,750 each by `benchmark/throughput.py`.
 BYTES_PER_SAMPLE = 1000
 
 BETAS, EPS = (0.9, 0.999), 1e-5  # of Adam
