@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file beside its place, flush it to the disk, and rename it into place.
+    """Write a file beside its place, flush it to the disk, rename it into place, flush the folder.
+
+    What a crash leaves of an unfinished one is a file named `.NAME.` and eight characters.
 
     Args:
         path: where; its folder must exist.
@@ -29,3 +31,9 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+    # A rename is in the folder, and may be lost with the power until the folder is flushed too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
