@@ -114,7 +114,8 @@ class RewardTerms(NamedTuple):
 class EnvParams:
     """What a user may vary, fixed for the life of an environment.
 
-    `patients` is the (P, 11) float32 table in the order of `PATIENT_FIELDS`.
+    `patients` is the (P, 11) table in the order of `PATIENT_FIELDS`. Every real number of a step
+    has its dtype, float32 unless somebody checks rounding.
     """
 
     patients: Tensor

@@ -40,6 +40,7 @@ from hydrogel_gym.reward_model import RewardModel
 from hydrogel_gym.spaces import ActionFormat, ObsFormat
 
 Output = Literal["numpy", "torch"]
+Dtype = Literal["float32", "float64"]
 
 
 def _check_options(options: Mapping[str, Any] | None, allowed: set[str]) -> dict[str, Any]:
@@ -348,6 +349,9 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             seconds longer; whatever the reward model reads beside tensors is constant from then on.
             Where other work shares the cores, call `torch.set_num_threads(1)` before: threads that
             wait for each other can make a step, compiled or not, a hundred times slower.
+        dtype: `"float64"` computes in double precision, for `output="torch"` alone, since the
+            spaces are of float32. It is there to compare runs by: vector instructions round a
+            float32 number by its place in the batch.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
@@ -375,9 +379,11 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         autoreset_mode: str | AutoresetMode = "SameStep",
         validate_actions: bool | None = None,
         compile: bool = False,
+        dtype: Dtype = "float32",
     ) -> None:
         check_count("num_envs", num_envs)
         check_choice("output", output, get_args(Output))
+        check_choice("dtype", dtype, get_args(Dtype) if output == "torch" else ("float32",))
         if not isinstance(autoreset_mode, AutoresetMode):
             modes = tuple(mode.value for mode in AutoresetMode)
             check_choice("autoreset_mode", autoreset_mode, modes)
@@ -396,6 +402,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             reward_mode=reward_mode,
             patient_assignment=patient_assignment,
             validate=validate_actions,
+            dtype=getattr(torch, dtype),
         )
         self.num_envs = num_envs
         self.output = output
@@ -533,6 +540,54 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         if self.problem.validate and not valid:
             self._refuse(action)
         return self._accept(step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What every later observation, reward and reset depends on, beside the actions.
+
+        Returns:
+            (B,) tensors on `device`: the fields of `dynamics.State` and `done` (the episode ended
+            in the step before). They are never written to. Environments of another B take any
+            rows of them, in any order, by `load_state_dict`.
+
+        Raises:
+            ResetNeeded: there is no state before the first reset.
+        """
+        if self._state is None:
+            raise ResetNeeded("call reset() before state_dict()")
+        return {**self._state._asdict(), "done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned, here or in other environments of this problem.
+
+        Args:
+            state: (B,) tensors, on any device; copied.
+
+        Raises:
+            ValueError: an entry is missing, unknown, or of another shape or type, or names a
+                patient that the cohort does not have; nothing is loaded.
+        """
+        zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        expected = dynamics.initial(zeros, self.problem.params)._asdict()
+        expected["done"] = torch.zeros_like(zeros, dtype=torch.bool)
+        if state.keys() != expected.keys():
+            raise ValueError(f"state has {sorted(state)}; expected {sorted(expected)}")
+        for name, entry in expected.items():
+            given = state[name]
+            if given.shape != entry.shape or given.dtype != entry.dtype:
+                raise ValueError(
+                    f"state {name!r} is a {tuple(given.shape)} tensor of {given.dtype}; "
+                    f"expected {tuple(entry.shape)} of {entry.dtype}"
+                )
+        for name in ("home_index", "patient_index"):
+            low, high = (int(bound) for bound in state[name].aminmax())
+            if low < 0 or high >= self.problem.params.num_patients:
+                raise ValueError(
+                    f"state {name!r} runs from {low} to {high}; "
+                    f"allowed: 0 to {self.problem.params.num_patients - 1}"
+                )
+        copied = {name: state[name].to(self.device, copy=True) for name in expected}
+        self._done = copied.pop("done")
+        self._state = State(**copied)
 
     def _refuse(self, action: tuple[Tensor, ...]) -> NoReturn:
         """Say what is wrong with a step, which was found only to be wrong somewhere."""

@@ -66,6 +66,7 @@ class DesignProblem:
         reward_mode: RewardMode,
         patient_assignment: PatientAssignment,
         validate: bool | None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         check_count("horizon", horizon)
         check_choice("reward_mode", reward_mode, get_args(RewardMode))
@@ -87,7 +88,7 @@ class DesignProblem:
         self.cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
         self.reward_model = load_reward_model(reward_model, self.device)
         self.params = EnvParams(
-            patients=self.cohort.features.to(self.device, torch.float32),
+            patients=self.cohort.features.to(self.device, dtype),
             horizon=horizon,
             reward_config=reward_config,
             reward_mode=reward_mode,
@@ -129,15 +130,18 @@ class DesignProblem:
         Raises:
             ValueError: container, shape or dtype is not what it may be; names the field.
         """
-        device = self.device
+        device, dtype = self.device, self.params.patients.dtype
         if self.action_format == "box":
-            return (_floats(action, "action", batch_shape, self.action_space.shape[0], device),)
+            width = self.action_space.shape[0]
+            return (_floats(action, "action", batch_shape, width, device, dtype),)
         if self.action_format == "multidiscrete":
             return (_integers(action, "action", batch_shape, device, width=len(self._sizes)),)
         polymer_id, formulation, coverage = self._heads(action)
         return (
             _integers(polymer_id, "polymer_id", batch_shape, device),
-            _floats(formulation, "formulation", batch_shape, len(FORMULATION_FIELDS), device),
+            _floats(
+                formulation, "formulation", batch_shape, len(FORMULATION_FIELDS), device, dtype
+            ),
             _integers(coverage, "coverage", batch_shape, device),
         )
 
@@ -334,14 +338,19 @@ def _integers(
 
 
 def _floats(
-    value: Any, name: str, batch_shape: tuple[int, ...], width: int, device: torch.device
+    value: Any,
+    name: str,
+    batch_shape: tuple[int, ...],
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(B, width) float32."""
+    """(B, width)."""
     tensor = as_tensor(value, name, device)
     if tensor.is_complex() or tensor.dtype == torch.bool:
         raise ValueError(f"{name} has dtype {tensor.dtype}; expected a real number dtype")
     _check_shape(name, tensor, (*batch_shape, width))
-    return tensor.reshape(-1, width).to(torch.float32).contiguous()
+    return tensor.reshape(-1, width).to(dtype).contiguous()
 
 
 def _check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
