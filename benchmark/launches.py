@@ -108,7 +108,7 @@ def measured_ms(trainer: ModuleType, args: Any, *, compile: bool) -> float:
         obs, batch, _ = trainer.rollout(
             learner.envs, learner.agent, obs, args, generator, learner.act
         )
-        trainer.update(learner.step, batch, args, 1e-4, generator, lambda: False)
+        trainer.update(learner.step, batch, args, 1e-4, generator)
         torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return 1e3 * sorted(seconds[1:])[2]

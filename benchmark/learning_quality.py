@@ -145,8 +145,8 @@ def decaying_entropy(trainer: ModuleType) -> None:
     """Entropy coefficient from its initial value to zero, linearly."""
 
     class DecayingStep(trainer.PlainStep):
-        def __init__(self, agent: object, args: Any) -> None:
-            super().__init__(agent, args)
+        def __init__(self, agent: object, args: Any, *rest: object) -> None:
+            super().__init__(agent, args, *rest)
             batch = args.num_steps * args.num_envs
             updates = args.num_iterations * args.num_epochs * (batch // args.minibatch_size)
             self.coefficients = iter(np.linspace(args.ent_coef, 0.0, updates))

@@ -324,9 +324,8 @@ def loss_of(newlogprob, logprob, advantage, value, returns, old_value, **changes
 
     entropy = torch.full((2,), 1.5, dtype=torch.float64)
     output = ppo.PolicyOutput(None, tensor(newlogprob), entropy, tensor(value))
-    batch = ppo.Batch(
-        None, None, tensor(logprob), tensor(advantage), tensor(returns), tensor(old_value)
-    )
+    advantage = ppo.normalize_advantage(tensor([advantage]))[0]
+    batch = ppo.Batch(None, None, tensor(logprob), advantage, tensor(returns), tensor(old_value))
     settings = dict(clip_coef=0.2, vf_coef=0.5, ent_coef=0.1) | changes
     return ppo.ppo_loss(output, batch, **settings)
 
@@ -360,10 +359,10 @@ def test_gradient_of_the_first_update_is_that_of_the_plain_policy_gradient():
     advantage = torch.tensor([1.0, -2.0, 0.5, 4.0], dtype=torch.float64)
     zeros = torch.zeros(4, dtype=torch.float64)
     output = ppo.PolicyOutput(None, logprob, zeros, zeros)
-    batch = ppo.Batch(None, None, zeros, advantage, zeros, zeros)
+    normalised = (advantage - advantage.mean()) / advantage.std(correction=0)
+    batch = ppo.Batch(None, None, zeros, normalised, zeros, zeros)
     loss, _ = ppo.ppo_loss(output, batch, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0)
     loss.backward()
-    normalised = (advantage - advantage.mean()) / advantage.std(correction=0)
     torch.testing.assert_close(logprob.grad, -normalised / 4, rtol=1e-6, atol=1e-8)
 
 
@@ -481,7 +480,7 @@ def test_nothing_is_read_on_the_host_within_an_iteration(step_class, tmp_path, m
     generator = torch.Generator().manual_seed(0)
     with NoHostRead():
         _, batch, _ = ppo.rollout(envs, agent, obs, args, generator)
-        losses = ppo.update(step, batch, args, 1e-3, generator, lambda: False)
+        losses = ppo.update(step, batch, args, 1e-3, generator)
     assert math.isfinite(losses["policy_loss"])
 
 
@@ -503,7 +502,7 @@ def test_rollout_and_update_run_on_the_meta_device(step_class, tmp_path, monkeyp
     monkeypatch.setattr(torch, "randn", without_generator(torch.randn))
     monkeypatch.setattr(torch, "randperm", without_generator(torch.randperm))
     _, batch, _ = ppo.rollout(envs, agent, obs, args, generator)
-    losses = ppo.update(step, batch, args, 1e-3, generator, lambda: False)
+    losses = ppo.update(step, batch, args, 1e-3, generator)
     assert {value.device.type for value in losses.values()} == {"meta"}
     assert agent.encoder[0].weight.device.type == "meta"
 
@@ -616,7 +615,8 @@ def finished_run(tmp_path_factory):
 
 def test_a_run_leaves_every_promised_file(finished_run):
     args, _ = finished_run
-    assert {path.name for path in args.output_dir.iterdir()} == set(ppo.RUN_FILES)
+    files = {str(path.relative_to(args.output_dir)) for path in args.output_dir.rglob("*.*")}
+    assert files == {*ppo.RUN_FILES, "checkpoints/checkpoint-000002.pt"}
 
 
 def test_summary_holds_the_promised_figures(finished_run):
@@ -677,7 +677,7 @@ def test_oracle_is_kept_beside_the_run_for_the_next_one(finished_run, monkeypatc
 
 def test_learner_sees_stricter_limits_and_the_report_the_true_ones(tmp_path):
     args = small_args(tmp_path, limit_margin=0.01, penalty_scale=3.0, horizon=2)
-    envs = ppo.make_envs(args, hydrogel_gym.load_cohort(), torch.device("cpu"), training=True)
+    envs = ppo.make_envs(args, hydrogel_gym.load_cohort(), torch.device("cpu"), num_envs=100)
     obs, _ = envs.reset(seed=0)
     generator = torch.Generator().manual_seed(0)
     _, batch, told = ppo.rollout(envs, make_agent(), obs, args, generator)
@@ -850,10 +850,10 @@ def test_the_refused_minibatch_is_answered_with_sizes_that_divide(tmp_path):
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(finished_run):
     args, _ = finished_run
-    before = {path.name: path.read_bytes() for path in args.output_dir.iterdir()}
+    before = {path: path.read_bytes() for path in args.output_dir.rglob("*.*")}
     with pytest.raises(ppo.UsageError, match=r"already holds a run .*--overwrite"):
         ppo.train(args)
-    assert {path.name: path.read_bytes() for path in args.output_dir.iterdir()} == before
+    assert {path: path.read_bytes() for path in args.output_dir.rglob("*.*")} == before
 
 
 def test_overwrite_replaces_a_run(tmp_path):
@@ -912,8 +912,8 @@ def test_an_interrupted_run_saves_what_it_has_and_says_so(tmp_path, monkeypatch,
     assert ppo.main([]) == 130
     assert "interrupted" in capsys.readouterr().err
     summary = json.loads((args.output_dir / "summary.json").read_text())
-    assert (summary["interrupted"], summary["iterations"], summary["samples"]) == (True, 2, 800)
-    assert len(pd.read_csv(args.output_dir / "metrics.csv")) == 2
+    assert (summary["interrupted"], summary["iterations"], summary["samples"]) == (True, 3, 1200)
+    assert len(pd.read_csv(args.output_dir / "metrics.csv")) == 3
     ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 

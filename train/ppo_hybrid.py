@@ -23,10 +23,12 @@ import contextlib
 import csv
 import dataclasses
 import functools
+import hashlib
 import io
 import itertools
 import json
 import math
+import os
 import platform
 import signal
 import sys
@@ -35,6 +37,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -42,10 +45,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map, tree_map_only
 from tqdm import tqdm
 
 import hydrogel_gym
@@ -56,7 +60,7 @@ from hydrogel_gym.oracle import best_designs
 
 Preset = Literal["source", "quick", "full"]
 Policy = Literal["factored", "autoregressive"]
-Precision = Literal["fp32", "bf16"]
+Precision = Literal["fp32", "bf16", "fp64"]
 Compile = Literal["auto", "on", "off"]
 
 POLICY_FILE, SUMMARY_FILE, METRICS_FILE = "stage2_policy.pt", "summary.json", "metrics.csv"
@@ -68,6 +72,8 @@ RUN_FILES = (
     "learning_curve.png",
     "policy_selection.png",
 )
+CHECKPOINTS = "checkpoints"  # a folder of the run directory
+CHECKPOINT_FORMAT = "hydrogel_gym.checkpoint.v1"
 
 COHORTS = ("train", "holdout")
 YARDSTICK = ("regret", "regret_p95", "fraction_of_oracle")
@@ -126,13 +132,23 @@ class Args:
     oracle: bool = True
     """search for every patient's best design first (kept beside the run), to measure regret"""
 
+    # Interruptions
+    checkpoint_interval: int = 20
+    """iterations from one checkpoint to the next; 0 writes none"""
+    keep_checkpoints: int = 3
+    """how many of them stay"""
+    resume: str | None = None
+    """continue a run: from this checkpoint, from the newest of this run directory, or with `auto`
+    from the newest of the output directory, and from the start where it has none"""
+
     # Environment
     env_id: str = "HydrogelDesign-v0"
     """environment to learn"""
     horizon: int = 1
     """designs tried per episode"""
     num_envs: int = 2000
-    """parallel environments; environment i treats patient i modulo the size of the cohort"""
+    """parallel environments, over all ranks; environment i treats patient i modulo the size of the
+    cohort"""
     patient_assignment: Literal["fixed", "random"] = "fixed"
     """whether an environment keeps its patient or draws one at each reset"""
 
@@ -149,7 +165,8 @@ class Args:
     hidden_dim: int = 256
     """width of the trunk"""
     precision: Precision = "fp32"
-    """of the two large matrix products (fp32 is TF32 on CUDA); everything else is float32"""
+    """of the two large matrix products (fp32 is TF32 on CUDA), everything else being float32;
+    fp64 is float64 throughout, to compare runs by"""
     compile: Compile = "auto"
     """compile rollout and update; auto does so when the run is long enough to gain by it"""
     num_iterations: int = 200
@@ -157,7 +174,7 @@ class Args:
     num_steps: int = 100
     """steps per environment and iteration"""
     minibatch_size: int = 2000
-    """samples per update (the source's 2,048 does not divide its batch of 200,000)"""
+    """samples per update, over all ranks (the source's 2,048 does not divide its 200,000)"""
     num_epochs: int = 10
     """passes over each batch"""
     learning_rate: float = 3e-4
@@ -211,6 +228,10 @@ COMPILE_SECONDS = 34.0
 # At least, for the tensors of a rollout and their copies; with the libraries, the 200,000 samples
 # of the source preset take 1,750 each by `benchmark/throughput.py`.
 BYTES_PER_SAMPLE = 1000
+BYTES_PER_GATHERED_SAMPLE = 400  # on every rank: the batch of all, and its copies by minibatch
+
+# Rank 0 searches for the best designs while the others wait.
+RANKS_TIMEOUT = timedelta(minutes=30)
 
 BETAS, EPS = (0.9, 0.999), 1e-5  # of Adam
 
@@ -337,7 +358,8 @@ class Agent(nn.Module):
         policy: `"factored"` or `"autoregressive"`.
         state_std: let the Gaussian's spread depend on the state.
         hidden_dim: width of the trunk.
-        precision: `"bf16"` does the two large matrix products in bfloat16.
+        precision: `"bf16"` does the two large matrix products in bfloat16, `"fp64"` everything in
+            float64.
     """
 
     def __init__(
@@ -388,6 +410,8 @@ class Agent(nn.Module):
         self.register_buffer("return_std", torch.ones(()))
         nodes = np.stack([_NODES, _WEIGHTS / _WEIGHTS.sum()])
         self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32), persistent=False)
+        if precision == "fp64":
+            self.double()
 
     def head_inputs(self, obs: Tensor) -> tuple[Tensor, ...]:
         """Pre-activations of the polymer, formulation, coverage and value heads."""
@@ -577,8 +601,9 @@ class Batch(NamedTuple):
 
 
 def normalize_advantage(advantage: Tensor) -> Tensor:
-    """Advantages of a minibatch with mean 0 and standard deviation 1."""
-    return (advantage - advantage.mean()) / (advantage.std(correction=0) + 1e-8)
+    """(K, M) advantages of K minibatches, each with mean 0 and standard deviation 1."""
+    std, mean = torch.std_mean(advantage, -1, correction=0, keepdim=True)
+    return (advantage - mean) / (std + 1e-8)
 
 
 def ppo_loss(
@@ -593,12 +618,12 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss with value loss and entropy bonus [Schulman2017], and its parts.
 
-    Advantages are normalised here, per minibatch, for the policy's part alone. The value loss is
-    the mean squared error in units of `return_std`.
+    Only the policy's part takes the advantages, which are normalised per minibatch. The value loss
+    is the mean squared error in units of `return_std`.
 
     Args:
         output: the current policy's judgement of the batch's actions.
-        batch: a minibatch of M samples.
+        batch: M samples with normalised advantages.
         clip_coef: clipping range of the ratio (and, with `clip_vloss`, of the scaled value).
         vf_coef: weight of the value loss.
         ent_coef: weight of the entropy.
@@ -608,11 +633,10 @@ def ppo_loss(
     References:
         [Schulman2017] Schulman et al. Proximal policy optimization algorithms. arXiv:1707.06347.
     """
-    advantage = normalize_advantage(batch.advantage)
     logratio = output.logprob - batch.logprob
     ratio = logratio.exp()
     clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
-    policy_loss = -torch.minimum(advantage * ratio, advantage * clipped).mean()
+    policy_loss = -torch.minimum(batch.advantage * ratio, batch.advantage * clipped).mean()
 
     error = (output.value - batch.returns) / return_std
     squared_error = error.square()
@@ -636,6 +660,70 @@ def ppo_loss(
     }
 
 
+class World(NamedTuple):
+    """The processes that train together, one per device.
+
+    Every rank steps its own share of the environments and learns from its own share of every
+    minibatch. What they share is made to be the same on all of them, so that a run does not depend
+    on their number: the weights, the random numbers, and, gathered once per rollout, the batch.
+    Methods other than `share` are collective: every rank calls them, with tensors of one shape.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1  # ranks on this machine
+    joined: bool = False  # there is a process group
+
+    def share(self, count: int) -> slice:
+        """This rank's part of `count` things, which the number of ranks divides."""
+        each = count // self.size
+        return slice(self.rank * each, (self.rank + 1) * each)
+
+    def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
+        """The rows of all ranks, by rank, along a dimension."""
+        if not self.joined:
+            return rows
+        rows = rows.movedim(dim, 0).contiguous()
+        gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
+        dist.all_gather_single(gathered, rows)
+        return gathered.movedim(0, dim)
+
+    def average(self, values: Tensor) -> Tensor:
+        """The mean over the ranks, in place."""
+        if self.joined:
+            dist.all_reduce(values)
+            values /= self.size
+        return values
+
+    def any(self, flags: Tensor) -> Tensor:
+        """Which of (K,) int32 flags any rank has set, in place."""
+        if self.joined:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        return flags
+
+    def broadcast(self, content: bytes | None, device: torch.device) -> bytes | None:
+        """What rank 0 has."""
+        if not self.joined:
+            return content
+        size = torch.tensor([-1 if content is None else len(content)], device=device)
+        dist.broadcast(size, 0)
+        if size.item() < 0:
+            return None
+        data = torch.empty(size.item(), dtype=torch.uint8, device=device)
+        if self.rank == 0:
+            data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(data, 0)
+        return data.cpu().numpy().tobytes()
+
+    def wait(self) -> None:
+        """Return once every rank has called this."""
+        if self.joined:
+            dist.barrier()
+
+
+ALONE = World()
+
+
 def act(
     agent: Agent, obs: Tensor, noise: Noise
 ) -> tuple[HybridAction, Tensor, Tensor, dict[str, Tensor]]:
@@ -657,19 +745,25 @@ def rollout(
     args: Args,
     generator: torch.Generator,
     act: Callable[..., Any] = act,
+    world: World = ALONE,
 ) -> tuple[Tensor, Batch, dict[str, Tensor]]:
     """Take `num_steps` steps in every environment.
 
     Returns:
-        The observation to go on from, the flattened batch, and (T, B) tensors of what the steps
-        told: reward and the outcomes in `OUTCOMES_LOGGED`.
+        The observation to go on from, of this rank's environments; of those of all ranks the
+        flattened batch and (T, B) tensors of what the steps told: reward and the outcomes in
+        `OUTCOMES_LOGGED`.
     """
     # Our environments never truncate from inside. Of others it is not known, and asking the data
     # would be a read on the host: the value of every final observation is computed.
     may_truncate = not isinstance(envs.unwrapped, hydrogel_gym.HydrogelVectorEnv)
+    # Every rank draws the numbers of all environments and takes its own: an environment is given
+    # the same ones however many ranks there are.
+    num_envs = len(obs) * world.size
     noise = draw_noise(
-        args.num_steps, len(obs), formulation_dim=agent.formulation_dim, generator=generator
+        args.num_steps, num_envs, formulation_dim=agent.formulation_dim, generator=generator
     )
+    noise = Noise(*(part[:, world.share(num_envs)] for part in noise))
     steps: list[dict[str, Any]] = []
     for t in range(args.num_steps):
         action, logprob, value, design = act(agent, obs, noise.rows(t))
@@ -705,12 +799,10 @@ def rollout(
         args.gae_lambda,
     )
     action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
-    batch = Batch(
-        data["obs"].flatten(0, 1),
-        HybridAction(*(part.flatten(0, 1) for part in action)),
-        *(part.flatten() for part in (data["logprob"], advantages, returns, data["value"])),
-    )
-    return obs, batch, {name: data[name] for name in ("reward", *OUTCOMES_LOGGED)}
+    batch = Batch(data["obs"], action, data["logprob"], advantages, returns, data["value"])
+    told = {name: data[name] for name in ("reward", *OUTCOMES_LOGGED)}
+    batch, told = tree_map(lambda part: world.gather(part, dim=1), (batch, told))
+    return obs, tree_map(lambda part: part.flatten(0, 1), batch), told
 
 
 def strict_reward(told: dict[str, Tensor], args: Args) -> Tensor:
@@ -743,26 +835,69 @@ class PlainStep:
     Args:
         agent: the policy, updated in place.
         args: for the loss and the optimiser.
+        world: whose gradients are averaged.
     """
 
-    def __init__(self, agent: Agent, args: Args) -> None:
-        self.agent, self.args = agent, args
+    def __init__(self, agent: Agent, args: Args, world: World = ALONE) -> None:
+        self.agent, self.args, self.world = agent, args, world
         fused = agent.obs_mean.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(agent.parameters(), betas=BETAS, eps=EPS, fused=fused)
 
     def __call__(self, minibatch: Batch, learning_rate: float) -> dict[str, Tensor]:
-        """Update the agent; returns the parts of the loss and the norm of the gradient."""
+        """Update the agent; returns the parts of the loss and the norm of the gradient.
+
+        Args:
+            minibatch: this rank's share of it.
+            learning_rate: of this update.
+        """
         output = self.agent(minibatch.obs, minibatch.action)
         loss, parts = ppo_loss(
             output, minibatch, return_std=self.agent.return_std, **loss_settings(self.args)
         )
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        parameters = self.agent.parameters()
+        parameters = self.optimizer.param_groups[0]["params"]
+        average_gradients(parameters, self.world)
         parts["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
         return parts
+
+    def state_dict(self) -> dict[str, Any]:
+        """Adam's number of updates and its two moments, each as one vector over all weights."""
+        weights = self.optimizer.param_groups[0]["params"]
+        state = self.optimizer.state
+        if not state:
+            zeros = torch.cat([torch.zeros_like(weight).flatten() for weight in weights])
+            return {"num_updates": 0, "mean": zeros, "square": zeros.clone()}
+        mean, square = (
+            torch.cat([state[weight][name].flatten() for weight in weights])
+            for name in ("exp_avg", "exp_avg_sq")
+        )
+        return {"num_updates": int(state[weights[0]]["step"]), "mean": mean, "square": square}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, here or in a `CompiledStep`."""
+        weights = self.optimizer.param_groups[0]["params"]
+        sizes = [weight.numel() for weight in weights]
+        moments = (state[name].split(sizes) for name in ("mean", "square"))
+        for weight, mean, square in zip(weights, *moments, strict=True):
+            self.optimizer.state[weight] = {
+                "step": torch.tensor(float(state["num_updates"]), device=weight.device),
+                "exp_avg": mean.view_as(weight).to(weight).clone(),
+                "exp_avg_sq": square.view_as(weight).to(weight).clone(),
+            }
+
+
+def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Give every rank the mean gradient, by one message instead of one per parameter."""
+    if not world.joined:
+        return
+    gradients = [parameter.grad for parameter in parameters]
+    flat = world.average(torch.cat([gradient.flatten() for gradient in gradients]))
+    parts = flat.split([gradient.numel() for gradient in gradients])
+    pairs = zip(parts, gradients, strict=True)
+    torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in pairs])
 
 
 def loss_settings(args: Args) -> dict[str, Any]:
@@ -776,24 +911,31 @@ def update(
     args: Args,
     learning_rate: float,
     generator: torch.Generator,
-    stop: Callable[[], bool],
+    world: World = ALONE,
 ) -> dict[str, Tensor]:
     """Epochs of minibatch updates; returns the mean of each part of the loss over them.
 
-    Ends early once `stop` asks for it, or when an epoch ends with `target_kl` exceeded.
+    Ends early when an epoch ends with `target_kl` exceeded by the last minibatch of all ranks.
     """
     history: list[dict[str, Tensor]] = []
     for _ in range(args.num_epochs):
         order = torch.randperm(batch.num_samples, generator=generator, device=generator.device)
-        shuffled = batch.rows(order)
-        for start in range(0, batch.num_samples, args.minibatch_size):
-            minibatch = shuffled.rows(slice(start, start + args.minibatch_size))
-            history.append(step(minibatch, learning_rate))
-            if stop():
-                return mean_over(history)
-        if args.target_kl is not None and history[-1]["approx_kl"] > args.target_kl:
-            break
-    return mean_over(history)
+        # Minibatches are the same for any number of ranks, and so are their statistics; each rank
+        # takes an equal share of every one.
+        order = order.view(-1, args.minibatch_size)
+        share = world.share(args.minibatch_size)
+        advantage = normalize_advantage(batch.advantage[order])[:, share].flatten()
+        shuffled = batch.rows(order[:, share].flatten())._replace(advantage=advantage)
+        rows = args.minibatch_size // world.size
+        for start in range(0, shuffled.num_samples, rows):
+            history.append(step(shuffled.rows(slice(start, start + rows)), learning_rate))
+        if args.target_kl is not None:
+            # On every rank, or one would go on and wait for the others for ever.
+            if world.average(history[-1]["approx_kl"].clone()) > args.target_kl:
+                break
+    losses = mean_over(history)
+    means = world.average(torch.stack(list(losses.values())))
+    return dict(zip(losses, means.unbind(), strict=True))
 
 
 def learning_rate_at(iteration: int, args: Args) -> float:
@@ -822,10 +964,11 @@ class CompiledStep:
     Args:
         agent: the policy, updated in place.
         args: for the loss and the optimiser.
+        world: whose gradients are averaged, between two graphs instead of one.
     """
 
-    def __init__(self, agent: Agent, args: Args) -> None:
-        self.agent, self.args, self.num_updates = agent, args, 0
+    def __init__(self, agent: Agent, args: Args, world: World = ALONE) -> None:
+        self.agent, self.args, self.world, self.num_updates = agent, args, world, 0
         weights = dict(agent.named_parameters())
         self.names = list(weights)
         self.shapes = [weight.shape for weight in weights.values()]
@@ -837,23 +980,38 @@ class CompiledStep:
         self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
         # What changes from one update to the next: filled in place, without a copy from the host.
         self.step_size, self.root_scale = self.flat.new_ones(()), self.flat.new_ones(())
-        self.graph = compiled(self.pure_step, agent.obs_mean.device)
+        device = agent.obs_mean.device
+        if world.joined:
+            self.gradient_graph = compiled(self.pure_gradient, device)
+            self.descent_graph = compiled(self.pure_descent, device)
+        else:
+            self.graph = compiled(self.pure_step, device)
 
     def __call__(self, minibatch: Batch, learning_rate: float) -> dict[str, Tensor]:
         """Update the agent; returns the parts of the loss and the norm of the gradient."""
+        return self.call(minibatch, learning_rate, self.world.average)
+
+    @torch.no_grad()
+    def call(
+        self, minibatch: Batch, learning_rate: float, average: Callable[[Tensor], Tensor]
+    ) -> dict[str, Tensor]:
+        """`__call__`, with the means of averaging a gradient over the ranks."""
         self.num_updates += 1
         beta1, beta2 = BETAS
         self.step_size.fill_(learning_rate / (1.0 - beta1**self.num_updates))
         self.root_scale.fill_((1.0 - beta2**self.num_updates) ** -0.5)
-        with torch.no_grad():
+        if not self.world.joined:
             return self.graph(minibatch)
+        gradient, parts = self.gradient_graph(minibatch)
+        return parts | {"grad_norm": self.descent_graph(average(gradient))}
 
     def warm_up(self, minibatch: Batch) -> None:
         """Compile, and leave everything as it was."""
         state = (self.flat, self.mean, self.square)
         before = [part.clone() for part in state]
-        # Copies, since a graph would be specialised to two inputs being the same tensor.
-        self(tree_map(torch.clone, minibatch), 0.0)
+        # Copies, since a graph would be specialised to two inputs being the same tensor. Nothing is
+        # averaged, since another rank may be unable to compile.
+        self.call(tree_map(torch.clone, minibatch), 0.0, lambda gradient: gradient)
         self.num_updates = 0
         for part, value in zip(state, before, strict=True):
             part.copy_(value)
@@ -868,17 +1026,36 @@ class CompiledStep:
         return_std = self.buffers["return_std"]
         return ppo_loss(output, minibatch, return_std=return_std, **loss_settings(self.args))
 
-    def pure_step(self, minibatch: Batch) -> dict[str, Tensor]:
-        """The graph: loss, gradient, clipping, Adam."""
+    def pure_gradient(self, minibatch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Gradient of the loss, and its parts."""
         gradient, (_, parts) = torch.func.grad_and_value(self.loss, has_aux=True)(
             self.flat, minibatch
         )
-        parts["grad_norm"] = gradient.norm()
-        gradient = gradient * (self.args.max_grad_norm / (parts["grad_norm"] + 1e-6)).clamp(max=1.0)
+        return gradient, parts
+
+    def pure_descent(self, gradient: Tensor) -> Tensor:
+        """Clipping and Adam; returns the norm of the gradient."""
+        norm = gradient.norm()
+        gradient = gradient * (self.args.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.mean.lerp_(gradient, 1.0 - BETAS[0])
         self.square.lerp_(gradient.square(), 1.0 - BETAS[1])
         self.flat.sub_(self.step_size * self.mean / (self.square.sqrt() * self.root_scale + EPS))
-        return parts
+        return norm
+
+    def pure_step(self, minibatch: Batch) -> dict[str, Tensor]:
+        """Both."""
+        gradient, parts = self.pure_gradient(minibatch)
+        return parts | {"grad_norm": self.pure_descent(gradient)}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As of `PlainStep`."""
+        return {"num_updates": self.num_updates, "mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """As of `PlainStep`."""
+        self.num_updates = state["num_updates"]
+        self.mean.copy_(state["mean"])
+        self.square.copy_(state["square"])
 
 
 def compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -895,21 +1072,24 @@ def compiled(function: Callable[..., Any], device: torch.device) -> Callable[...
     return Replayed(graph) if device.type == "cuda" else graph
 
 
-def compile_training(agent: Agent, args: Args) -> tuple[CompiledStep, Callable[..., Any]]:
+def compile_training(
+    agent: Agent, args: Args, world: World = ALONE
+) -> tuple[CompiledStep, Callable[..., Any]]:
     """The compiled forms of `PlainStep` and `act`, run once so that what follows is fast.
 
     Raises:
         CompileError: something that compiling needs is missing; says what.
     """
-    device, rows = agent.obs_mean.device, args.minibatch_size
-    step = CompiledStep(agent, args)
+    device, rows = agent.obs_mean.device, args.minibatch_size // world.size
+    num_envs = args.num_envs // world.size
+    step = CompiledStep(agent, args, world)
     fast_act = compiled(functools.partial(act, agent), device)
     generator = torch.Generator(device).manual_seed(0)
-    obs = agent.obs_mean.expand(max(rows, args.num_envs), -1).contiguous()
+    obs = agent.obs_mean.expand(max(rows, num_envs), -1).contiguous()
     noise = draw_noise(len(obs), formulation_dim=agent.formulation_dim, generator=generator)
     try:
         with torch.no_grad():
-            fast_act(obs[: args.num_envs], noise.rows(slice(args.num_envs)))
+            fast_act(obs[:num_envs], noise.rows(slice(num_envs)))
             action, logprob, value, _ = act(agent, obs[:rows], noise.rows(slice(rows)))
         step.warm_up(Batch(obs[:rows], action, logprob, value, value, value))
     except Exception as error:  # whatever the compiler raises, and in however many lines
@@ -1137,6 +1317,205 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in packages}
 
 
+class CheckpointError(ValueError):
+    """A file that is not a whole checkpoint of this project; the message says why."""
+
+
+MARK = b"sha256:"  # then the hash in hexadecimal: the comment that a ZIP archive may end with
+
+
+def checkpoint_name(iteration: int) -> str:
+    """File name of a checkpoint; names sort as iterations do."""
+    return f"checkpoint-{iteration:06d}.pt"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The checkpoints of a run directory, oldest first."""
+    return sorted((output_dir / CHECKPOINTS).glob("checkpoint-*.pt"))
+
+
+def seal(content: dict[str, Any]) -> bytes:
+    """A checkpoint as a file that `torch.load` reads, with its own hash at the end."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    archive, length = buffer.getvalue(), len(MARK) + hashlib.sha256().digest_size * 2
+    # A ZIP archive ends with the length of its comment, and the comment.
+    archive = archive[:-2] + length.to_bytes(2, "little")
+    return archive + MARK + hashlib.sha256(archive).hexdigest().encode()
+
+
+def unseal(sealed: bytes) -> dict[str, Any]:
+    """The content of a checkpoint, of plain types and tensors on the CPU; runs no code.
+
+    Raises:
+        CheckpointError: the file is damaged, or is something else.
+    """
+    archive, mark, digest = sealed.rpartition(MARK)
+    if not mark:
+        raise CheckpointError("it is cut off, or is no checkpoint")
+    if hashlib.sha256(archive).hexdigest().encode() != digest:
+        raise CheckpointError("it is damaged: its content does not have the hash at its end")
+    try:
+        content = torch.load(io.BytesIO(archive + mark + digest), weights_only=True)
+        found = content["format"]
+    except Exception as error:
+        raise CheckpointError(reason(error)) from error
+    if found != CHECKPOINT_FORMAT:
+        raise CheckpointError(f"its format is {found!r}, not {CHECKPOINT_FORMAT!r}")
+    return content
+
+
+def read_checkpoint(path: Path) -> bytes:
+    """A checkpoint as it lies on the disk, once it is known to be whole.
+
+    Raises:
+        CheckpointError: it cannot be read, or cannot be used.
+    """
+    try:
+        sealed = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(error.strerror) from error
+    unseal(sealed)
+    return sealed
+
+
+def newest_checkpoint(output_dir: Path) -> bytes | None:
+    """The newest checkpoint of a run directory that is whole; None where there is none at all.
+
+    Raises:
+        UsageError: there are checkpoints, and none is whole.
+    """
+    refused: list[str] = []
+    paths = checkpoints(output_dir)
+    for path in reversed(paths):
+        try:
+            sealed = read_checkpoint(path)
+        except CheckpointError as error:
+            refused.append(f"checkpoint {path} cannot be used: {error}")
+            continue
+        for why in refused:
+            print(f"warning: {why}; going back to {path}", file=sys.stderr)
+        return sealed
+    if refused:
+        raise UsageError(f"{'; '.join(refused)}; pass --overwrite, without --resume, to begin anew")
+    return None
+
+
+def checkpoint_to_resume(args: Args, output_dir: Path) -> bytes | None:
+    """The checkpoint that `--resume` means; None begins at the start.
+
+    Raises:
+        UsageError: there is none that can be used.
+    """
+    if args.resume is None:
+        return None
+    if args.resume == "auto":
+        return None if args.overwrite else newest_checkpoint(output_dir)
+    path = Path(args.resume)
+    if path.is_dir():
+        if (sealed := newest_checkpoint(path)) is None:
+            raise UsageError(f"--resume {path}: it has no {CHECKPOINTS}/checkpoint-*.pt")
+        return sealed
+    newer = [p for p in checkpoints(output_dir) if p.name > path.name]
+    if newer and holds(output_dir, path) and not args.overwrite:
+        raise UsageError(
+            f"--resume {path}: {output_dir} holds newer ones, up to {newer[-1].name}; pass "
+            "--overwrite to give them up, or another --output-dir"
+        )
+    return sealed_file(path)
+
+
+def sealed_file(path: Path) -> bytes:
+    """`read_checkpoint` of a file that the user named.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        raise UsageError(f"--resume {path} cannot be used: {error}") from error
+
+
+# A run may go on with other values of these. Cohorts are compared by what they hold.
+MAY_CHANGE = (
+    "output_dir overwrite evaluate resume checkpoint_interval keep_checkpoints device compile "
+    "cohort holdout_cohort"
+).split()
+
+
+def identity(args: Args, cohorts: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """What has to be the same for a run to go on as if it had never stopped."""
+
+    def digest(cohort: Any) -> str:
+        ids = json.dumps(cohort.patient_ids).encode()
+        return hashlib.sha256(ids + cohort.features.numpy().tobytes()).hexdigest()[:16]
+
+    return {
+        **{name: value for name, value in plain_config(args).items() if name not in MAY_CHANGE},
+        **{f"patients of the {name} cohort": digest(cohort) for name, cohort in cohorts.items()},
+        "device type": device.type,
+        "hydrogel_gym": versions()["hydrogel_gym"],
+    }
+
+
+def surroundings(world: World, compiled: bool) -> dict[str, Any]:
+    """What may differ from the checkpoint's, at the cost of other rounding."""
+    told = versions()
+    del told["hydrogel_gym"]  # is part of the identity
+    threads = torch.get_num_threads()
+    return told | {"threads": threads, "ranks": world.size, "compiled": compiled}
+
+
+def differences(saved: dict[str, Any], here: dict[str, Any]) -> str:
+    """Fields that differ, as "name: value in the checkpoint, now value"."""
+    names = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+    return "; ".join(
+        f"{name}: {saved.get(name)} in the checkpoint, now {here.get(name)}" for name in names
+    )
+
+
+def run_state(learner: Learner, obs: Tensor, generator: torch.Generator, world: World) -> dict:
+    """What the next iteration depends on, of all ranks; `load_run_state` takes it back.
+
+    There is no state of a scheduler: the learning rate is a function of the iteration.
+    """
+    device = obs.device
+    environments = learner.envs.unwrapped.state_dict()
+    random = {"sampling": generator.get_state(), "cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        random["cuda"] = torch.cuda.get_rng_state(device)
+    return {
+        "architecture": learner.architecture,
+        "policy_state_dict": {k: v.detach().cpu() for k, v in learner.agent.state_dict().items()},
+        "optimizer_state_dict": tree_map_only(Tensor, Tensor.cpu, learner.step.state_dict()),
+        "obs": world.gather(obs).cpu(),
+        "environments": {name: world.gather(x).cpu() for name, x in environments.items()},
+        "random": {n: world.gather(x.to(device).unsqueeze(0)).cpu() for n, x in random.items()},
+    }
+
+
+def load_run_state(
+    saved: dict[str, Any], learner: Learner, generator: torch.Generator, world: World
+) -> Tensor:
+    """Take up a run at `run_state`, on any number of ranks; returns what was observed last."""
+    device, share = learner.agent.obs_mean.device, world.share(len(saved["obs"]))
+    learner.agent.load_state_dict(saved["policy_state_dict"])
+    learner.step.load_state_dict(saved["optimizer_state_dict"])
+    learner.envs.unwrapped.load_state_dict(
+        {name: rows[share] for name, rows in saved["environments"].items()}
+    )
+    # Ranks sample from one stream. What else draws from a rank's own generators (a user's outcome
+    # model may) goes on only where there are as many ranks.
+    random = saved["random"]
+    generator.set_state(random["sampling"][0])
+    if len(random["cpu"]) == world.size:
+        torch.set_rng_state(random["cpu"][world.rank])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"][world.rank], device)
+    return saved["obs"][share].to(device)
+
+
 def draw_learning_curve(path: Path, rows: list[dict[str, Any]]) -> None:
     """Reward against samples, beside the source's curve."""
     # Imported here: two seconds that neither --help nor --evaluate should pay.
@@ -1201,42 +1580,50 @@ def save_figure(path: Path, figure: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a request that training obeys between updates.
+class Signals:
+    """Turns signals into requests that training obeys when its iteration is done.
 
-    A second signal does what it always did.
+    SIGINT and SIGTERM ask to save and stop, SIGUSR1 (what batch queues send as a warning) to save
+    and go on. A second SIGINT or SIGTERM does what it always did, unless a launcher watches over
+    this process: that one sends every signal again, and kills after a time of its own.
     """
 
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.stop = self.save = False
         self._previous: dict[int, Any] = {}
 
-    def __call__(self) -> bool:
-        """Whether a signal has come."""
-        return self.requested
-
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Signals:
         # Only the main thread may install handlers; elsewhere the caller keeps control.
         if threading.current_thread() is threading.main_thread():
-            self._previous = {s: signal.signal(s, self._handle) for s in self.signals}
+            handlers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop}
+            if hasattr(signal, "SIGUSR1"):  # not on Windows
+                handlers[signal.SIGUSR1] = self._save
+            self._previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _handle(self, *_: object) -> None:
-        self.requested = True
-        self._restore()
-
-    def _restore(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
-        self._previous = {}
+
+    def requests(self, device: torch.device) -> Tensor:
+        """(2,) int32 flags of any rank: stop, save."""
+        flags = torch.tensor([self.stop, self.save], dtype=torch.int32)
+        self.save = False
+        return self.world.any(flags.to(device, non_blocking=True))
+
+    def _stop(self, number: int, _: object) -> None:
+        if not self.world.joined:
+            signal.signal(number, self._previous[number])
+            # Not print: the signal may have come in the middle of one.
+            os.write(2, b"\nstopping after this iteration; again to stop at once\n")
+        self.stop = True
+
+    def _save(self, *_: object) -> None:
+        self.save = True
 
 
-def check_args(args: Args) -> None:
+def check_args(args: Args, world: World) -> None:
     """Refuse, before anything is done, what cannot be carried out.
 
     Raises:
@@ -1246,8 +1633,8 @@ def check_args(args: Args) -> None:
         raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
     sizes = "horizon num_envs num_steps num_iterations num_epochs minibatch_size hidden_dim"
     for names, allowed, holds in (
-        (sizes, "1 or more", lambda x: x >= 1),
-        ("seed", "0 or more", lambda x: x >= 0),
+        (f"{sizes} keep_checkpoints", "1 or more", lambda x: x >= 1),
+        ("seed checkpoint_interval", "0 or more", lambda x: x >= 0),
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
         ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
@@ -1256,13 +1643,24 @@ def check_args(args: Args) -> None:
             if not holds(value := getattr(args, name)):
                 flag = name.replace("_", "-")
                 raise UsageError(f"--{flag} is {value}; allowed: {allowed}")
+    if args.num_envs % world.size:
+        below = args.num_envs // world.size * world.size
+        near = [count for count in (below, below + world.size) if count]
+        ranks = [n for n in range(2, args.num_envs + 1) if args.num_envs % n == 0][:8]
+        raise UsageError(
+            f"--num-envs is {args.num_envs}, which {world.size} ranks cannot share equally; near "
+            f"it they can share {' or '.join(map(str, near))}; {args.num_envs} can be shared by "
+            f"{', '.join(map(str, ranks))} ..."
+        )
     batch_size = args.num_envs * args.num_steps
-    if batch_size % args.minibatch_size:
-        near = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    if batch_size % args.minibatch_size or args.minibatch_size % world.size:
+        near = [n for n in range(world.size, batch_size + 1, world.size) if batch_size % n == 0]
         near = sorted(sorted(near, key=lambda n: abs(n - args.minibatch_size))[:4])
+        shared = f", or which {world.size} ranks cannot share equally" if world.size > 1 else ""
         raise UsageError(
             f"--minibatch-size is {args.minibatch_size}, which does not divide the batch of "
-            f"num_envs x num_steps = {batch_size}; near it these do: {', '.join(map(str, near))}"
+            f"num_envs x num_steps = {batch_size}{shared}; near it these do: "
+            f"{', '.join(map(str, near))}"
         )
 
 
@@ -1273,46 +1671,107 @@ def choose_output_dir(args: Args) -> Path:
         UsageError: it holds a run that may not be replaced.
     """
     output_dir = args.output_dir or Path("runs") / f"{args.preset}-s{args.seed}"
-    held = [name for name in RUN_FILES if (output_dir / name).exists()]
-    if held and not args.overwrite:
-        raise UsageError(
-            f"--output-dir {output_dir} already holds a run ({held[0]}); "
-            "choose another directory or pass --overwrite"
-        )
-    return output_dir
+    held = [name for name in (*RUN_FILES, CHECKPOINTS) if (output_dir / name).exists()]
+    if not held or args.overwrite:
+        return output_dir
+    if args.resume == "auto" and (
+        # What a run that was killed before its first checkpoint leaves may be replaced.
+        checkpoints(output_dir) or not (output_dir / SUMMARY_FILE).exists()
+    ):
+        return output_dir
+    if args.resume not in (None, "auto") and holds(output_dir, Path(args.resume)):
+        return output_dir
+    go_on = "continue it with --resume auto, " if checkpoints(output_dir) else ""
+    raise UsageError(
+        f"--output-dir {output_dir} already holds a run ({held[0]}); "
+        f"{go_on}choose another directory or pass --overwrite"
+    )
 
 
-def prepare_output_dir(output_dir: Path) -> None:
-    """Make the run directory, and empty it of an earlier run.
+def holds(output_dir: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint, or a run directory, is that of a run directory."""
+    return output_dir.resolve() in (checkpoint.resolve(), checkpoint.resolve().parent.parent)
+
+
+def prepare_output_dir(output_dir: Path, args: Args, resumed_at: int | None) -> None:
+    """Make the run directory; empty it of what is replaced, and of files that were never finished.
+
+    Args:
+        output_dir: where.
+        args: for `resume` and `overwrite`.
+        resumed_at: iteration of the checkpoint to go on from, if any.
 
     Raises:
         UsageError: it cannot be written to.
     """
+    folder = output_dir / CHECKPOINTS
+    goes_on = resumed_at is not None and (
+        args.resume == "auto" or holds(output_dir, Path(args.resume))
+    )
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=output_dir):
             pass
-        for name in RUN_FILES:
-            (output_dir / name).unlink(missing_ok=True)
+        paths = [p for name in RUN_FILES for p in output_dir.glob(f".{name}.????????")]
+        paths += folder.glob(".checkpoint-*.pt.????????")
+        if not goes_on:
+            paths += [output_dir / name for name in RUN_FILES] + checkpoints(output_dir)
+        elif args.overwrite:
+            paths += [p for p in checkpoints(output_dir) if p.name > checkpoint_name(resumed_at)]
+        for path in paths:
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise UsageError(f"--output-dir {output_dir} cannot be written to: {error}") from error
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device asked for.
+def resolve_device(name: str, world: World = ALONE) -> torch.device:
+    """The device asked for; of several GPUs that of this rank.
 
     Raises:
         UsageError: there is no such device here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if world.size > 1 and name.startswith("cuda"):
+        count = torch.cuda.device_count()
+        if name != "cuda" or count < world.local_size:
+            raise UsageError(
+                f"--device {name} for {world.local_size} ranks on this machine, which has {count} "
+                "GPUs; allowed: cpu, or cuda with a GPU for each rank"
+            )
+        name = f"cuda:{int(os.environ['LOCAL_RANK'])}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"--device {name} cannot be used: {reason}") from error
+        raise UsageError(f"--device {name} cannot be used: {reason(error)}") from error
     return device
+
+
+def world_from_environment() -> World:
+    """The ranks that `torchrun` started; this process alone where it did not."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
+        return ALONE
+    names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    return World(*(int(os.environ.get(name, 1)) for name in names))
+
+
+@contextlib.contextmanager
+def joined(world: World, device: torch.device) -> Iterator[World]:
+    """The ranks, able to talk to each other."""
+    if world is ALONE:
+        yield world
+        return
+    on_cuda = device.type == "cuda"
+    if on_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        timeout=RANKS_TIMEOUT,
+        device_id=device if on_cuda else None,
+    )
+    yield world._replace(joined=True)
+    dist.destroy_process_group()  # not after an error, which other ranks may not know of
 
 
 def reason(error: BaseException) -> str:
@@ -1340,7 +1799,7 @@ def check_precision(args: Args, device: torch.device) -> None:
         )
 
 
-def check_memory(args: Args, device: torch.device) -> None:
+def check_memory(args: Args, device: torch.device, world: World) -> None:
     """Refuse a rollout that does not fit into memory.
 
     Linux hands out more memory than there is and ends the process that uses it.
@@ -1349,12 +1808,17 @@ def check_memory(args: Args, device: torch.device) -> None:
         UsageError: says what fits.
     """
     available = available_bytes(device)
-    samples = args.num_envs * args.num_steps
-    if available is not None and samples * BYTES_PER_SAMPLE > available:
+    if available is None:
+        return
+    samples, per_sample = args.num_envs * args.num_steps, BYTES_PER_SAMPLE
+    if world.size > 1:
+        per_sample = BYTES_PER_SAMPLE // world.size + BYTES_PER_GATHERED_SAMPLE
+        available //= world.local_size if device.type == "cpu" else 1
+    if samples * per_sample > available:
         raise UsageError(
             f"--num-envs {args.num_envs} x --num-steps {args.num_steps} needs about "
-            f"{samples * BYTES_PER_SAMPLE / 1e9:,.1f} GB for a rollout and {device} has "
-            f"{available / 1e9:,.1f} GB left; {available // BYTES_PER_SAMPLE:,} samples fit"
+            f"{samples * per_sample / 1e9:,.1f} GB for a rollout and {device} has "
+            f"{available / 1e9:,.1f} GB left; {available // per_sample:,} samples fit"
         )
 
 
@@ -1395,20 +1859,29 @@ def make_envs(
     cohort: Any,
     device: torch.device,
     *,
-    training: bool = False,
+    num_envs: int | None = None,
     compile: bool = False,
 ) -> gym.vector.VectorEnv:
-    """Batched environments that return tensors: those to train in, or one per patient to judge."""
+    """Batched environments that return tensors.
+
+    Args:
+        args: the problem.
+        cohort: the patients.
+        device: where.
+        num_envs: so many to train in; None makes one per patient, to judge.
+        compile: their step.
+    """
     return gym.make_vec(
         args.env_id,
-        num_envs=args.num_envs if training else len(cohort),
+        num_envs=num_envs or len(cohort),
         cohort=cohort,
         device=str(device),
         horizon=args.horizon,
-        patient_assignment=args.patient_assignment if training else "fixed",
+        patient_assignment=args.patient_assignment if num_envs else "fixed",
         output="torch",
         autoreset_mode="SameStep",
         **({"compile": True} if compile else {}),
+        **({"dtype": "float64"} if args.precision == "fp64" else {}),
     )
 
 
@@ -1447,20 +1920,23 @@ def shown_regret(figures: dict[str, Any]) -> dict[str, str]:
 class Learner(NamedTuple):
     """What learns: the policy in its environments, and how it acts and is updated."""
 
-    envs: gym.vector.VectorEnv
+    envs: gym.vector.VectorEnv  # this rank's
     agent: Agent
     architecture: dict[str, Any]
     act: Callable[..., Any]
     step: PlainStep | CompiledStep
 
 
-def make_learner(args: Args, cohort: Any, device: torch.device, *, compile: bool) -> Learner:
+def make_learner(
+    args: Args, cohort: Any, device: torch.device, *, compile: bool, world: World = ALONE
+) -> Learner:
     """A learner with initial weights.
 
     Raises:
         CompileError: with `compile`, compiling is not possible here.
     """
-    envs = make_envs(args, cohort, device, training=True, compile=compile)
+    num_envs = args.num_envs // world.size
+    envs = make_envs(args, cohort, device, num_envs=num_envs, compile=compile)
     torch.manual_seed(args.seed)  # initial weights
     space = envs.single_action_space
     architecture = {
@@ -1475,12 +1951,18 @@ def make_learner(args: Args, cohort: Any, device: torch.device, *, compile: bool
         "precision": args.precision,
     }
     agent = Agent(**architecture).to(device)
-    agent.obs_mean[:], agent.obs_std[:] = observation_statistics(envs, args)
-    step, act_ = compile_training(agent, args) if compile else (PlainStep(agent, args), act)
-    return Learner(envs, agent, architecture, act_, step)
+    # Of the environments of all ranks, not of this one's patients.
+    every = envs if world.size == 1 else make_envs(args, cohort, device, num_envs=args.num_envs)
+    agent.obs_mean[:], agent.obs_std[:] = observation_statistics(every, args)
+    if not compile:
+        return Learner(envs, agent, architecture, act, PlainStep(agent, args, world))
+    step, fast_act = compile_training(agent, args, world)
+    return Learner(envs, agent, architecture, fast_act, step)
 
 
-def compiled_learner(args: Args, cohort: Any, device: torch.device) -> Learner | None:
+def compiled_learner(
+    args: Args, cohort: Any, device: torch.device, world: World = ALONE
+) -> Learner | None:
     """A compiled learner where one is asked for; under `auto`, where the run gains by it.
 
     Raises:
@@ -1488,71 +1970,151 @@ def compiled_learner(args: Args, cohort: Any, device: torch.device) -> Learner |
     """
     if args.compile == "off" or (args.compile == "auto" and not worth_compiling(args)):
         return None
-    print("compiling rollout and update, once per shape and machine ...", file=sys.stderr)
+    if world.rank == 0:
+        print("compiling rollout and update, once per shape and machine ...", file=sys.stderr)
+    learner, cause = None, None
     try:
-        return make_learner(args, cohort, device, compile=True)
+        learner = make_learner(args, cohort, device, compile=True, world=world)
     except CompileError as error:
-        if args.compile == "on":
-            raise UsageError(f"--compile on: {error}; use --compile off") from error
-        print(f"not compiled, going on without: {error}", file=sys.stderr)
-        return None
+        cause = error
+    # All or none, for a rank that compiles calls others than one that does not.
+    failed = world.any(torch.tensor([cause is not None], dtype=torch.int32, device=device))
+    if not failed.item():
+        return learner
+    cause = cause or CompileError("another rank cannot compile")
+    if args.compile == "on":
+        raise UsageError(f"--compile on: {cause}; use --compile off") from cause
+    if world.rank == 0:
+        print(f"not compiled, going on without: {cause}", file=sys.stderr)
+    return None
+
+
+@torch.no_grad()
+def first_reset(
+    envs: gym.vector.VectorEnv, args: Args, num_patients: int, world: World = ALONE
+) -> Tensor:
+    """Begin this rank's environments, as what they are among all; returns what they observe."""
+    share = world.share(args.num_envs)
+    options = None
+    if args.patient_assignment == "fixed" and world.size > 1:
+        options = {"patient_id": torch.arange(share.start, share.stop) % num_patients}
+    return envs.reset(seed=args.seed + share.start, options=options)[0]
 
 
 def train(args: Args) -> dict[str, Any]:
     """Train a policy and write its run directory.
 
     Returns:
-        The content of `summary.json`.
+        The content of `summary.json`; on ranks other than 0 only whether it was interrupted.
 
     Raises:
         UsageError: the request cannot be carried out; raised before training.
         FloatingPointError: the loss stopped being a number; the run so far is on disk.
+        OSError: the run could not be saved; says from where it can go on.
     """
-    check_args(args)
-    device = resolve_device(args.device)
+    world = world_from_environment()
+    check_args(args, world)
+    device = resolve_device(args.device, world)
     check_precision(args, device)
-    check_memory(args, device)
+    check_memory(args, device, world)
     keep_freed_memory()
-    with fast_float32(device):
-        return learn(args, device)
+    with joined(world, device) as world, fast_float32(device):
+        return learn(args, device, world)
 
 
-def learn(args: Args, device: torch.device) -> dict[str, Any]:
+def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
     """`train`, once the process is set up for it."""
-    cohort = hydrogel_gym.load_cohort(args.cohort)
-    holdout = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
-    output_dir = choose_output_dir(args)
-    start = time.perf_counter()
-    learner = compiled_learner(args, cohort, device)
-    is_compiled, compile_seconds = learner is not None, time.perf_counter() - start
-    learner = learner or make_learner(args, cohort, device, compile=False)
-    envs, agent = learner.envs, learner.agent
-    prepare_output_dir(output_dir)
-    judged_on = {
-        name: judged(args, patients, device, output_dir.parent)
-        for name, patients in zip(COHORTS, (cohort, holdout), strict=True)
+    cohorts = {
+        "train": hydrogel_gym.load_cohort(args.cohort),
+        "holdout": hydrogel_gym.load_cohort(args.holdout_cohort or "holdout"),
     }
-    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
-    write_json(output_dir / "config.json", plain_config(args))
+    is_main = world.rank == 0
+    output_dir, sealed = None, None
+    if is_main:
+        output_dir = choose_output_dir(args)
+        sealed = checkpoint_to_resume(args, output_dir)
+    # By message, since another machine may not see rank 0's disk.
+    sealed = world.broadcast(sealed, device)
+    saved = unseal(sealed) if sealed else None
+    run = identity(args, cohorts, device)
+    refuse_differences(saved and saved["run"], run)
 
+    start = time.perf_counter()
+    learner = compiled_learner(args, cohorts["train"], device, world)
+    is_compiled, compile_seconds = learner is not None, time.perf_counter() - start
+    learner = learner or make_learner(args, cohorts["train"], device, compile=False, world=world)
+    envs, agent = learner.envs, learner.agent
+    if args.checkpoint_interval and not hasattr(envs.unwrapped, "state_dict"):
+        raise UsageError(
+            f"--env-id {args.env_id}: its environments have no state_dict, so that a run cannot be "
+            "continued; pass --checkpoint-interval 0"
+        )
+    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
     rows: list[dict[str, Any]] = []
+    began_at, seconds_before = time.time(), 0.0
+    if saved is None:
+        obs = first_reset(envs, args, len(cohorts["train"]), world)
+    else:
+        refuse_differences(saved["architecture"], learner.architecture)
+        obs = load_run_state(saved, learner, generator, world)
+        rows, began_at, seconds_before = (
+            saved[name] for name in ("metrics", "training_began", "wall_seconds")
+        )
+    if is_main:
+        prepare_output_dir(output_dir, args, saved and saved["iteration"])
+        here = surroundings(world, is_compiled)
+        if saved and (differing := differences(saved["surroundings"], here)):
+            print(f"warning: may go on with other rounding: {differing}", file=sys.stderr)
+        write_json(output_dir / "config.json", plain_config(args))
+        judged_on = {
+            name: judged(args, patients, device, output_dir.parent)
+            for name, patients in cohorts.items()
+        }
+
+    def write_checkpoint() -> None:
+        state = run_state(learner, obs, generator, world)
+        if not is_main:
+            return
+        content = {
+            "format": CHECKPOINT_FORMAT,
+            "iteration": iteration,
+            **state,
+            "metrics": rows,
+            "wall_seconds": rows[-1]["wall_seconds"],
+            "training_began": began_at,
+            "args": plain_config(args),
+            "run": run,
+            "surroundings": here,
+        }
+        path = output_dir / CHECKPOINTS / checkpoint_name(iteration)
+        write_atomically(path, seal(content))
+        up_to_now = [old for old in checkpoints(output_dir) if old.name <= path.name]
+        for old in up_to_now[: -args.keep_checkpoints]:
+            old.unlink()
+
     samples_per_iteration = args.num_envs * args.num_steps
-    obs, _ = envs.reset(seed=args.seed)
-    began_at, start = time.time(), time.perf_counter()
+    start = time.perf_counter() - seconds_before
+    resumed_at, stop = len(rows), False
     with (
-        StopRequest() as stop,
-        tqdm(total=args.num_iterations, unit="it", desc="training", dynamic_ncols=True) as bar,
+        Signals(world) as signals,
+        tqdm(
+            total=args.num_iterations,
+            initial=len(rows),
+            unit="it",
+            desc="training",
+            dynamic_ncols=True,
+            disable=not is_main,
+        ) as bar,
     ):
-        for iteration in range(1, args.num_iterations + 1):
+        for iteration in range(len(rows) + 1, args.num_iterations + 1):
             began = time.perf_counter()
-            obs, batch, told = rollout(envs, agent, obs, args, generator, learner.act)
+            obs, batch, told = rollout(envs, agent, obs, args, generator, learner.act, world)
             rolled_out = time.perf_counter()
             if iteration == 1:
                 agent.set_return_scale(batch.returns)
             learning_rate = learning_rate_at(iteration, args)
-            losses = update(learner.step, batch, args, learning_rate, generator, stop)
-            if stop():
-                break
+            losses = update(learner.step, batch, args, learning_rate, generator, world)
+            asked = signals.requests(device)
             row = {
                 "iteration": iteration,
                 "global_step": iteration * samples_per_iteration,
@@ -1572,63 +2134,105 @@ def learn(args: Args, device: torch.device) -> dict[str, Any]:
             }
             # The first read on the host since the iteration began: what it asked for is now done.
             row = {name: float(value) for name, value in row.items()}
+            stop, save = asked.tolist()
             updated = time.perf_counter()
             row |= {name: int(row[name]) for name in ("iteration", "global_step")}
-            for name, (patients, best_score) in judged_on.items():
-                result = evaluate(agent, patients, args, best_score=best_score)
-                row[f"{name}_deterministic_reward"] = result["mean_reward"]
-                row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
+            if is_main:
+                for name, (patients, best_score) in judged_on.items():
+                    result = evaluate(agent, patients, args, best_score=best_score)
+                    row[f"{name}_deterministic_reward"] = result["mean_reward"]
+                    row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
             row["rollout_seconds"] = rolled_out - began
             row["update_seconds"] = updated - rolled_out
             row["wall_seconds"] = time.perf_counter() - start
             row["samples_per_second"] = row["global_step"] / row["wall_seconds"]
             rows.append(row)
-            write_csv(output_dir / METRICS_FILE, rows)
-            watched = ("mean_reward", "policy_loss", "value_loss")
-            if not all(math.isfinite(row[name]) for name in watched):
-                raise FloatingPointError(
-                    f"iteration {iteration}: {', '.join(watched)} are not all finite; "
-                    f"see {output_dir / METRICS_FILE}"
+            is_last = stop or iteration == args.num_iterations
+            with explained_losses(output_dir, iteration):
+                if is_main:
+                    write_csv(output_dir / METRICS_FILE, rows)
+                watched = ("mean_reward", "policy_loss", "value_loss")
+                if not all(math.isfinite(row[name]) for name in watched):
+                    raise FloatingPointError(
+                        f"iteration {iteration}: {', '.join(watched)} are not all finite; "
+                        f"see {METRICS_FILE}"
+                    )
+                if args.checkpoint_interval and (
+                    save or is_last or iteration % args.checkpoint_interval == 0
+                ):
+                    write_checkpoint()
+            if is_main:
+                bar.set_postfix(
+                    {
+                        "samples/s": f"{row['samples_per_second']:,.0f}",
+                        "reward": f"{row['mean_reward']:.2f}",
+                        "held-out": f"{row['holdout_deterministic_reward']:.2f}",
+                        **shown_regret(row),
+                    },
+                    refresh=False,
                 )
-            bar.set_postfix(
-                {
-                    "samples/s": f"{row['samples_per_second']:,.0f}",
-                    "reward": f"{row['mean_reward']:.2f}",
-                    "held-out": f"{row['holdout_deterministic_reward']:.2f}",
-                    **shown_regret(row),
-                },
-                refresh=False,
-            )
-            bar.update()
+                bar.update()
+            if stop:
+                break
+        interrupted = len(rows) < args.num_iterations
+        if not is_main:
+            # A launcher ends all ranks once one of them was interrupted, so they end together.
+            world.wait()
+            return {"interrupted": interrupted}
         wall_seconds = time.perf_counter() - start
 
-        save_policy(output_dir / POLICY_FILE, agent, learner.architecture, args)
         figures = final_figures(agent, judged_on, args, generator)
-        samples = rows[-1]["global_step"] if rows else 0
+        samples = rows[-1]["global_step"]
         summary = {
-            "interrupted": len(rows) < args.num_iterations,
+            "interrupted": interrupted,
             "preset": args.preset,
             "policy": args.policy,
             **figures,
             "iterations": len(rows),
             "samples": samples,
             "training_began": began_at,
+            "resumed_at_iteration": resumed_at or None,
             "wall_seconds": wall_seconds,
             "compiled": is_compiled,
             "compile_seconds": compile_seconds if is_compiled else 0.0,
             "samples_per_second": samples / wall_seconds,
             "seed": args.seed,
-            "world_size": 1,
+            "world_size": world.size,
             "device": str(device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
         }
-        if rows:
+        with explained_losses(output_dir, len(rows)):
+            save_policy(output_dir / POLICY_FILE, agent, learner.architecture, args)
             draw_learning_curve(output_dir / "learning_curve.png", rows)
-        draw_policy_selection(output_dir / "policy_selection.png", figures["polymer_share"])
-        # Last: a summary says that the directory is complete.
-        write_json(output_dir / SUMMARY_FILE, summary)
+            draw_policy_selection(output_dir / "policy_selection.png", figures["polymer_share"])
+            # Last: a summary says that the directory is complete.
+            write_json(output_dir / SUMMARY_FILE, summary)
+        world.wait()
     return summary | {"output_dir": str(output_dir)}
+
+
+def refuse_differences(saved: dict[str, Any] | None, here: dict[str, Any]) -> None:
+    """Refuse to go on with another run than the checkpoint's, if there is one.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    if saved and (differing := differences(saved, here)):
+        raise UsageError(f"--resume: the checkpoint is of another run; {differing}")
+
+
+@contextlib.contextmanager
+def explained_losses(output_dir: Path | None, iteration: int) -> Iterator[None]:
+    """Say of a failure to write what is lost by it, and what is not."""
+    try:
+        yield
+    except OSError as error:
+        left = checkpoints(output_dir)
+        kept = f"{left[-1]} is whole, go on from it with --resume auto" if left else "none is left"
+        raise OSError(
+            f"iteration {iteration} could not be saved: {reason(error)}; of the checkpoints {kept}"
+        ) from error
 
 
 def evaluate_saved(args: Args) -> dict[str, Any]:
@@ -1680,10 +2284,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
     argv = sys.argv[1:] if argv is None else argv
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="source")
-    preset = first.parse_known_args(argv)[0].preset
-    if preset not in PRESETS:
-        raise UsageError(f"--preset is {preset!r}; allowed: {', '.join(PRESETS)}")
-    defaults = Args(preset=preset, **PRESETS[preset])
+    first.add_argument("--resume")
+    given = first.parse_known_args(argv)[0]
+    if given.preset not in PRESETS:
+        raise UsageError(f"--preset is {given.preset!r}; allowed: {', '.join(PRESETS)}")
+    if given.resume in (None, "auto"):
+        defaults = Args(preset=given.preset, **PRESETS[given.preset])
+    else:
+        defaults = args_of_checkpoint(Path(given.resume))
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
@@ -1697,24 +2305,51 @@ def parse_args(argv: list[str] | None = None) -> Args:
         raise UsageError(message or "the arguments cannot be read; see --help") from None
 
 
+def args_of_checkpoint(path: Path) -> Args:
+    """The arguments of the run that a checkpoint, or the newest of a run directory, belongs to.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    output_dir = path if path.is_dir() else path.absolute().parent.parent
+    sealed = checkpoint_to_resume(Args(resume=str(path)), Path())
+    values = unseal(sealed)["args"] | {"output_dir": output_dir, "overwrite": False}
+    for name in ("cohort", "holdout_cohort"):
+        values[name] = values[name] and Path(values[name])
+    try:
+        return Args(**values)
+    except TypeError as error:
+        raise UsageError(f"--resume {path} is of another version: {reason(error)}") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
+    world = world_from_environment()
+    # Only rank 0 prints, but for what may be wrong on one machine of several.
+    who = f"rank {world.rank}: " if world.rank else ""
     try:
         args = parse_args(argv)
-        summary = evaluate_saved(args) if args.evaluate else train(args)
+        if args.evaluate:
+            if world.rank:
+                return 0
+            summary = evaluate_saved(args)
+        else:
+            summary = train(args)
     except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{who}error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
         hint = "take fewer --num-envs or --num-steps"
-        print(f"error: out of memory: {reason(error)}; {hint}", file=sys.stderr)
+        print(f"{who}error: out of memory: {reason(error)}; {hint}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:  # before training began, or a second Ctrl-C
-        print("interrupted", file=sys.stderr)
+        print(f"{who}interrupted", file=sys.stderr)
         return 130
+    if world.rank:
+        return 130 if summary["interrupted"] else 0
     shown = (
         "mean_reward",
         "optimal_rate",
@@ -1729,7 +2364,10 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{name:>40}  {summary[name]:.3f}")
     print(f"{'written to':>40}  {summary['output_dir']}")
     if summary.get("interrupted"):
-        print("interrupted: what was trained so far is saved", file=sys.stderr)
+        print(
+            "interrupted: what was trained so far is saved; --resume auto continues",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
