@@ -394,6 +394,7 @@ def test_vector_arguments_have_the_defaults_of_the_single_ones_but_for_the_assig
         "autoreset_mode": "SameStep",
         "validate_actions": None,
         "compile": False,
+        "dtype": "float32",
     }
 
 
@@ -925,3 +926,100 @@ def test_single_wrappers_of_gymnasium_apply():
     assert flags[1:] == [F, T]
     assert info["episode"]["l"] == 2
     assert info["episode"]["r"] == pytest.approx(first[2][0] + flags[0])
+
+
+# --- saved state
+
+
+@pytest.mark.parametrize("assignment", ["fixed", "random"])
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep"])
+def test_a_loaded_state_continues_as_the_saved_one(mode, assignment):
+    kwargs = dict(
+        horizon=3, autoreset_mode=mode, patient_assignment=assignment, cohort=shipped_cohort()
+    )
+    env = HydrogelVectorEnv(8, observe_explored=True, **kwargs)
+    env.reset(seed=3)
+    # Rows out of step with each other.
+    actions = sampled(env, 9)
+    env.step(actions[0])
+    env.reset(options={"reset_mask": np.arange(8) % 2 == 0})
+    env.step(actions[1])
+    saved = copy.deepcopy(env.state_dict())
+    again = HydrogelVectorEnv(8, observe_explored=True, **kwargs)
+    again.load_state_dict(saved)
+    for action in actions[2:]:
+        assert data_equivalence(env.step(action), again.step(action))
+    assert data_equivalence(env.reset(), again.reset())
+
+
+def test_rows_of_a_saved_state_make_a_smaller_environment():
+    env = HydrogelVectorEnv(8, horizon=4, cohort=shipped_cohort(), output="torch")
+    env.reset(seed=0)
+    actions = sampled(env, 2)
+    env.step(actions[0])
+    half = HydrogelVectorEnv(4, horizon=4, cohort=shipped_cohort(), output="torch")
+    half.load_state_dict({name: rows[4:] for name, rows in env.state_dict().items()})
+    obs, reward, *_ = env.step(actions[1])
+    half_obs, half_reward, *_ = half.step({k: v[4:] for k, v in actions[1].items()})
+    torch.testing.assert_close(half_obs, obs[4:])
+    torch.testing.assert_close(half_reward, reward[4:])
+
+
+def test_a_saved_state_is_not_written_to():
+    env = HydrogelVectorEnv(3, horizon=4, cohort=shipped_cohort())
+    env.reset(seed=0)
+    saved = env.state_dict()
+    before = copy.deepcopy(saved)
+    env.step(env.action_space.sample())
+    assert all(torch.equal(saved[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("episode"), "expected ['best_score', 'done', 'episode'"),
+        (lambda s: s.update(extra=s["done"]), "state has ['best_score', 'done', 'episode', 'expl"),
+        (lambda s: s.update(done=s["done"][:2]), "'done' is a (2,) tensor of torch.bool"),
+        (lambda s: s.update(best_score=s["best_score"].double()), "expected (3,) of torch.float32"),
+        (lambda s: s["patient_index"].fill_(2000), "runs from 2000 to 2000; allowed: 0 to 1999"),
+    ],
+    ids=["missing", "unknown", "shape", "dtype", "patient"],
+)
+def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(change, message):
+    env = HydrogelVectorEnv(3, cohort=shipped_cohort())
+    env.reset(seed=0)
+    before = copy.deepcopy(env.state_dict())
+    state = copy.deepcopy(before)
+    change(state)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        env.load_state_dict(state)
+    assert all(torch.equal(rows, before[name]) for name, rows in env.state_dict().items())
+
+
+def test_there_is_no_state_before_the_first_reset():
+    with pytest.raises(ResetNeeded, match="before state_dict"):
+        HydrogelVectorEnv(3, cohort=shipped_cohort()).state_dict()
+
+
+# --- double precision
+
+
+def test_double_precision_is_that_of_the_model_throughout():
+    single, double = (
+        HydrogelVectorEnv(64, cohort=shipped_cohort(), output="torch", horizon=2, dtype=dtype)
+        for dtype in ("float32", "float64")
+    )
+    double.reset(seed=0)
+    single.reset(seed=0)
+    action = sampled(single, 1)[0]
+    _, expected, *_ = single.step(action)
+    action["formulation"] = torch.from_numpy(action["formulation"]).double() + 1e-12
+    obs, reward, _, _, info = double.step(action)
+    assert {obs.dtype, reward.dtype, info["formulation"].dtype} == {torch.float64}
+    assert torch.equal(info["formulation"], action["formulation"])  # float32 would lose the 1e-12
+    torch.testing.assert_close(reward.float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_double_precision_needs_tensors_since_the_spaces_are_of_float32():
+    with pytest.raises(ValueError, match=r"dtype is 'float64'; allowed: \('float32',\)"):
+        HydrogelVectorEnv(3, cohort=shipped_cohort(), dtype="float64")
