@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from importlib.resources import files
+from pathlib import Path
+
 import pandas as pd
 import pytest
 import torch
@@ -54,3 +59,43 @@ def toy_model():
     every patient but Ann.
     """
     return _toy_model
+
+
+@pytest.fixture(scope="session")
+def ppo():
+    """The trainer, which is a script, as a module."""
+    path = Path(__file__).parents[1] / "train" / "ppo_hybrid.py"
+    spec = importlib.util.spec_from_file_location("ppo_hybrid_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def small_run(ppo, tmp_path_factory):
+    """Makes arguments of a run of a second on eighty patients, without an oracle."""
+    folder = tmp_path_factory.mktemp("patients")
+    paths = {}
+    for name, table in (("cohort", "cohort.csv"), ("holdout_cohort", "cohort_holdout.csv")):
+        paths[name] = folder / table
+        every = pd.read_csv(files("hydrogel_gym.patients") / table)
+        every.head(40).to_csv(paths[name], index=False)
+
+    def make(output_dir: Path, **changes):
+        settings = dict(
+            preset="quick",
+            num_envs=48,
+            num_steps=4,
+            num_iterations=6,
+            num_epochs=2,
+            minibatch_size=48,
+            hidden_dim=16,
+            oracle=False,
+            checkpoint_interval=2,
+            keep_checkpoints=9,
+            output_dir=output_dir,
+        )
+        return ppo.Args(**(paths | settings | changes))
+
+    return make

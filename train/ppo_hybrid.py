@@ -35,7 +35,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
@@ -660,6 +660,23 @@ def ppo_loss(
     }
 
 
+class RankLostError(RuntimeError):
+    """Another rank has ended, or cannot be reached."""
+
+
+def collective(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that every rank calls, failing as `RankLostError`."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except RuntimeError as error:  # the backends have no narrower one in common
+            raise RankLostError(f"another rank was lost: {reason(error)}") from error
+
+    return call
+
+
 class World(NamedTuple):
     """The processes that train together, one per device.
 
@@ -679,6 +696,7 @@ class World(NamedTuple):
         each = count // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
+    @collective
     def gather(self, rows: Tensor, dim: int = 0) -> Tensor:
         """The rows of all ranks, by rank, along a dimension."""
         if not self.joined:
@@ -688,6 +706,7 @@ class World(NamedTuple):
         dist.all_gather_single(gathered, rows)
         return gathered.movedim(0, dim)
 
+    @collective
     def average(self, values: Tensor) -> Tensor:
         """The mean over the ranks, in place."""
         if self.joined:
@@ -695,12 +714,14 @@ class World(NamedTuple):
             values /= self.size
         return values
 
+    @collective
     def any(self, flags: Tensor) -> Tensor:
         """Which of (K,) int32 flags any rank has set, in place."""
         if self.joined:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         return flags
 
+    @collective
     def broadcast(self, content: bytes | None, device: torch.device) -> bytes | None:
         """What rank 0 has."""
         if not self.joined:
@@ -715,6 +736,14 @@ class World(NamedTuple):
         dist.broadcast(data, 0)
         return data.cpu().numpy().tobytes()
 
+    @collective
+    def copy_first(self, tensors: Iterable[Tensor]) -> None:
+        """Give every rank the values of rank 0, in place."""
+        if self.joined:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
+    @collective
     def wait(self) -> None:
         """Return once every rank has called this."""
         if self.joined:
@@ -1508,11 +1537,11 @@ def load_run_state(
     # Ranks sample from one stream. What else draws from a rank's own generators (a user's outcome
     # model may) goes on only where there are as many ranks.
     random = saved["random"]
-    generator.set_state(random["sampling"][0])
+    generator.set_state(random["sampling"][0].clone())  # torch misreads a row of a tensor
     if len(random["cpu"]) == world.size:
-        torch.set_rng_state(random["cpu"][world.rank])
+        torch.set_rng_state(random["cpu"][world.rank].clone())
         if device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"][world.rank], device)
+            torch.cuda.set_rng_state(random["cuda"][world.rank].clone(), device)
     return saved["obs"][share].to(device)
 
 
@@ -2044,21 +2073,14 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
     is_compiled, compile_seconds = learner is not None, time.perf_counter() - start
     learner = learner or make_learner(args, cohorts["train"], device, compile=False, world=world)
     envs, agent = learner.envs, learner.agent
+    # Equal by the seed, but for what another processor rounds in another way.
+    world.copy_first(agent.state_dict().values())
+    if saved:
+        refuse_differences(saved["architecture"], learner.architecture)
     if args.checkpoint_interval and not hasattr(envs.unwrapped, "state_dict"):
         raise UsageError(
             f"--env-id {args.env_id}: its environments have no state_dict, so that a run cannot be "
             "continued; pass --checkpoint-interval 0"
-        )
-    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
-    rows: list[dict[str, Any]] = []
-    began_at, seconds_before = time.time(), 0.0
-    if saved is None:
-        obs = first_reset(envs, args, len(cohorts["train"]), world)
-    else:
-        refuse_differences(saved["architecture"], learner.architecture)
-        obs = load_run_state(saved, learner, generator, world)
-        rows, began_at, seconds_before = (
-            saved[name] for name in ("metrics", "training_began", "wall_seconds")
         )
     if is_main:
         prepare_output_dir(output_dir, args, saved and saved["iteration"])
@@ -2070,6 +2092,17 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
             name: judged(args, patients, device, output_dir.parent)
             for name, patients in cohorts.items()
         }
+    generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
+    rows: list[dict[str, Any]] = []
+    began_at, seconds_before = time.time(), 0.0
+    if saved is None:
+        obs = first_reset(envs, args, len(cohorts["train"]), world)
+    else:
+        # The last thing before training: what was done above may have drawn random numbers too.
+        obs = load_run_state(saved, learner, generator, world)
+        rows, began_at, seconds_before = (
+            saved[name] for name in ("metrics", "training_began", "wall_seconds")
+        )
 
     def write_checkpoint() -> None:
         state = run_state(learner, obs, generator, world)
@@ -2338,7 +2371,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
+    except (FloatingPointError, OSError, RankLostError) as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 1
     except (MemoryError, torch.OutOfMemoryError) as error:
@@ -2373,4 +2406,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    if world_from_environment() is not ALONE:
+        # A thread of a process group, which outlives it, rarely aborts an interpreter that is being
+        # taken down; a launcher would take that for a failure. All files are closed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    sys.exit(exit_code)

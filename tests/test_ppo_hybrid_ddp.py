@@ -1,0 +1,486 @@
+"""The trainer on several ranks: one curve whatever their number, and nothing said twice."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pandas as pd
+import pytest
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hydrogel_gym import HydrogelVectorEnv
+
+ROOT = Path(__file__).parents[1]
+TRAINER = ROOT / "train" / "ppo_hybrid.py"
+TIMING = ["rollout_seconds", "update_seconds", "wall_seconds", "samples_per_second"]
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def on_ranks(size: int, function, folder: Path) -> list[str]:
+    """Run a function in so many processes, as `torchrun` would; returns what each one printed.
+
+    Forked, since a fresh process takes seconds to import torch; with one thread each, since those
+    of OpenMP do not survive a fork.
+    """
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+
+    def work(rank: int) -> None:
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        torch.set_num_threads(1)
+        with (folder / f"printed-{rank}").open("w", buffering=1) as printed:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                code = function()
+            printed.flush()
+        os._exit(code or 0)
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.exitcode is None:
+            process.kill()
+    printed = [(folder / f"printed-{rank}").read_text() for rank in range(size)]
+    assert [process.exitcode for process in processes] == [0] * size, printed
+    return printed
+
+
+@pytest.fixture
+def train(ppo, monkeypatch, tmp_path):
+    """Train on so many ranks; returns what each one printed."""
+    monkeypatch.setattr(ppo, "draw_learning_curve", lambda *_: None)
+    monkeypatch.setattr(ppo, "draw_policy_selection", lambda *_: None)
+    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    monkeypatch.setattr("hydrogel_gym.env.CompiledFunction", lambda function: function)
+
+    def on(size: int, args) -> list[str]:
+        monkeypatch.setattr(ppo, "parse_args", lambda _: args)
+        return on_ranks(size, ppo.main, tmp_path)
+
+    return on
+
+
+def policy(output_dir: Path) -> dict[str, torch.Tensor]:
+    saved = torch.load(output_dir / "stage2_policy.pt", weights_only=True)
+    return saved["policy_state_dict"]
+
+
+def assert_same_weights(output_dir: Path, expected_dir: Path, tolerance: float) -> None:
+    """Relative to the norm of the weights, and of every buffer."""
+    weights, expected = (
+        {
+            "weights": torch.cat([v.flatten() for k, v in state.items() if is_weight(k)]),
+            **{name: value for name, value in state.items() if not is_weight(name)},
+        }
+        for state in (policy(output_dir), policy(expected_dir))
+    )
+    for name in expected:
+        distance = (weights[name] - expected[name]).norm() / expected[name].norm()
+        assert distance <= tolerance, (name, distance)
+
+
+def is_weight(name: str) -> bool:
+    return name.endswith(("weight", "bias", "log_std"))
+
+
+def metrics(output_dir: Path) -> pd.DataFrame:
+    return pd.read_csv(output_dir / "metrics.csv").drop(columns=TIMING)
+
+
+# --- one curve
+
+
+@pytest.mark.parametrize(
+    ("changes", "tolerance"),
+    [
+        (dict(precision="fp64"), 1e-9),
+        (dict(precision="fp64", compile="on", num_envs=60, minibatch_size=60), 1e-9),
+        (
+            dict(precision="fp64", horizon=3, patient_assignment="random", target_kl=0.02),
+            1e-9,
+        ),
+        # At a rate that rounding is not amplified by.
+        (dict(learning_rate=3e-4), 1e-4),
+    ],
+    ids=["float64", "float64, compiled", "float64, long random episodes", "float32"],
+)
+def test_two_ranks_learn_what_one_learns(train, small_run, tmp_path, changes, tolerance):
+    args = small_run(tmp_path / "one", num_iterations=5, hidden_dim=32, **changes)
+    train(1, args)
+    train(2, dataclasses.replace(args, output_dir=tmp_path / "two"))
+    assert_same_weights(tmp_path / "two", tmp_path / "one", tolerance)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    pd.testing.assert_frame_equal(one, two, rtol=max(1e-6, 10 * tolerance))
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert (summary["world_size"], summary["samples"]) == (2, one["global_step"].iloc[-1])
+
+
+def test_four_ranks_learn_what_one_learns(train, small_run, tmp_path):
+    args = small_run(tmp_path / "one", num_iterations=3, precision="fp64")
+    train(1, args)
+    train(4, dataclasses.replace(args, output_dir=tmp_path / "four"))
+    assert_same_weights(tmp_path / "four", tmp_path / "one", 1e-9)
+
+
+def test_ranks_treat_their_own_share_of_the_patients(ppo, small_run, tmp_path):
+    args = small_run(tmp_path, num_envs=60)
+    cohort, device = ppo.hydrogel_gym.load_cohort(args.cohort), torch.device("cpu")
+    whole = ppo.make_envs(args, cohort, device, num_envs=60)
+    expected = ppo.first_reset(whole, args, len(cohort))
+    for assignment in ("fixed", "random"):
+        args = dataclasses.replace(args, patient_assignment=assignment)
+        whole = ppo.make_envs(args, cohort, device, num_envs=60)
+        expected = [ppo.first_reset(whole, args, len(cohort))]
+        expected += [whole.step(whole.action_space.sample())[0] for _ in range(3)]
+        shares = []
+        for rank in range(3):
+            envs = ppo.make_envs(args, cohort, device, num_envs=20)
+            seen = [ppo.first_reset(envs, args, len(cohort), ppo.World(rank, 3))]
+            seen += [envs.step(envs.action_space.sample())[0] for _ in range(3)]
+            shares.append(torch.stack(seen))
+        assert torch.equal(torch.cat(shares, dim=1), torch.stack(expected))
+
+
+def test_ranks_sample_from_streams_of_their_own(ppo, small_run, tmp_path):
+    args = small_run(tmp_path, num_envs=60, patient_assignment="fixed")
+    cohort, device = ppo.hydrogel_gym.load_cohort(args.cohort), torch.device("cpu")
+    learner = ppo.make_learner(args, cohort, device, compile=False)
+
+    def presquash(world):
+        envs = ppo.make_envs(args, cohort, device, num_envs=60 // world.size)
+        obs = ppo.first_reset(envs, args, len(cohort), world)
+        generator = torch.Generator().manual_seed(0)
+        # Not joined: what would be gathered is this rank's own.
+        _, batch, _ = ppo.rollout(envs, learner.agent, obs, args, generator, world=world)
+        return batch.action.presquash.view(args.num_steps, -1, 4), generator.get_state()
+
+    whole, state = presquash(ppo.ALONE)
+    (first, first_state), (second, second_state) = (presquash(ppo.World(r, 2)) for r in range(2))
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+    assert not torch.isclose(first, second).any()
+    assert torch.equal(first_state, state)
+    assert torch.equal(second_state, state)
+
+
+def test_minibatches_of_all_ranks_make_up_those_of_one(ppo):
+    samples = torch.arange(240.0)
+    zeros = torch.zeros(240)
+    action = ppo.HybridAction(zeros, zeros, zeros)
+    batch = ppo.Batch(samples, action, zeros, samples.square(), zeros, zeros)
+    args = ppo.Args(minibatch_size=60, num_epochs=2)
+
+    def minibatches(world):
+        seen = []
+        step = lambda minibatch, _: seen.append(minibatch) or {"policy_loss": zeros.sum()}  # noqa: E731
+        ppo.update(step, batch, args, 0.0, torch.Generator().manual_seed(0), world)
+        return seen
+
+    whole = minibatches(ppo.ALONE)
+    shares = [minibatches(ppo.World(rank, 3)) for rank in range(3)]
+    assert len(whole) == 8
+    for expected, *parts in zip(whole, *shares, strict=True):
+        assert [part.num_samples for part in parts] == [20, 20, 20]
+        for name in ("obs", "advantage"):
+            together = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(together, getattr(expected, name))
+        # Of the whole minibatch, not of a rank's share.
+        assert abs(expected.advantage.mean()) < 1e-6
+        assert abs(expected.advantage.std(correction=0) - 1.0) < 1e-6
+
+
+# --- interruptions
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(train, small_run, tmp_path, before, after):
+    args = small_run(tmp_path / "whole", num_iterations=5, precision="fp64", horizon=3)
+    train(1, args)
+    run = dataclasses.replace(args, output_dir=tmp_path / "run")
+    train(before, run)
+    for path in (run.output_dir / "checkpoints").iterdir():
+        if path.name > "checkpoint-000002.pt":
+            path.unlink()
+    (run.output_dir / "summary.json").unlink()
+    printed = train(after, dataclasses.replace(run, resume="auto"))
+    assert_same_weights(run.output_dir, tmp_path / "whole", 1e-9)
+    pd.testing.assert_frame_equal(metrics(run.output_dir), metrics(tmp_path / "whole"), rtol=1e-6)
+    assert ("ranks: 2 in the checkpoint, now 1" in printed[0]) == ((before, after) == (2, 1))
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
+    ppo, train, small_run, tmp_path, monkeypatch
+):
+    plain, rollouts = ppo.rollout, []
+
+    def rollout(*args):
+        rollouts.append(1)
+        if os.environ["RANK"] == "1" and len(rollouts) == 3:
+            # As a launcher does, which passes on a signal that the rank got already.
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    main, codes = ppo.main, tmp_path / "codes"
+    codes.mkdir()
+
+    def note_code():
+        (codes / os.environ["RANK"]).write_text(str(main()))
+
+    monkeypatch.setattr(ppo, "main", note_code)
+    args = small_run(tmp_path / "run")
+    train(2, args)
+    assert [(codes / rank).read_text() for rank in "01"] == ["130", "130"]
+    assert metrics(args.output_dir)["iteration"].tolist() == [1, 2, 3]
+    assert (args.output_dir / "checkpoints" / "checkpoint-000003.pt").exists()
+
+
+def test_only_the_first_rank_prints(train, small_run, tmp_path):
+    printed = train(2, small_run(tmp_path / "run", num_iterations=1))
+    assert "holdout_deterministic_reward" in printed[0]
+    assert printed[1] == ""
+
+
+def test_losing_a_rank_ends_the_others_with_one_line(ppo, train, small_run, tmp_path, monkeypatch):
+    plain, main = ppo.update, ppo.main
+
+    def update(*args):
+        if os.environ["RANK"] == "1":
+            os._exit(0)
+        return plain(*args)
+
+    def first_fails():
+        assert main() == (0 if os.environ["RANK"] == "1" else 1)
+
+    monkeypatch.setattr(ppo, "update", update)
+    monkeypatch.setattr(ppo, "main", first_fails)
+    printed = train(2, small_run(tmp_path / "run"))[0]
+    assert "\nerror: another rank was lost: " in printed
+    assert "Traceback" not in printed
+
+
+# --- no GPU at hand
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises where a value is read on the host, which on an accelerator waits for all it does."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def one_of_four(ppo):
+    """The second of four ranks, whose messages go nowhere."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+    yield ppo.World(1, 4, 4, joined=True)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
+def test_a_rank_reads_nothing_on_the_host_and_makes_nothing_on_another_device(
+    ppo, small_run, one_of_four, tmp_path, monkeypatch, step_class, device
+):
+    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    args = small_run(tmp_path)
+    envs = HydrogelVectorEnv(12, output="torch", validate_actions=False, device=device)
+    obs, _ = envs.reset(seed=0)
+    agent = ppo.Agent(
+        obs_dim=13,
+        num_polymers=24,
+        num_coverages=4,
+        formulation_low=[0.0] * 4,
+        formulation_high=[1.0] * 4,
+        policy="autoregressive",
+        state_std=True,
+        hidden_dim=16,
+    ).to(device)
+    generator, no_read = torch.Generator(), NoHostRead()
+    if device == "meta":  # has no generators and cannot be read at all
+        generator, no_read = SimpleNamespace(device=torch.device("meta")), contextlib.nullcontext()
+        for name in ("rand", "randn", "randperm"):
+            monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
+    step = getattr(ppo, step_class)(agent, args, one_of_four)
+    with no_read:
+        _, batch, told = ppo.rollout(envs, agent, obs, args, generator, world=one_of_four)
+        losses = ppo.update(step, batch, args, 1e-3, generator, one_of_four)
+    assert batch.num_samples == told["reward"].numel() == 48 * args.num_steps
+    assert {value.device.type for value in losses.values()} == {device}
+
+
+def without_generator(function):
+    return lambda *size, generator, device: function(*size, device=device)
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        (
+            dict(num_envs=2000),
+            3,
+            "--num-envs is 2000, which 3 ranks cannot share equally; near it they can share 1998 "
+            "or 2001; 2000 can be shared by 2, 4, 5, 8, 10, 16, 20, 25 ...",
+        ),
+        (dict(num_envs=2), 4, "near it they can share 4; 2 can be shared by 2 ..."),
+        (
+            dict(num_envs=80, num_steps=5, minibatch_size=100),
+            8,
+            "--minibatch-size is 100, which does not divide the batch of num_envs x num_steps = "
+            "400, or which 8 ranks cannot share equally; near it these do: 8, 16, 40, 80",
+        ),
+    ],
+    ids=["envs", "more ranks than envs", "minibatch"],
+)
+def test_what_ranks_cannot_share_is_answered_with_what_they_can(
+    ppo, small_run, tmp_path, changes, size, message
+):
+    args = small_run(tmp_path, **(dict(minibatch_size=8) | changes))
+    with pytest.raises(ppo.UsageError, match=re.escape(message)):
+        ppo.check_args(args, ppo.World(size=size))
+
+
+def test_more_ranks_than_gpus_are_refused(ppo, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ppo.UsageError, match="--device cuda for 2 ranks .* which has 1 GPUs"):
+        ppo.resolve_device("cuda", ppo.World(0, 4, 2))
+    with pytest.raises(ppo.UsageError, match="--device cuda:0 for 2 ranks"):
+        ppo.resolve_device("cuda:0", ppo.World(0, 4, 2))
+
+
+def test_a_batch_that_every_rank_gathers_counts_against_the_memory(
+    ppo, small_run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ppo, "available_bytes", lambda _: 1_000_000_000)
+    args = small_run(tmp_path, num_envs=1_000_000, num_steps=1)
+    ppo.check_memory(args, torch.device("cpu"), ppo.ALONE)
+    with pytest.raises(ppo.UsageError, match="needs about 0.9 GB .* 0.5 GB left; 555,555 samples"):
+        ppo.check_memory(args, torch.device("cpu"), ppo.World(0, 2, 2))
+
+
+# --- with the launcher
+
+
+def torchrun(size: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, f"--nproc-per-node={size}", *launcher, str(TRAINER), *flags]
+
+
+SHORT = ("--preset", "quick", "--num-envs", "64", "--num-steps", "4", "--minibatch-size", "64")
+SHORT += ("--hidden-dim", "16", "--no-oracle", "--checkpoint-interval", "5")
+
+
+def ranks_of(launcher: subprocess.Popen) -> dict[int, int]:
+    """Process of each rank."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int(re.search(r"^PPid:\s+(\d+)", (path / "status").read_text(), re.M)[1])
+            environment = (path / "environ").read_bytes().split(b"\0")
+            if parent == launcher.pid:
+                rank = next(v for v in environment if v.startswith(b"RANK="))
+                found[int(rank[5:])] = int(path.name)
+    return found
+
+
+def wait_for(condition, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+@pytest.mark.slow
+def test_a_launched_run_learns_what_one_process_learns(tmp_path):
+    for command, name in (
+        ([sys.executable, str(TRAINER)], "one"),
+        (torchrun(2), "two"),
+    ):
+        flags = [*SHORT, "--num-iterations", "5", "--precision", "fp64"]
+        subprocess.run(
+            [*command, *flags, "--output-dir", str(tmp_path / name)], check=True, timeout=120
+        )
+    assert_same_weights(tmp_path / "two", tmp_path / "one", 1e-9)
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_goes_on_by_itself(tmp_path):
+    flags = [*SHORT, "--num-iterations", "60", "--resume", "auto"]
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    process = subprocess.Popen(
+        torchrun(2, *flags, "--output-dir", str(run), launcher=("--max-restarts=1",)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    wait_for((run / "checkpoints" / "checkpoint-000010.pt").exists)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert process.wait(120) == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed_at_iteration"] >= 10
+    subprocess.run(
+        torchrun(2, *flags, "--output-dir", str(whole)),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        timeout=120,
+    )
+    assert_same_weights(run, whole, 0.0)
+    pd.testing.assert_frame_equal(metrics(run), metrics(whole))
+
+
+@pytest.mark.slow
+def test_a_bad_request_to_several_ranks_is_told_by_each(tmp_path):
+    result = subprocess.run(
+        torchrun(2, *SHORT, "--num-envs", "63", "--output-dir", str(tmp_path / "run")),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode != 0
+    assert "\nerror: --num-envs is 63, which 2 ranks cannot share" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@no_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_launched_run_on_cuda_learns_what_one_process_learns(tmp_path, compile):
+    size = torch.cuda.device_count()  # one rank exercises NCCL and the split graphs too
+    flags = [*SHORT, "--num-iterations", "5", "--precision", "fp64", "--compile", compile]
+    for command, name in (([sys.executable, str(TRAINER)], "one"), (torchrun(size), "all")):
+        subprocess.run(
+            [*command, *flags, "--output-dir", str(tmp_path / name)], check=True, timeout=300
+        )
+    assert_same_weights(tmp_path / "all", tmp_path / "one", 1e-9)
