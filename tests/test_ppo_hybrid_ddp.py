@@ -461,7 +461,7 @@ def test_a_killed_rank_is_started_again_and_goes_on_by_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_request_to_several_ranks_is_told_by_each(tmp_path):
+def test_a_bad_request_to_several_ranks_is_told(tmp_path):
     result = subprocess.run(
         torchrun(2, *SHORT, "--num-envs", "63", "--output-dir", str(tmp_path / "run")),
         capture_output=True,
@@ -469,7 +469,8 @@ def test_a_bad_request_to_several_ranks_is_told_by_each(tmp_path):
         timeout=120,
     )
     assert result.returncode != 0
-    assert "\nerror: --num-envs is 63, which 2 ranks cannot share" in result.stderr
+    # By whichever rank is first, since the launcher then ends the other.
+    assert "error: --num-envs is 63, which 2 ranks cannot share" in result.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -484,3 +485,52 @@ def test_a_launched_run_on_cuda_learns_what_one_process_learns(tmp_path, compile
             [*command, *flags, "--output-dir", str(tmp_path / name)], check=True, timeout=300
         )
     assert_same_weights(tmp_path / "all", tmp_path / "one", 1e-9)
+
+
+SLURM_COMMANDS = {
+    # exec: the step is this process
+    "srun": 'echo $$ > "$STUBS/step"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
+    "scancel": '[[ $1 == --signal=USR1 && $2 == 7 ]] && kill -USR1 "$(cat "$STUBS/step")"\n',
+    # The real one ends the job, by SIGTERM to its steps.
+    "scontrol": "if [[ $1 == show ]]; then echo 127.0.0.1; exit; fi\n"
+    'echo "$*" > "$STUBS/requeued"\nkill -TERM "$(cat "$STUBS/step")"\n',
+}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_when_warned_and_goes_on_when_it_is_queued_again(tmp_path):
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, body in SLURM_COMMANDS.items():
+        (stubs / name).write_text(f"#!/usr/bin/env bash\nset -eu\n{body}")
+        (stubs / name).chmod(0o755)
+    job = {
+        "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "STUBS": str(stubs),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+        "REQUEUE_AFTER": "2",
+    }
+    run = tmp_path / "run"
+    flags = [*SHORT, "--num-iterations", "150", "--checkpoint-interval", "1000"]
+    flags += ["--output-dir", str(run)]
+    command = ["bash", str(ROOT / "train" / "slurm.sbatch"), *flags]
+
+    first = subprocess.Popen(command, cwd=ROOT, env=os.environ | job)
+    wait_for((run / "metrics.csv").exists)
+    first.send_signal(signal.SIGUSR1)
+    wait_for(lambda: list((run / "checkpoints").glob("*.pt")))  # on the warning
+    assert first.wait(60) != 0
+    assert (stubs / "requeued").read_text() == "requeue 7\n"
+    saved = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
+    assert len(saved) == 2  # and on the signal to stop
+    again = subprocess.run(
+        command, cwd=ROOT, env=os.environ | job | {"SLURM_RESTART_COUNT": "1"}, timeout=120
+    )
+    assert again.returncode == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed_at_iteration"] == int(saved[-1][11:17])
+    assert metrics(run)["iteration"].tolist() == list(range(1, 151))
