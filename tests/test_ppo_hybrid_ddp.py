@@ -307,7 +307,7 @@ def one_of_four(ppo):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=no_cuda)])
 @pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
 def test_a_rank_reads_nothing_on_the_host_and_makes_nothing_on_another_device(
     ppo, small_run, one_of_four, tmp_path, monkeypatch, step_class, device
@@ -326,11 +326,13 @@ def test_a_rank_reads_nothing_on_the_host_and_makes_nothing_on_another_device(
         state_std=True,
         hidden_dim=16,
     ).to(device)
-    generator, no_read = torch.Generator(), NoHostRead()
+    no_read = NoHostRead()
     if device == "meta":  # has no generators and cannot be read at all
-        generator, no_read = SimpleNamespace(device=torch.device("meta")), contextlib.nullcontext()
+        generator, no_read = SimpleNamespace(device=obs.device), contextlib.nullcontext()
         for name in ("rand", "randn", "randperm"):
             monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
+    else:
+        generator = torch.Generator(device)
     step = getattr(ppo, step_class)(agent, args, one_of_four)
     with no_read:
         _, batch, told = ppo.rollout(envs, agent, obs, args, generator, world=one_of_four)

@@ -7,9 +7,12 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     python train/ppo_hybrid.py --preset full                                   # the best policy
     python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --evaluate runs/quick-s1/stage2_policy.pt       # a saved policy
+    python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
+    torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
 
 The run directory receives `config.json`, `metrics.csv` (a row per iteration), `learning_curve.png`,
-`policy_selection.png`, `stage2_policy.pt` and `summary.json`; the README defines every column.
+`policy_selection.png`, `stage2_policy.pt`, `summary.json` and `checkpoints/`; the README defines
+every column.
 The algorithm reads from top to bottom in plain PyTorch; `CompiledStep` and what follows it make the
 same rollout and update one compiled graph each (`--compile`).
 Figures of *the source* are those of the HYDRA-BERT Stage-2 document; the README lists its faults
@@ -1430,6 +1433,22 @@ def newest_checkpoint(output_dir: Path) -> bytes | None:
     return None
 
 
+def checkpoint_at(path: Path) -> bytes:
+    """The checkpoint that a file is, or the newest of a run directory.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    if path.is_dir():
+        if (sealed := newest_checkpoint(path)) is None:
+            raise UsageError(f"--resume {path}: it has no {CHECKPOINTS}/checkpoint-*.pt")
+        return sealed
+    try:
+        return read_checkpoint(path)
+    except CheckpointError as error:
+        raise UsageError(f"--resume {path} cannot be used: {error}") from error
+
+
 def checkpoint_to_resume(args: Args, output_dir: Path) -> bytes | None:
     """The checkpoint that `--resume` means; None begins at the start.
 
@@ -1441,29 +1460,13 @@ def checkpoint_to_resume(args: Args, output_dir: Path) -> bytes | None:
     if args.resume == "auto":
         return None if args.overwrite else newest_checkpoint(output_dir)
     path = Path(args.resume)
-    if path.is_dir():
-        if (sealed := newest_checkpoint(path)) is None:
-            raise UsageError(f"--resume {path}: it has no {CHECKPOINTS}/checkpoint-*.pt")
-        return sealed
-    newer = [p for p in checkpoints(output_dir) if p.name > path.name]
+    newer = [] if path.is_dir() else [p for p in checkpoints(output_dir) if p.name > path.name]
     if newer and holds(output_dir, path) and not args.overwrite:
         raise UsageError(
             f"--resume {path}: {output_dir} holds newer ones, up to {newer[-1].name}; pass "
             "--overwrite to give them up, or another --output-dir"
         )
-    return sealed_file(path)
-
-
-def sealed_file(path: Path) -> bytes:
-    """`read_checkpoint` of a file that the user named.
-
-    Raises:
-        UsageError: it cannot be used.
-    """
-    try:
-        return read_checkpoint(path)
-    except CheckpointError as error:
-        raise UsageError(f"--resume {path} cannot be used: {error}") from error
+    return checkpoint_at(path)
 
 
 # A run may go on with other values of these. Cohorts are compared by what they hold.
@@ -1761,14 +1764,15 @@ def resolve_device(name: str, world: World = ALONE) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if world.size > 1 and name.startswith("cuda"):
+    if world.local_size > 1 and name.startswith("cuda"):
         count = torch.cuda.device_count()
         if name != "cuda" or count < world.local_size:
             raise UsageError(
                 f"--device {name} for {world.local_size} ranks on this machine, which has {count} "
                 "GPUs; allowed: cpu, or cuda with a GPU for each rank"
             )
-        name = f"cuda:{int(os.environ['LOCAL_RANK'])}"
+    if world is not ALONE and name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', world.rank)}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -2345,8 +2349,7 @@ def args_of_checkpoint(path: Path) -> Args:
         UsageError: it cannot be used.
     """
     output_dir = path if path.is_dir() else path.absolute().parent.parent
-    sealed = checkpoint_to_resume(Args(resume=str(path)), Path())
-    values = unseal(sealed)["args"] | {"output_dir": output_dir, "overwrite": False}
+    values = unseal(checkpoint_at(path))["args"] | {"output_dir": output_dir, "overwrite": False}
     for name in ("cohort", "holdout_cohort"):
         values[name] = values[name] and Path(values[name])
     try:
