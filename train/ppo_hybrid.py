@@ -1621,8 +1621,8 @@ class Signals:
     """
 
     def __init__(self, world: World) -> None:
-        self.world = world
-        self.stop = self.save = False
+        self.world, self.stop = world, False
+        self._warnings = self._warnings_obeyed = 0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Signals:
@@ -1630,7 +1630,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             handlers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop}
             if hasattr(signal, "SIGUSR1"):  # not on Windows
-                handlers[signal.SIGUSR1] = self._save
+                handlers[signal.SIGUSR1] = self._warn
             self._previous = {s: signal.signal(s, handler) for s, handler in handlers.items()}
         return self
 
@@ -1640,8 +1640,10 @@ class Signals:
 
     def requests(self, device: torch.device) -> Tensor:
         """(2,) int32 flags of any rank: stop, save."""
-        flags = torch.tensor([self.stop, self.save], dtype=torch.int32)
-        self.save = False
+        # Counted, so that none is lost that comes between two of these lines.
+        warnings = self._warnings
+        save, self._warnings_obeyed = warnings > self._warnings_obeyed, warnings
+        flags = torch.tensor([self.stop, save], dtype=torch.int32)
         return self.world.any(flags.to(device, non_blocking=True))
 
     def _stop(self, number: int, _: object) -> None:
@@ -1651,8 +1653,8 @@ class Signals:
             os.write(2, b"\nstopping after this iteration; again to stop at once\n")
         self.stop = True
 
-    def _save(self, *_: object) -> None:
-        self.save = True
+    def _warn(self, *_: object) -> None:
+        self._warnings += 1
 
 
 def check_args(args: Args, world: World) -> None:
@@ -2409,6 +2411,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGUSR1"):  # while there is nothing to save, a warning must not end the run
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     exit_code = main()
     if world_from_environment() is not ALONE:
         # A thread of a process group, which outlives it, rarely aborts an interpreter that is being
