@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -458,58 +457,6 @@ def test_the_weights_of_a_compiled_step_stay_those_of_the_agent(monkeypatch):
     assert all(torch.equal(before[name], value) for name, value in agent.state_dict().items())
     step.flat.zero_()
     assert all(not parameter.any() for parameter in agent.parameters())
-
-
-class NoHostRead(torch.utils._python_dispatch.TorchDispatchMode):
-    """Raises where a value is read on the host, which on an accelerator waits for all it does."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
-def test_nothing_is_read_on_the_host_within_an_iteration(step_class, tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
-    args = small_args(tmp_path)
-    envs = hydrogel_gym.HydrogelVectorEnv(100, output="torch", validate_actions=False)
-    obs, _ = envs.reset(seed=0)
-    agent = make_agent()
-    step = getattr(ppo, step_class)(agent, args)
-    generator = torch.Generator().manual_seed(0)
-    with NoHostRead():
-        _, batch, _ = ppo.rollout(envs, agent, obs, args, generator)
-        losses = ppo.update(step, batch, args, 1e-3, generator)
-    assert math.isfinite(losses["policy_loss"])
-
-
-def test_a_host_read_would_be_noticed():
-    with NoHostRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
-        bool(torch.ones(1) > 0)
-
-
-@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
-def test_rollout_and_update_run_on_the_meta_device(step_class, tmp_path, monkeypatch):
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
-    args = small_args(tmp_path)
-    envs = hydrogel_gym.HydrogelVectorEnv(100, output="torch", device="meta")
-    obs, _ = envs.reset(seed=0)
-    agent = make_agent().to("meta")
-    step = getattr(ppo, step_class)(agent, args)
-    generator = SimpleNamespace(device=torch.device("meta"))
-    monkeypatch.setattr(torch, "rand", without_generator(torch.rand))
-    monkeypatch.setattr(torch, "randn", without_generator(torch.randn))
-    monkeypatch.setattr(torch, "randperm", without_generator(torch.randperm))
-    _, batch, _ = ppo.rollout(envs, agent, obs, args, generator)
-    losses = ppo.update(step, batch, args, 1e-3, generator)
-    assert {value.device.type for value in losses.values()} == {"meta"}
-    assert agent.encoder[0].weight.device.type == "meta"
-
-
-def without_generator(function):
-    """The meta device has no generators."""
-    return lambda *size, generator, device: function(*size, device=device)
 
 
 def test_auto_compiles_long_runs_only():

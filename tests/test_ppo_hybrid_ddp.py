@@ -14,15 +14,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
-import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
-
-from hydrogel_gym import HydrogelVectorEnv
 
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
@@ -283,66 +278,6 @@ def test_losing_a_rank_ends_the_others_with_one_line(ppo, train, small_run, tmp_
     printed = train(2, small_run(tmp_path / "run"))[0]
     assert "\nerror: another rank was lost: " in printed
     assert "Traceback" not in printed
-
-
-# --- no GPU at hand
-
-
-class NoHostRead(TorchDispatchMode):
-    """Raises where a value is read on the host, which on an accelerator waits for all it does."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture
-def one_of_four(ppo):
-    """The second of four ranks, whose messages go nowhere."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-    yield ppo.World(1, 4, 4, joined=True)
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=no_cuda)])
-@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
-def test_a_rank_reads_nothing_on_the_host_and_makes_nothing_on_another_device(
-    ppo, small_run, one_of_four, tmp_path, monkeypatch, step_class, device
-):
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
-    args = small_run(tmp_path)
-    envs = HydrogelVectorEnv(12, output="torch", validate_actions=False, device=device)
-    obs, _ = envs.reset(seed=0)
-    agent = ppo.Agent(
-        obs_dim=13,
-        num_polymers=24,
-        num_coverages=4,
-        formulation_low=[0.0] * 4,
-        formulation_high=[1.0] * 4,
-        policy="autoregressive",
-        state_std=True,
-        hidden_dim=16,
-    ).to(device)
-    no_read = NoHostRead()
-    if device == "meta":  # has no generators and cannot be read at all
-        generator, no_read = SimpleNamespace(device=obs.device), contextlib.nullcontext()
-        for name in ("rand", "randn", "randperm"):
-            monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
-    else:
-        generator = torch.Generator(device)
-    step = getattr(ppo, step_class)(agent, args, one_of_four)
-    with no_read:
-        _, batch, told = ppo.rollout(envs, agent, obs, args, generator, world=one_of_four)
-        losses = ppo.update(step, batch, args, 1e-3, generator, one_of_four)
-    assert batch.num_samples == told["reward"].numel() == 48 * args.num_steps
-    assert {value.device.type for value in losses.values()} == {device}
-
-
-def without_generator(function):
-    return lambda *size, generator, device: function(*size, device=device)
 
 
 # --- bad input
