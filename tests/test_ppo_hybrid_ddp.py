@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pandas as pd
@@ -329,6 +330,30 @@ def test_a_batch_that_every_rank_gathers_counts_against_the_memory(
 
 
 # --- with the launcher
+
+
+def test_ranks_that_were_started_again_find_nothing_of_those_before_them(ppo):
+    store = dist.HashStore()
+    store.set("address", "of a dead rank")
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as ranks:
+            worlds = [ppo.World(rank, 3) for rank in (1, 2, 0)]
+            parts = list(ranks.map(lambda world: ppo.fresh_part(store, world), worlds))
+        assert not any(part.check(["address"]) for part in parts)
+        parts[0].set("address", "of a living one")
+        assert [part.get("address") for part in parts] == [b"of a living one"] * 3
+
+
+def test_a_rank_waits_for_rank_0_and_takes_no_answer_to_an_earlier_one(ppo):
+    store = dist.HashStore()
+    store.set("rank 1 asks as", "one that was lost before it had an answer")
+    with ThreadPoolExecutor(2) as ranks:
+        first = ranks.submit(ppo.fresh_part, store, ppo.World(0, 2))
+        with pytest.raises(TimeoutError):
+            first.result(0.1)
+        second = ranks.submit(ppo.fresh_part, store, ppo.World(1, 2))
+        first.result(10).set("key", "value")
+        assert second.result(10).get("key") == b"value"
 
 
 def torchrun(size: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:

@@ -38,6 +38,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1800,13 +1801,42 @@ def joined(world: World, device: torch.device) -> Iterator[World]:
     on_cuda = device.type == "cuda"
     if on_cuda:
         torch.cuda.set_device(device)
+    store = next(dist.rendezvous("env://", world.rank, world.size, timeout=RANKS_TIMEOUT))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        store = fresh_part(store, world)
     dist.init_process_group(
         "nccl" if on_cuda else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.size,
         timeout=RANKS_TIMEOUT,
         device_id=device if on_cuda else None,
     )
     yield world._replace(joined=True)
     dist.destroy_process_group()  # not after an error, which other ranks may not know of
+
+
+def fresh_part(store: dist.Store, world: World) -> dist.Store:
+    """A part of a launcher's store that nobody has written to; the same one for all ranks.
+
+    `torchrun` gives the ranks that it starts again the store of those before them, and torch then
+    connects to addresses that dead ranks have left in it (pytorch/pytorch, issue 135712). Launchers
+    on several machines do not agree on how often they have restarted, so rank 0 makes up a name and
+    tells it to every rank under what that rank made up: neither can be older than the two of them.
+    """
+    name = uuid.uuid4().hex
+    if world.rank:
+        store.set(f"rank {world.rank} asks as", name)
+        name = store.get(name).decode()  # waits for it
+        store.set(f"rank {world.rank} knows {name}", "")
+        return dist.PrefixStore(name, store)
+    for rank in range(1, world.size):
+        # Who asked may be a rank that was lost before, so until it is known that the answer came.
+        while not store.check([f"rank {rank} knows {name}"]):
+            if store.check([f"rank {rank} asks as"]):
+                store.set(store.get(f"rank {rank} asks as").decode(), name)
+            time.sleep(0.01)
+    return dist.PrefixStore(name, store)
 
 
 def reason(error: BaseException) -> str:
