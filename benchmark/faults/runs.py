@@ -1,0 +1,276 @@
+"""Runs of the trainer to inflict faults on, and whether they ended as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+TRAINER = ROOT / "train" / "ppo_hybrid.py"
+ITERATIONS = 20
+SETTINGS = (
+    f"--preset quick --no-oracle --device cpu --compile off --num-iterations {ITERATIONS} "
+    "--num-envs 200 --minibatch-size 200 --resume auto"
+)
+TIMINGS = {"rollout_seconds", "update_seconds", "wall_seconds", "samples_per_second"}
+# Of summary.json; that a run was continued is in it too.
+NOT_COMPARED = TIMINGS | {"training_began", "compile_seconds", "resumed_at_iteration"}
+FINISHED_FILES = {
+    "config.json",
+    "learning_curve.png",
+    "metrics.csv",
+    "policy_selection.png",
+    "stage2_policy.pt",
+    "summary.json",
+}
+PATIENCE_SECONDS = 300
+
+
+class FaultError(RuntimeError):
+    """A run did something that keeps its fault from being inflicted; the message is one line."""
+
+
+@dataclass
+class Trial:
+    """One fault, inflicted once.
+
+    Attributes:
+        fault: what is done to the run; trials of one fault are one row of the report.
+        did: the particulars of this trial.
+        saw: what came of it, in words that other trials of this fault may share.
+        same: whether the run, once continued, ended as the undisturbed one did; None where it was
+            not continued.
+        problems: expectations that failed.
+        seconds: what the report gives the median of, where the fault has such a thing.
+        redrawn: times that the fault came too late for the run, and was inflicted anew.
+    """
+
+    fault: str
+    did: str
+    saw: str = ""
+    same: bool | None = None
+    problems: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    redrawn: int = 0
+
+    def expect(self, holds: bool, problem: str) -> None:
+        """Note a problem unless something holds."""
+        if not holds:
+            self.problems.append(problem)
+
+
+@contextlib.contextmanager
+def noting(trial: Trial) -> Iterator[None]:
+    """Note in the trial that its fault could not be inflicted."""
+    try:
+        yield
+    except FaultError as error:
+        trial.same = False
+        trial.problems.append(str(error))
+
+
+class Ended(NamedTuple):
+    """How a process ended: exit code, lines on its standard error other than the progress bar."""
+
+    code: int
+    said: list[str]
+
+
+def command(output_dir: Path, *, interval: int = 1, keep: int = 3, ranks: int = 1) -> list[str]:
+    """The command of a run, which begins it as well as it continues it.
+
+    Args:
+        output_dir: run directory.
+        interval: iterations from one checkpoint to the next.
+        keep: how many of them stay.
+        ranks: processes; several are started by `torchrun` and may be restarted once.
+    """
+    # A port of its own, so that a launcher of somebody else on this machine is not met.
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks} --max-restarts=1"
+    return [
+        sys.executable,
+        *(launcher.split() if ranks > 1 else []),
+        str(TRAINER),
+        *SETTINGS.split(),
+        f"--checkpoint-interval={interval}",
+        f"--keep-checkpoints={keep}",
+        f"--output-dir={output_dir}",
+    ]
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen]:
+    """A process with one thread per library, which does not outlive the block."""
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # not killed, or a launcher would leave its ranks behind
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=60)
+            process.kill()
+        process.stderr.close()
+
+
+def end(process: subprocess.Popen) -> Ended:
+    """Wait for a process.
+
+    Raises:
+        FaultError: it does not end.
+    """
+    try:
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise FaultError(f"no end within {PATIENCE_SECONDS} s") from None
+    lines = (line.strip() for line in errors.splitlines())
+    return Ended(process.returncode, [x for x in lines if x and not x.startswith("training:")])
+
+
+def complete(command: list[str]) -> Ended:
+    """Run a command to its end."""
+    with started(command) as process:
+        return end(process)
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool], what: str) -> None:
+    """Return once something is the case.
+
+    Raises:
+        FaultError: the process ended before, or it takes too long.
+    """
+    give_up = time.perf_counter() + PATIENCE_SECONDS
+    while not condition():
+        if process.poll() is not None:
+            raise FaultError(f"the run ended, exit code {process.returncode}, before {what}")
+        if time.perf_counter() > give_up:
+            raise FaultError(f"{PATIENCE_SECONDS} s without {what}")
+        time.sleep(0.002)
+
+
+def rows_written(run_dir: Path) -> int:
+    """Iterations that metrics.csv tells of."""
+    try:
+        return (run_dir / "metrics.csv").read_bytes().count(b"\n") - 1
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_rows(process: subprocess.Popen, run_dir: Path, count: int) -> None:
+    """Return once metrics.csv has so many rows."""
+    wait_until(process, lambda: rows_written(run_dir) >= count, f"row {count}")
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("checkpoint-*.pt"))
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration that a checkpoint, or an unfinished one, was written after."""
+    return int(checkpoint.name.partition("checkpoint-")[2][:6])
+
+
+def unfinished(run_dir: Path) -> list[Path]:
+    """Files that were being written when a run was killed."""
+    return sorted(path for path in run_dir.rglob(".*") if path.is_file())
+
+
+def resume(trial: Trial, command: list[str], run_dir: Path, undisturbed: Path) -> Ended:
+    """Run a command again; note in the trial whether it ends as the undisturbed run did."""
+    ended = complete(command)
+    if ended.code:
+        last = ended.said[-1] if ended.said else "no message"
+        trial.problems.append(f"continued, it ended with exit code {ended.code}: {last}")
+    compare(trial, run_dir, undisturbed)
+    return ended
+
+
+def compare(trial: Trial, run_dir: Path, undisturbed: Path) -> None:
+    """Note in the trial whether a run ended as the undisturbed one did."""
+    differing = differences(undisturbed, run_dir)
+    trial.same = not differing
+    trial.problems += differing
+
+
+def differences(expected: Path, found: Path) -> list[str]:
+    """What tells a finished run directory from another, but for times; a line each."""
+    files = {path for path in found.rglob("*") if path.is_file()} - set(checkpoints(found))
+    names = {str(path.relative_to(found)) for path in files}
+    if missing := FINISHED_FILES - names:
+        return [f"there is no {', '.join(sorted(missing))}"]
+    return [
+        *(f"{name} was left behind" for name in sorted(names - FINISHED_FILES)),
+        *differing_weights(expected / "stage2_policy.pt", found / "stage2_policy.pt"),
+        *differing_metrics(expected / "metrics.csv", found / "metrics.csv"),
+        *differing_figures(expected / "summary.json", found / "summary.json"),
+    ]
+
+
+def differing_weights(expected: Path, found: Path) -> list[str]:
+    """Weights and buffers of a policy that are not the same to the bit."""
+    states = [
+        torch.load(path, weights_only=True)["policy_state_dict"] for path in (expected, found)
+    ]
+    if states[0].keys() != states[1].keys():
+        return ["the weights have other names"]
+
+    def bits(tensor: torch.Tensor) -> tuple:
+        return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
+
+    names = [name for name in states[0] if bits(states[0][name]) != bits(states[1][name])]
+    return [f"{len(names)} of {len(states[0])} weights differ, {names[0]} first"] if names else []
+
+
+def differing_metrics(expected: Path, found: Path) -> list[str]:
+    """Rows of a metrics.csv that are missing, repeated, out of order or, but for times, other."""
+    tables = []
+    for path in (expected, found):
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            tables.append(list(reader))
+            names = reader.fieldnames
+        if path == expected:
+            columns = names
+    if names != columns:
+        return ["metrics.csv has other columns"]
+    numbers = [[row["iteration"] for row in table] for table in tables]
+    missing = [number for number in numbers[0] if number not in numbers[1]]
+    repeated = [number for number, count in Counter(numbers[1]).items() if count > 1]
+    told = [f"metrics.csv lacks iteration {', '.join(missing)}"] if missing else []
+    told += [f"metrics.csv has iteration {', '.join(repeated)} twice or more"] if repeated else []
+    if told or numbers[0] != numbers[1]:
+        return told or ["metrics.csv has other iterations, or in another order"]
+    for row, other in zip(*tables, strict=True):
+        # Text, for the trainer writes floats so that they are read back to the bit.
+        if names := [name for name in row.keys() - TIMINGS if row[name] != other[name]]:
+            told.append(f"iteration {row['iteration']} differs in {', '.join(sorted(names))}")
+    return told
+
+
+def differing_figures(expected: Path, found: Path) -> list[str]:
+    """Figures of a summary.json that are not the same, but for times."""
+    old, new = (json.loads(path.read_text()) for path in (expected, found))
+    names = (old.keys() | new.keys()) - NOT_COMPARED
+    differing = sorted(name for name in names if old.get(name) != new.get(name))
+    return [f"summary.json differs in {', '.join(differing)}"] if differing else []
