@@ -276,6 +276,22 @@ def test_the_warning_of_a_batch_queue_saves_and_goes_on(
     assert_same_run(ppo, args.output_dir, finished.output_dir)
 
 
+def test_a_warning_while_the_requests_are_read_is_met_by_the_next_iteration(ppo, monkeypatch):
+    plain = torch.tensor
+
+    def interrupted(*args, **kwargs):
+        flags = plain(*args, **kwargs)
+        signal.raise_signal(signal.SIGUSR1)
+        return flags
+
+    with ppo.Signals(ppo.ALONE) as signals:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "tensor", interrupted)
+            assert signals.requests(torch.device("cpu")).tolist() == [0, 0]
+        assert signals.requests(torch.device("cpu")).tolist() == [0, 1]
+        assert signals.requests(torch.device("cpu")).tolist() == [0, 0]
+
+
 def test_a_second_signal_to_stop_stops_at_once(ppo, small_run, tmp_path, monkeypatch):
     def rollout(*args):
         signal.raise_signal(signal.SIGINT)
