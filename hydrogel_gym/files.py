@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -29,7 +30,8 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):  # an interrupt after the rename
+            os.unlink(temporary)
         raise
     # A rename is in the folder, and may be lost with the power until the folder is flushed too.
     folder = os.open(path.parent, os.O_RDONLY)

@@ -1745,7 +1745,8 @@ def prepare_output_dir(output_dir: Path, args: Args, resumed_at: int | None) -> 
     )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=output_dir):
+        # Named like a summary that was never finished, since a kill may leave it.
+        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=f".{SUMMARY_FILE}."):
             pass
         paths = [p for name in RUN_FILES for p in output_dir.glob(f".{name}.????????")]
         paths += folder.glob(".checkpoint-*.pt.????????")
@@ -2298,9 +2299,11 @@ def explained_losses(output_dir: Path | None, iteration: int) -> Iterator[None]:
         yield
     except OSError as error:
         left = checkpoints(output_dir)
-        kept = f"{left[-1]} is whole, go on from it with --resume auto" if left else "none is left"
+        kept = (
+            f"{left[-1]} is whole, go on from it" if left else "nothing was saved yet, begin again"
+        )
         raise OSError(
-            f"iteration {iteration} could not be saved: {reason(error)}; of the checkpoints {kept}"
+            f"iteration {iteration} could not be saved: {reason(error)}; {kept} with --resume auto"
         ) from error
 
 
