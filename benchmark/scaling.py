@@ -200,8 +200,9 @@ def tell_curve(table: pd.DataFrame) -> list[str]:
         *lines,
         "",
         "The ranks compute what one process computes: in float64 they differ by its rounding. At "
-        "the preset's own learning rate float32 rounding grows from iteration to iteration, "
-        "whatever its cause: the number of threads of a single process moves the weights as far.",
+        "the preset's own learning rate a difference of the size of float32 rounding, whatever its "
+        "cause, in time tips a clipped ratio or a sampled category, and from there the runs "
+        "differ, as those of a single process with another number of threads do.",
     ]
 
 
@@ -298,8 +299,12 @@ def overhead_worker(preset: str, output: Path, rounds: int, patience: float) -> 
                 if k >= 0:  # the first two warm up
                     setting = f"{preset}, {minibatch.num_samples} rows per rank"
                     rows.append(dict(setting=setting, name=name, round=k) | told)
-    if world.rank == 0:
-        pd.DataFrame(rows).to_csv(output, index=False)
+        if world.rank == 0:
+            pd.DataFrame(rows).to_csv(output, index=False)
+        world.wait()
+        # What is left of torch's wrappers may hang or abort an interpreter that is taken down.
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def wait_for_quiet(world: Any, looks: int) -> int:
@@ -387,7 +392,9 @@ def tell_overhead(table: pd.DataFrame) -> list[str]:
         f"Two gloo ranks on two cores, one thread each; {UPDATES_PER_ROUND} updates a round, the "
         "rounds alternating over the variants within one run; milliseconds per update of the "
         "slower rank. The overhead is that over an update of this rank's share without averaging: "
-        f"of the medians, and of the fastest rounds. The bar is {100 * OVERHEAD_BAR:.0f} %. Time "
+        "the median over the rounds of the ratio within a round, which what changes on the machine "
+        "from round to round leaves alone; that of the medians; and that of the fastest rounds. "
+        f"The bar is {100 * OVERHEAD_BAR:.0f} %. Time "
         "on the processor is the mean of the ranks, all threads, and has no waiting in it.",
     ]
     parts = table[~table["setting"].str.startswith("whole")]
@@ -402,19 +409,22 @@ def tell_overhead(table: pd.DataFrame) -> list[str]:
             "",
             f"{setting}; {rounds} rounds; {which}:",
             "",
-            "| | rounds | median ms | fastest ms | on the processor, ms | overhead of medians "
-            "| of fastest |",
-            "|---" * 7 + "|",
+            "| | rounds | median ms | fastest ms | on the processor, ms | overhead within a round "
+            "| of medians | of fastest |",
+            "|---" * 8 + "|",
         ]
         groups = dict(list(chosen.groupby("name", sort=False)))
         for name in rows["name"].unique():
             base_name = f"{name.split(',')[0]}, nothing averaged"
-            own, base, over = groups[name], groups.get(base_name), ["–", "–"]
+            own, base, over = groups[name], groups.get(base_name), ["–"] * 3
             if base is not None and name != base_name:
-                over = [
-                    f"{100 * (f(own['value']) / f(base['value']) - 1):.1f} %"
-                    for f in (pd.Series.median, pd.Series.min)
+                times, base_times = (x.set_index("round")["value"] for x in (own, base))
+                ratios = [
+                    (times / base_times).median(),  # of rounds that both have
+                    times.median() / base_times.median(),
+                    times.min() / base_times.min(),
                 ]
+                over = [f"{100 * (ratio - 1):.1f} %" for ratio in ratios]
             lines.append(
                 f"| {name} | {len(own)} | {own['value'].median():.2f} | {own['value'].min():.2f} "
                 f"| {own['processor'].median():.2f} | {' | '.join(over)} |"

@@ -234,6 +234,8 @@ COMPILE_SECONDS = 34.0
 BYTES_PER_SAMPLE = 1000
 BYTES_PER_GATHERED_SAMPLE = 400  # on every rank: the batch of all, and its copies by minibatch
 
+SHARED_MEMORY = "/dev/shm"
+
 # Rank 0 searches for the best designs while the others wait.
 RANKS_TIMEOUT = timedelta(minutes=30)
 
@@ -757,6 +759,54 @@ class World(NamedTuple):
 ALONE = World()
 
 
+class SharedMean:
+    """The mean over the ranks of a vector, by way of memory that they share.
+
+    Args:
+        rows: (2, ranks, length) shared by all ranks.
+        world: which tells when all have written.
+    """
+
+    def __init__(self, rows: Tensor, world: World) -> None:
+        self.rows, self.world, self.turn = rows, world, 0
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """The mean, in the vector's place; every rank calls."""
+        # Two places, in turn: a rank that is ahead does not write where another still reads.
+        self.turn = 1 - self.turn
+        rows = self.rows[self.turn]
+        rows[self.world.rank] = vector
+        self.world.wait()
+        return torch.mean(rows, 0, out=vector)
+
+
+def averaging(agent: Agent, world: World) -> Callable[[Tensor], Tensor]:
+    """How the ranks average a gradient; collective.
+
+    CPU ranks of one machine do so in memory that they share, if there is some: in messages, which
+    gloo sends through sockets, it would cost them twice as much (`benchmark/scaling.py`).
+    """
+    weights = list(agent.parameters())
+    device, dtype = weights[0].device, weights[0].dtype
+    if not world.joined or device.type != "cpu" or world.local_size < world.size:
+        return world.average
+    shape = (2, world.size, sum(weight.numel() for weight in weights))
+    size, path = math.prod(shape), None
+    with contextlib.ExitStack() as stack:
+        if world.rank == 0:
+            with contextlib.suppress(OSError):  # another system than Linux, or too little memory
+                file = stack.enter_context(tempfile.NamedTemporaryFile(dir=SHARED_MEMORY))
+                # Now, since writing to memory that is not there ends a process.
+                os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
+                path = file.name.encode()
+        path = world.broadcast(path, device)
+        if path is None:
+            return world.average
+        rows = torch.from_file(path.decode(), shared=True, size=size, dtype=dtype)
+        world.wait()  # then the file loses its name, and goes with the last process
+    return SharedMean(rows.view(shape), world)
+
+
 def act(
     agent: Agent, obs: Tensor, noise: Noise
 ) -> tuple[HybridAction, Tensor, Tensor, dict[str, Tensor]]:
@@ -873,6 +923,7 @@ class PlainStep:
 
     def __init__(self, agent: Agent, args: Args, world: World = ALONE) -> None:
         self.agent, self.args, self.world = agent, args, world
+        self.average = world.average
         fused = agent.obs_mean.device.type in ("cpu", "cuda")
         self.optimizer = torch.optim.Adam(agent.parameters(), betas=BETAS, eps=EPS, fused=fused)
 
@@ -890,7 +941,8 @@ class PlainStep:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         parameters = self.optimizer.param_groups[0]["params"]
-        average_gradients(parameters, self.world)
+        if self.world.joined:
+            average_gradients(parameters, self.average)
         parts["grad_norm"] = nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
         self.optimizer.param_groups[0]["lr"] = learning_rate
         self.optimizer.step()
@@ -922,12 +974,10 @@ class PlainStep:
             }
 
 
-def average_gradients(parameters: list[nn.Parameter], world: World) -> None:
-    """Give every rank the mean gradient, by one message instead of one per parameter."""
-    if not world.joined:
-        return
+def average_gradients(parameters: list[nn.Parameter], average: Callable[[Tensor], Tensor]) -> None:
+    """Give every rank the mean gradient, as one vector instead of one per parameter."""
     gradients = [parameter.grad for parameter in parameters]
-    flat = world.average(torch.cat([gradient.flatten() for gradient in gradients]))
+    flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
     parts = flat.split([gradient.numel() for gradient in gradients])
     pairs = zip(parts, gradients, strict=True)
     torch._foreach_copy_(gradients, [part.view_as(gradient) for part, gradient in pairs])
@@ -1002,6 +1052,7 @@ class CompiledStep:
 
     def __init__(self, agent: Agent, args: Args, world: World = ALONE) -> None:
         self.agent, self.args, self.world, self.num_updates = agent, args, world, 0
+        self.average = world.average
         weights = dict(agent.named_parameters())
         self.names = list(weights)
         self.shapes = [weight.shape for weight in weights.values()]
@@ -1022,7 +1073,7 @@ class CompiledStep:
 
     def __call__(self, minibatch: Batch, learning_rate: float) -> dict[str, Tensor]:
         """Update the agent; returns the parts of the loss and the norm of the gradient."""
-        return self.call(minibatch, learning_rate, self.world.average)
+        return self.call(minibatch, learning_rate, self.average)
 
     @torch.no_grad()
     def call(
@@ -2112,6 +2163,7 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
     envs, agent = learner.envs, learner.agent
     # Equal by the seed, but for what another processor rounds in another way.
     world.copy_first(agent.state_dict().values())
+    learner.step.average = averaging(agent, world)
     if saved:
         refuse_differences(saved["architecture"], learner.architecture)
     if args.checkpoint_interval and not hasattr(envs.unwrapped, "state_dict"):
