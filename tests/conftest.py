@@ -88,7 +88,7 @@ def small_run(ppo, tmp_path_factory):
             num_envs=48,
             num_steps=4,
             num_iterations=6,
-            num_epochs=2,
+            num_epochs=1,
             minibatch_size=48,
             hidden_dim=16,
             oracle=False,

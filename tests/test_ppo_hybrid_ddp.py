@@ -139,7 +139,7 @@ def test_two_ranks_learn_what_one_learns(train, small_run, tmp_path, changes, to
 
 
 def test_four_ranks_learn_what_one_learns(train, small_run, tmp_path):
-    args = small_run(tmp_path / "one", num_iterations=3, precision="fp64")
+    args = small_run(tmp_path / "one", num_iterations=2, precision="fp64")
     train(1, args)
     train(4, dataclasses.replace(args, output_dir=tmp_path / "four"))
     assert_same_weights(tmp_path / "four", tmp_path / "one", 1e-9)
@@ -214,7 +214,7 @@ def test_minibatches_of_all_ranks_make_up_those_of_one(ppo):
 # --- interruptions
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(train, small_run, tmp_path, before, after):
     args = small_run(tmp_path / "whole", num_iterations=5, precision="fp64", horizon=3)
     train(1, args)
