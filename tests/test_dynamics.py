@@ -353,6 +353,7 @@ def episode_step(state, design, params, model):
     return result, state, observation(state, params)
 
 
+@pytest.mark.slow
 def test_step_compiles_to_one_graph_that_equals_eager():
     (state, params), design, model = eight_environments(), random_designs(8, 5), MechanisticModel()
     compiled = torch.compile(episode_step, fullgraph=True, backend="aot_eager")

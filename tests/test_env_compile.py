@@ -85,6 +85,7 @@ def test_traced_steps_equal_those_that_are_not(mode, horizon, traced_only, three
     assert_close(rollout(env, 5), rollout(twin, 5))
 
 
+@pytest.mark.slow
 def test_compiled_environment_made_by_name_equals_one_that_is_not_and_its_spec_survives_json():
     kwargs = {"num_envs": 40, "horizon": 3, "output": "torch", "patient_assignment": "random"}
     env = gym.make_vec("HydrogelDesign-v0", compile=True, **kwargs)

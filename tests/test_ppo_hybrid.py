@@ -879,6 +879,7 @@ def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
 
+@pytest.mark.slow
 def test_the_script_runs_from_a_shell_and_prints_where_it_wrote(tmp_path):
     command = [sys.executable, str(TRAINER), "--preset", "quick", "--num-envs", "50"]
     command += ["--num-steps", "2", "--num-iterations", "1", "--minibatch-size", "50"]
