@@ -172,6 +172,7 @@ def test_outcome_that_is_not_finite_is_found_inside_the_graph(
     assert_close(env.step(good), twin.step(good))
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_of_a_compiled_environment_continue_identically(
     traced_only, three_patients, toy_model
 ):

@@ -177,6 +177,7 @@ def test_model_runs_on_the_meta_device(dtype):
     }
 
 
+@pytest.mark.slow
 def test_compiled_graph_equals_eager():
     batch, model = golden(torch.float32), MechanisticModel()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
