@@ -2189,9 +2189,8 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
     else:
         # The last thing before training: what was done above may have drawn random numbers too.
         obs = load_run_state(saved, learner, generator, world)
-        rows, began_at, seconds_before = (
-            saved[name] for name in ("metrics", "training_began", "wall_seconds")
-        )
+        rows, began_at = saved["metrics"], saved["training_began"]
+        seconds_before = rows[-1]["wall_seconds"]
 
     def write_checkpoint() -> None:
         state = run_state(learner, obs, generator, world)
@@ -2202,7 +2201,6 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
             "iteration": iteration,
             **state,
             "metrics": rows,
-            "wall_seconds": rows[-1]["wall_seconds"],
             "training_began": began_at,
             "args": plain_config(args),
             "run": run,
