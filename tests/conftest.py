@@ -10,9 +10,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from gymnasium.envs.registration import register, registry
 from torch import Tensor
 
-from hydrogel_gym import Cohort, Outcomes
+from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -59,6 +60,24 @@ def toy_model():
     every patient but Ann.
     """
     return _toy_model
+
+
+@pytest.fixture
+def register_design():
+    """Registers an id of vector environments with a reward model, for as long as the test runs."""
+    ids = []
+
+    def make(env_id: str, reward_model) -> str:
+        def vector_entry_point(num_envs: int, **kwargs) -> HydrogelVectorEnv:
+            return HydrogelVectorEnv(num_envs, reward_model=reward_model, **kwargs)
+
+        register(id=env_id, vector_entry_point=vector_entry_point)
+        ids.append(env_id)
+        return env_id
+
+    yield make
+    for env_id in ids:
+        del registry[env_id]
 
 
 @pytest.fixture(scope="session")

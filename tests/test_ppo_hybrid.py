@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gymnasium.envs.registration import register, registry
 
 import hydrogel_gym
 from hydrogel_gym.oracle import best_designs
@@ -74,7 +73,7 @@ def small_args(tmp_path, **changes):
 
 
 @pytest.fixture
-def toy_env(monkeypatch):
+def toy_env(register_design):
     """A hybrid task with a known answer that depends on the patient."""
 
     def reward_model(patient, polymer_id, formulation, coverage):
@@ -86,15 +85,7 @@ def toy_env(monkeypatch):
         zero = torch.zeros_like(delta_ef)
         return hydrogel_gym.Outcomes(delta_ef, zero, zero, zero, zero + 1.0, zero)
 
-    env_id = "ToyDesign-v0"
-    register(
-        id=env_id,
-        vector_entry_point=lambda num_envs, **kwargs: hydrogel_gym.HydrogelVectorEnv(
-            num_envs, reward_model=reward_model, **kwargs
-        ),
-    )
-    yield env_id
-    del registry[env_id]
+    return register_design("ToyDesign-v0", reward_model)
 
 
 # --- advantages

@@ -14,7 +14,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from gymnasium.envs.registration import register, registry
 
 import hydrogel_gym
 
@@ -84,7 +83,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(ppo, finished, tmp_path):
 
 
 @pytest.fixture
-def noisy_env():
+def noisy_env(register_design):
     """Design problem whose outcomes draw from torch's own generator."""
     model = hydrogel_gym.load_reward_model("mechanistic")
 
@@ -93,15 +92,7 @@ def noisy_env():
         noise = 0.1 * torch.randn_like(outcomes.delta_ef_pct)
         return outcomes._replace(delta_ef_pct=outcomes.delta_ef_pct + noise)
 
-    env_id = "NoisyDesign-v0"
-    register(
-        id=env_id,
-        vector_entry_point=lambda num_envs, **kwargs: hydrogel_gym.HydrogelVectorEnv(
-            num_envs, reward_model=noisy, **kwargs
-        ),
-    )
-    yield env_id
-    del registry[env_id]
+    return register_design("NoisyDesign-v0", noisy)
 
 
 @pytest.mark.parametrize(
