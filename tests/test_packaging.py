@@ -84,6 +84,7 @@ def test_trainer_imports_few_public_names_and_figures_only_inside_functions():
     assert {name for name in names if name.startswith("hydrogel_gym")} == {
         "hydrogel_gym",
         "hydrogel_gym.compiled.CompileError",
+        "hydrogel_gym.dynamics.RewardTerms",
         "hydrogel_gym.files.write_atomically",
         "hydrogel_gym.memory.available_bytes",
         "hydrogel_gym.memory.keep_freed_memory",

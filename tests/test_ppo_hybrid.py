@@ -583,6 +583,30 @@ def test_metrics_have_a_row_per_iteration_and_the_columns_the_readme_defines(fin
     assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == table.columns.tolist()
 
 
+def test_terms_of_the_reward_add_up_to_it_in_every_row(finished_run):
+    args, _ = finished_run
+    table = pd.read_csv(args.output_dir / "metrics.csv")
+    terms = table[list(hydrogel_gym.dynamics.RewardTerms._fields)]
+    assert terms.sum(axis=1).to_numpy() == pytest.approx(table["mean_reward"].to_numpy(), rel=1e-5)
+
+
+def test_policy_designs_are_what_the_environment_says_of_the_deterministic_action(finished_run):
+    args, _ = finished_run
+    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    cohort = hydrogel_gym.load_cohort(args.cohort)
+    designs = ppo.policy_designs(agent, ppo.make_envs(args, cohort, torch.device("cpu")))
+    model = hydrogel_gym.load_reward_model("mechanistic")
+    design = [designs[name] for name in ("polymer_id", "formulation", "coverage")]
+    outcomes = model(cohort.features.float(), *design)
+    for name, value in outcomes._asdict().items():
+        torch.testing.assert_close(designs[name], value)
+    torch.testing.assert_close(designs["reward"], hydrogel_gym.compute_reward(outcomes))
+    obs = torch.cat([cohort.features.float(), torch.zeros(len(cohort), 2)], -1)
+    torch.testing.assert_close(
+        designs["formulation"], agent.to_env(agent(obs).action)["formulation"]
+    )
+
+
 @pytest.mark.parametrize("cohort", ["train", "holdout"])
 def test_regret_is_the_distance_to_the_oracle_of_the_same_patients(finished_run, cohort):
     args, summary = finished_run

@@ -58,6 +58,7 @@ from tqdm import tqdm
 
 import hydrogel_gym
 from hydrogel_gym.compiled import CompileError
+from hydrogel_gym.dynamics import RewardTerms
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import available_bytes, keep_freed_memory
 from hydrogel_gym.oracle import best_designs
@@ -77,21 +78,16 @@ RUN_FILES = (
     "policy_selection.png",
 )
 CHECKPOINTS = "checkpoints"  # a folder of the run directory
-CHECKPOINT_FORMAT = "hydrogel_gym.checkpoint.v1"
+CHECKPOINT_FORMAT = "hydrogel_gym.checkpoint.v2"
 
 COHORTS = ("train", "holdout")
 YARDSTICK = ("regret", "regret_p95", "fraction_of_oracle")
 SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
-OUTCOMES_LOGGED = (
-    "delta_ef_pct",
-    "stress_reduction_pct",
-    "is_optimal",
-    *(f"reward_{name}" for name in SAFETY_LIMITS),
-)
-# The learner's own reward is computed from the rest.
-INFOS_KEPT = tuple(
-    dict.fromkeys((*OUTCOMES_LOGGED, *hydrogel_gym.Outcomes._fields, "reward_novelty"))
-)
+# What the logit of `is_optimal` tells is told by its term of the reward.
+OUTCOMES_LOGGED = tuple(name for name in hydrogel_gym.Outcomes._fields if name != "optimal_logit")
+TOLD = ("reward", "is_optimal", *OUTCOMES_LOGGED, *RewardTerms._fields)
+# The learner's own reward is computed from these.
+INFOS_KEPT = tuple(dict.fromkeys((*TOLD[1:], *hydrogel_gym.Outcomes._fields, *RewardTerms._fields)))
 
 # The source's own results (sections 6.1 and 6.3), drawn beside ours: another reward model, so only
 # the shape of the curve and its cost can be compared.
@@ -834,8 +830,7 @@ def rollout(
 
     Returns:
         The observation to go on from, of this rank's environments; of those of all ranks the
-        flattened batch and (T, B) tensors of what the steps told: reward and the outcomes in
-        `OUTCOMES_LOGGED`.
+        flattened batch and (T, B) tensors of what the steps told, by the names in `TOLD`.
     """
     # Our environments never truncate from inside. Of others it is not known, and asking the data
     # would be a read on the host: the value of every final observation is computed.
@@ -883,7 +878,7 @@ def rollout(
     )
     action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
     batch = Batch(data["obs"], action, data["logprob"], advantages, returns, data["value"])
-    told = {name: data[name] for name in ("reward", *OUTCOMES_LOGGED)}
+    told = {name: data[name] for name in TOLD}
     batch, told = tree_map(lambda part: world.gather(part, dim=1), (batch, told))
     return obs, tree_map(lambda part: part.flatten(0, 1), batch), told
 
@@ -1289,6 +1284,26 @@ def evaluate(
         "entropy": torch.stack(entropies).mean().item(),
         "polymer_share": share.tolist(),
     }
+
+
+@torch.no_grad()
+def policy_designs(agent: Agent, envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
+    """What the deterministic policy designs first for every patient, and what is predicted of it.
+
+    Args:
+        agent: the policy.
+        envs: one environment per patient.
+
+    Returns:
+        Tensors of P patients: `polymer_id` and `coverage` (P,) int64, `formulation` (P, 4) in the
+        units of `hydrogel_gym.spaces.FORMULATION_FIELDS`, and (P,) each, `reward`, every predicted
+        outcome and every term of the reward, by their names in `info`.
+    """
+    obs, _ = envs.reset()
+    design = agent.to_env(agent(obs).action)
+    _, reward, _, _, info = envs.step(design)
+    told = (*hydrogel_gym.Outcomes._fields, *RewardTerms._fields)
+    return {**design, "reward": reward, **{name: at_step(info, name) for name in told}}
 
 
 class Judged(NamedTuple):
@@ -2241,8 +2256,8 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
                 "mean_reward": told["reward"].mean(),
                 "max_reward": told["reward"].max(),
                 "optimal_rate": told["is_optimal"].float().mean(),
-                "mean_delta_ef_pct": told["delta_ef_pct"].mean(),
-                "mean_stress_reduction_pct": told["stress_reduction_pct"].mean(),
+                **{f"mean_{name}": told[name].mean() for name in OUTCOMES_LOGGED},
+                **{name: told[name].mean() for name in RewardTerms._fields},
                 **{
                     f"{name}_breach_rate": (told[f"reward_{name}"] < 0).float().mean()
                     for name in SAFETY_LIMITS
