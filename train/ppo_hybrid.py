@@ -8,11 +8,12 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --evaluate runs/quick-s1/stage2_policy.pt       # a saved policy
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
+    python train/ppo_hybrid.py --preset quick --track                          # log to W&B
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
 
 The run directory receives `config.json`, `metrics.csv` (a row per iteration), `learning_curve.png`,
 `policy_selection.png`, `stage2_policy.pt`, `summary.json` and `checkpoints/`; the README defines
-every column.
+every column. `--track` logs the same to Weights & Biases, `--tensorboard` to TensorBoard.
 The algorithm reads from top to bottom in plain PyTorch; `CompiledStep` and what follows it make the
 same rollout and update one compiled graph each (`--compile`).
 Figures of *the source* are those of the HYDRA-BERT Stage-2 document; the README lists its faults
@@ -27,12 +28,16 @@ import csv
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
 import math
 import os
 import platform
+import queue
+import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -43,6 +48,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -62,6 +68,7 @@ from hydrogel_gym.dynamics import RewardTerms
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import available_bytes, keep_freed_memory
 from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 
 Preset = Literal["source", "quick", "full"]
 Policy = Literal["factored", "autoregressive"]
@@ -69,10 +76,12 @@ Precision = Literal["fp32", "bf16", "fp64"]
 Compile = Literal["auto", "on", "off"]
 
 POLICY_FILE, SUMMARY_FILE, METRICS_FILE = "stage2_policy.pt", "summary.json", "metrics.csv"
+WANDB_FILE = "wandb.json"  # which W&B run is this one
 RUN_FILES = (
     POLICY_FILE,
     SUMMARY_FILE,
     METRICS_FILE,
+    WANDB_FILE,
     "config.json",
     "learning_curve.png",
     "policy_selection.png",
@@ -88,6 +97,34 @@ OUTCOMES_LOGGED = tuple(name for name in hydrogel_gym.Outcomes._fields if name !
 TOLD = ("reward", "is_optimal", *OUTCOMES_LOGGED, *RewardTerms._fields)
 # The learner's own reward is computed from these.
 INFOS_KEPT = tuple(dict.fromkeys((*TOLD[1:], *hydrogel_gym.Outcomes._fields, *RewardTerms._fields)))
+
+# A column of `metrics.csv` is NAMESPACE/COLUMN in W&B and TensorBoard.
+NAMESPACES = {
+    "losses": (
+        "policy_loss value_loss entropy approx_kl clipfrac grad_norm explained_variance"
+    ).split(),
+    "reward": [*RewardTerms._fields, *(f"mean_{name}" for name in OUTCOMES_LOGGED)],
+    "eval": [
+        f"{cohort}_{name}" for cohort in COHORTS for name in ("deterministic_reward", *YARDSTICK)
+    ],
+    "perf": "rollout_seconds update_seconds wall_seconds samples_per_second".split(),
+    "charts": (
+        "iteration mean_reward max_reward optimal_rate learning_rate "
+        + " ".join(f"{name}_breach_rate" for name in SAFETY_LIMITS)
+    ).split(),
+}
+# Of these W&B's summary shows the best of the run, of the rest the last. A sweep's objective has to
+# be a number there, so fractions of the oracle are among the rest.
+BEST_IS = {
+    "max": ["charts/mean_reward", "charts/max_reward", "charts/optimal_rate"]
+    + [f"eval/{cohort}_deterministic_reward" for cohort in COHORTS],
+    "min": [f"eval/{cohort}_{name}" for cohort in COHORTS for name in ("regret", "regret_p95")],
+}
+NUM_TOP_DESIGNS = 20  # of W&B's table
+# Settings of W&B where the environment has none ($WANDB_CONSOLE and so on). The console would be
+# copies of a progress bar; a network that is gone keeps the end of a run waiting.
+WANDB_SETTINGS = {"console": "off", "init_timeout": 30.0, "finish_timeout": 300.0}
+LAST_WAIT_SECONDS = 400.0  # for all logs, when training has ended
 
 # The source's own results (sections 6.1 and 6.3), drawn beside ours: another reward model, so only
 # the shape of the curve and its cost can be compared.
@@ -140,6 +177,16 @@ class Args:
     resume: str | None = None
     """continue a run: from this checkpoint, from the newest of this run directory, or with `auto`
     from the newest of the output directory, and from the start where it has none"""
+
+    # Logs, beside metrics.csv
+    track: bool = False
+    """log to Weights & Biases; offline where there is no account or no network"""
+    wandb_project: str | None = None
+    """default $WANDB_PROJECT, else hydrogel_gym"""
+    wandb_entity: str | None = None
+    """user or team; default $WANDB_ENTITY, else that of the account"""
+    tensorboard: bool = False
+    """log to TensorBoard, in the run directory"""
 
     # Environment
     env_id: str = "HydrogelDesign-v0"
@@ -1539,17 +1586,18 @@ def checkpoint_to_resume(args: Args, output_dir: Path) -> bytes | None:
 # A run may go on with other values of these. Cohorts are compared by what they hold.
 MAY_CHANGE = (
     "output_dir overwrite evaluate resume checkpoint_interval keep_checkpoints device compile "
-    "cohort holdout_cohort"
+    "cohort holdout_cohort track wandb_project wandb_entity tensorboard"
 ).split()
+
+
+def digest(cohort: Any) -> str:
+    """Short hash of who is in a cohort."""
+    ids = json.dumps(cohort.patient_ids).encode()
+    return hashlib.sha256(ids + cohort.features.numpy().tobytes()).hexdigest()[:16]
 
 
 def identity(args: Args, cohorts: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What has to be the same for a run to go on as if it had never stopped."""
-
-    def digest(cohort: Any) -> str:
-        ids = json.dumps(cohort.patient_ids).encode()
-        return hashlib.sha256(ids + cohort.features.numpy().tobytes()).hexdigest()[:16]
-
     return {
         **{name: value for name, value in plain_config(args).items() if name not in MAY_CHANGE},
         **{f"patients of the {name} cohort": digest(cohort) for name, cohort in cohorts.items()},
@@ -1679,6 +1727,291 @@ def save_figure(path: Path, figure: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def metric_key(column: str) -> str:
+    """What a column of `metrics.csv` is called in W&B and TensorBoard."""
+    for namespace, columns in NAMESPACES.items():
+        if column in columns:
+            return f"{namespace}/{column}"
+    return column  # global_step, the axis of all others
+
+
+def metric_values(row: dict[str, Any]) -> dict[str, float]:
+    """A row of `metrics.csv` by `metric_key`; without an oracle there is no regret."""
+    return {metric_key(column): value for column, value in row.items() if value is not None}
+
+
+class Outcome(NamedTuple):
+    """What there is to tell when training ends."""
+
+    summary: dict[str, Any]
+    policy_file: Path
+    cohort: Any  # the training patients
+    designs: dict[str, Tensor]  # for them, as of `policy_designs`
+
+
+class TensorBoardLog:
+    """The rows of `metrics.csv` for TensorBoard, in `tensorboard/` of the run directory.
+
+    Args:
+        output_dir: the run directory.
+        rows: of the run so far; what it logged after them before it was interrupted is struck out.
+    """
+
+    def __init__(self, output_dir: Path, rows: list[dict[str, Any]]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        first = rows[-1]["global_step"] + 1 if rows else 0
+        self.writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row."""
+        values = metric_values(row)
+        step = values.pop("global_step")
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add nothing: the last row holds the last figures."""
+
+    def close(self, failed: bool) -> None:
+        """Write what is left."""
+        self.writer.close()
+
+
+class WandbLog:
+    """A run of Weights & Biases, which goes on when the run of training does.
+
+    Its steps are samples of all ranks, which never go backwards: W&B drops what does. Offline,
+    every part of an interrupted run tells the whole run from its start, since the part that is
+    uploaded last replaces those before it (wandb/wandb, issue 5865).
+
+    Args:
+        args: for project and entity.
+        output_dir: the run directory; W&B's own files go to `wandb/` in it.
+        config: what the run is.
+        cohorts: patients by name, with their file unless they are the shipped ones.
+        rows: of the run so far.
+    """
+
+    def __init__(
+        self,
+        args: Args,
+        output_dir: Path,
+        config: dict[str, Any],
+        cohorts: dict[str, tuple[Any, Path | None]],
+        rows: list[dict[str, Any]],
+    ) -> None:
+        import wandb
+
+        self.wandb, env = wandb, os.environ
+        # Silent, or a terminal is asked for an account, and all ranks wait for the answer.
+        mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
+        mode = "offline" if mode == "dryrun" else mode
+        path = output_dir / WANDB_FILE
+        run_id = json.loads(path.read_text())["id"] if path.exists() else uuid.uuid4().hex[:8]
+        in_sweep, job = "WANDB_SWEEP_ID" in env, env.get("TORCHELASTIC_RUN_ID", "")
+        asked = dict(
+            id=env.get("WANDB_RUN_ID", run_id),
+            # A sweep has a project and an entity already.
+            project=None
+            if in_sweep
+            else args.wandb_project or env.get("WANDB_PROJECT", "hydrogel_gym"),
+            entity=None if in_sweep else args.wandb_entity,
+            name=env.get("WANDB_NAME", output_dir.name),
+            group=env.get("WANDB_RUN_GROUP", f"torchrun-{job}" if job else None),
+            job_type=env.get("WANDB_JOB_TYPE", "train"),
+            tags=[args.preset, args.policy, args.env_id, f"{config['ranks']} ranks"],
+            dir=str(output_dir),
+            settings=wandb.Settings(
+                save_code=True,
+                **{k: v for k, v in WANDB_SETTINGS.items() if f"WANDB_{k.upper()}" not in env},
+            ),
+        )
+        why = "as asked"
+        if mode not in ("offline", "disabled"):
+            try:
+                self.run = wandb.init(**asked, resume="allow")
+            except Exception as error:  # no account, no network, no permission
+                mode, why = "offline", reason(error)
+        if mode in ("offline", "disabled"):
+            self.run = wandb.init(**asked, mode=mode)
+        told = {name: getattr(self.run, name) for name in ("id", "project", "entity", "url")}
+        write_json(path, told)
+        self.exit_code = 0
+        self.sync = f"to upload: wandb sync {shlex.quote(str(Path(self.run.dir).parent))}"
+        state = f"offline ({why}); {self.sync}" if mode == "offline" else self.run.url or mode
+        say(f"W&B: {state}")
+
+        self.run.config.update(config, allow_val_change=True)
+        self.run.define_metric("global_step")
+        for namespace in NAMESPACES:
+            self.run.define_metric(f"{namespace}/*", step_metric="global_step")
+        for best, names in BEST_IS.items():
+            for name in names:
+                self.run.define_metric(name, step_metric="global_step", summary=best)
+        for name, (cohort, file) in cohorts.items():
+            self._use(self._cohort_artifact(name, cohort, file))
+        self.first_step = self.run.step  # of a run that goes on, the one after the last there
+        for row in rows:
+            self.log(row)
+
+    def _cohort_artifact(self, name: str, cohort: Any, file: Path | None) -> Any:
+        """The shipped patients as they are; of one's own only name and hash leave the machine."""
+        metadata = {"patients": len(cohort), "digest": digest(cohort), "shipped": file is None}
+        title = "cohort" if name == "train" else f"cohort_{name}"
+        if file is not None:
+            title = re.sub(r"[^\w.-]", "_", file.stem)
+        artifact = self.wandb.Artifact(title, type="cohort", metadata=metadata)
+        if file is None:
+            artifact.add_file(str(files("hydrogel_gym.patients") / f"{title}.csv"))
+        else:
+            artifact.add_reference(file.absolute().as_uri())
+        return artifact
+
+    def _use(self, artifact: Any) -> None:
+        if self.run.offline:
+            # `use_artifact` refuses, although the file of a run can hold that one is used.
+            self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        else:
+            self.run.use_artifact(artifact)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row, unless an earlier part of the run has."""
+        if row["global_step"] >= self.first_step:
+            self.run.log(metric_values(row), step=row["global_step"])
+
+    def conclude(self, outcome: Outcome) -> None:
+        """Add final figures, pictures, the best designs and the policy."""
+        wandb, figures = self.wandb, outcome.summary
+        share = wandb.Table(["polymer", "share"], [*map(list, figures["polymer_share"].items())])
+        told = {
+            "eval/polymer_share": wandb.plot.bar(
+                share, "polymer", "share", title="Share of each polymer in sampled designs"
+            ),
+            "eval/polymer_by_scar_size": wandb.Plotly(polymers_by_scar_size(outcome)),
+            "eval/top_designs": wandb.Table(dataframe=top_designs(outcome)),
+        }
+        self.run.log(told, step=figures["samples"])
+        plain = (bool, int, float, str)
+        self.run.summary.update(
+            {f"final/{name}": value for name, value in figures.items() if isinstance(value, plain)}
+        )
+        artifact = wandb.Artifact("stage2_policy", type="policy", metadata=figures)
+        artifact.add_file(str(outcome.policy_file))
+        self.run.log_artifact(artifact, aliases=["latest", f"run-{self.run.id}"])
+        self.exit_code = 130 if figures["interrupted"] else 0
+
+    def close(self, failed: bool) -> None:
+        """End W&B's run too."""
+        self.run.finish(exit_code=1 if failed else self.exit_code)
+        if self.run.offline:
+            say(f"W&B: {self.sync}")
+
+
+def polymers_by_scar_size(outcome: Outcome) -> Any:
+    """Heat map, for Plotly, of how often each polymer is chosen for small, medium, large scars."""
+    from plotly import graph_objects
+
+    column = [field.name for field in PATIENT_FIELDS].index("scar_fraction_pct")
+    scar = outcome.cohort.features[:, column].contiguous()
+    bounds = scar.quantile(torch.tensor([0.0, 1 / 3, 2 / 3, 1.0], dtype=scar.dtype))
+    tertile = torch.bucketize(scar, bounds[1:3])
+    names = hydrogel_gym.load_polymers().names
+    polymer = outcome.designs["polymer_id"].cpu()
+    counts = torch.bincount(tertile * len(names) + polymer, minlength=3 * len(names)).view(3, -1)
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    low, high = bounds[:-1].tolist(), bounds[1:].tolist()
+    heat_map = graph_objects.Heatmap(
+        z=shares.T.tolist(),
+        x=[f"{a:.1f} to {b:.1f} %" for a, b in zip(low, high, strict=True)],
+        y=names,
+        colorscale="Viridis",
+        colorbar={"title": "share"},
+    )
+    title = "Deterministic choice of polymer by scar, % of the left ventricle (tertiles)"
+    return graph_objects.Figure(heat_map, layout={"title": title, "height": 700})
+
+
+def top_designs(outcome: Outcome) -> Any:
+    """Data frame of the training patients' best designs by predicted reward."""
+    import pandas as pd
+
+    designs = {name: values.cpu() for name, values in outcome.designs.items()}
+    best = designs["reward"].argsort(descending=True)[:NUM_TOP_DESIGNS]
+    names = hydrogel_gym.load_polymers().names
+    columns = {
+        "patient_id": [outcome.cohort.patient_ids[row] for row in best],
+        "polymer": [names[i] for i in designs["polymer_id"][best]],
+        **{f.name: designs["formulation"][best, i] for i, f in enumerate(FORMULATION_FIELDS)},
+        "coverage": [COVERAGES[i] for i in designs["coverage"][best]],
+        **{name: designs[name][best] for name in ("reward", *hydrogel_gym.Outcomes._fields)},
+    }
+    return pd.DataFrame(
+        {name: x.tolist() if isinstance(x, Tensor) else x for name, x in columns.items()}
+    )
+
+
+class Logs:
+    """The logs of a run beside `metrics.csv`, kept by a thread of their own.
+
+    Training neither waits for a log nor ends with it: one that fails is left out from then on, with
+    a warning.
+
+    Args:
+        makers: by name, what begins each.
+    """
+
+    def __init__(self, makers: dict[str, Callable[[], WandbLog | TensorBoardLog]]) -> None:
+        self.makers = makers
+        self.logs: dict[str, WandbLog | TensorBoardLog] = {}
+        self.calls: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        # Daemon, so that a log that hangs keeps no process alive.
+        self.thread = threading.Thread(target=self._work, daemon=True)
+
+    def __enter__(self) -> Logs:
+        if self.makers:
+            self.thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.makers:
+            self.calls.put(("close", kind is not None))
+            self.calls.put(None)
+            self.thread.join(LAST_WAIT_SECONDS)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Add a row of `metrics.csv` to each."""
+        self.calls.put(("log", row))
+
+    def conclude(self, outcome: Callable[[], Outcome]) -> None:
+        """Tell each how the run ended."""
+        if self.makers:
+            self.calls.put(("conclude", outcome()))
+
+    def _work(self) -> None:
+        for name, make in self.makers.items():
+            with self._survived(name):
+                self.logs[name] = make()
+        while call := self.calls.get():
+            method, argument = call
+            for name, log in list(self.logs.items()):
+                with self._survived(name):
+                    getattr(log, method)(argument)
+
+    @contextlib.contextmanager
+    def _survived(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.logs.pop(name, None)
+            say(f"warning: going on without {name}: {reason(error)}")
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, above a progress bar if there is one."""
+    tqdm.write(line, file=sys.stderr)
+
+
 class Signals:
     """Turns signals into requests that training obeys when its iteration is done.
 
@@ -1730,6 +2063,12 @@ def check_args(args: Args, world: World) -> None:
     Raises:
         UsageError: names the flag, its value and what is allowed.
     """
+    for flag, asked, package in (
+        ("--track", args.track, "wandb"),
+        ("--tensorboard", args.tensorboard, "tensorboard"),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise UsageError(f'{flag} needs {package}: pip install -e ".[track]"')
     if args.policy not in get_args(Policy):
         raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
     sizes = "horizon num_envs num_steps num_iterations num_epochs minibatch_size hidden_dim"
@@ -1771,7 +2110,7 @@ def choose_output_dir(args: Args) -> Path:
     Raises:
         UsageError: it holds a run that may not be replaced.
     """
-    output_dir = args.output_dir or Path("runs") / f"{args.preset}-s{args.seed}"
+    output_dir = args.output_dir or default_output_dir(args)
     held = [name for name in (*RUN_FILES, CHECKPOINTS) if (output_dir / name).exists()]
     if not held or args.overwrite:
         return output_dir
@@ -1787,6 +2126,14 @@ def choose_output_dir(args: Args) -> Path:
         f"--output-dir {output_dir} already holds a run ({held[0]}); "
         f"{go_on}choose another directory or pass --overwrite"
     )
+
+
+def default_output_dir(args: Args) -> Path:
+    """Named by preset and seed; in a W&B sweep, which varies more than those, by sweep and run."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    if sweep and run:
+        return Path("runs") / f"sweep-{sweep}" / run
+    return Path("runs") / f"{args.preset}-s{args.seed}"
 
 
 def holds(output_dir: Path, checkpoint: Path) -> bool:
@@ -2227,10 +2574,20 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
         for old in up_to_now[: -args.keep_checkpoints]:
             old.unlink()
 
+    makers: dict[str, Callable[[], Any]] = {}
+    if is_main and args.track:
+        config = plain_config(args) | versions() | here | {"device": str(device)}
+        config |= {f"{name}_cohort_digest": digest(each) for name, each in cohorts.items()}
+        paths = {"train": args.cohort, "holdout": args.holdout_cohort}
+        patients = {name: (each, paths[name]) for name, each in cohorts.items()}
+        makers["W&B"] = functools.partial(WandbLog, args, output_dir, config, patients, list(rows))
+    if is_main and args.tensorboard:
+        makers["TensorBoard"] = functools.partial(TensorBoardLog, output_dir, list(rows))
+
     samples_per_iteration = args.num_envs * args.num_steps
-    start = time.perf_counter() - seconds_before
     resumed_at, stop = len(rows), False
     with (
+        Logs(makers) as logs,
         Signals(world) as signals,
         tqdm(
             total=args.num_iterations,
@@ -2241,6 +2598,7 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
             disable=not is_main,
         ) as bar,
     ):
+        start = time.perf_counter() - seconds_before
         for iteration in range(len(rows) + 1, args.num_iterations + 1):
             began = time.perf_counter()
             obs, batch, told = rollout(envs, agent, obs, args, generator, learner.act, world)
@@ -2296,6 +2654,7 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
                     save or is_last or iteration % args.checkpoint_interval == 0
                 ):
                     write_checkpoint()
+            logs.log(row)
             if is_main:
                 bar.set_postfix(
                     {
@@ -2343,6 +2702,14 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
             draw_policy_selection(output_dir / "policy_selection.png", figures["polymer_share"])
             # Last: a summary says that the directory is complete.
             write_json(output_dir / SUMMARY_FILE, summary)
+        logs.conclude(
+            lambda: Outcome(
+                summary,
+                output_dir / POLICY_FILE,
+                cohorts["train"],
+                policy_designs(agent, judged_on["train"].envs),
+            )
+        )
         world.wait()
     return summary | {"output_dir": str(output_dir)}
 
@@ -2418,7 +2785,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     Raises:
         UsageError: a flag or a value is unknown.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = spelt_as_flags(sys.argv[1:] if argv is None else argv)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="source")
     first.add_argument("--resume")
@@ -2440,6 +2807,20 @@ def parse_args(argv: list[str] | None = None) -> Args:
         lines = (line.strip(" │╭╮╰╯─") for line in boxed.getvalue().splitlines()[1:])
         message = " ".join(itertools.takewhile(bool, lines))
         raise UsageError(message or "the arguments cannot be read; see --help") from None
+
+
+def spelt_as_flags(argv: list[str]) -> list[str]:
+    """Booleans as W&B's agents write them, `--flag=True` and `--flag=False`, as tyro does."""
+    booleans = {field.name for field in dataclasses.fields(Args) if field.type == "bool"}
+
+    def spelt(word: str) -> str:
+        flag, _, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if name not in booleans or value.lower() not in ("true", "false"):
+            return word
+        return f"--{name}" if value.lower() == "true" else f"--no_{name}"
+
+    return [spelt(word) for word in argv]
 
 
 def args_of_checkpoint(path: Path) -> Args:
@@ -2466,6 +2847,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = parse_args(argv)
         if args.evaluate:
+            if args.track or args.tensorboard:
+                raise UsageError("--track and --tensorboard log training; drop them to --evaluate")
             if world.rank:
                 return 0
             summary = evaluate_saved(args)
