@@ -196,6 +196,12 @@ class Patients(NamedTuple):
         return {item.name: column for item, column in zip(PATIENT_FIELDS, columns, strict=True)}
 
     @property
+    def regret(self) -> np.ndarray:
+        """How much better the best possible design is; where that was searched for."""
+        # A design may beat the best that two searches found, by their precision.
+        return np.maximum(self.best - self.reward, 0.0)
+
+    @property
     def margins(self) -> dict[str, np.ndarray]:
         """Distance to each safety limit, negative where it is broken."""
         number = self.told["toxicity_risk"].dtype.type  # a limit is compared as rounded to it
@@ -609,14 +615,14 @@ def learning_section(run: Run) -> Section | None:
         (
             "fraction_of_oracle",
             "Fraction of the oracle",
-            "mean reward / mean best reward",
+            "mean / mean best reward",
             "The oracle searches every patient's whole design space; 1 is the best possible.",
         ),
         (
             "regret",
             "Regret",
-            "best possible reward less the policy's",
-            "Mean over the patients (lines) and 95th percentile (thin lines).",
+            "regret (reward)",
+            "Best possible reward less the policy's. Mean over the patients (lines) and 95th percentile (thin lines).",
         ),
     ):
         figure = new_figure(SAMPLES, axis)
@@ -652,7 +658,7 @@ def terms_section(run: Run) -> Section | None:
         ("The term of the ejection fraction, and the sum", names[:1]),
         ("The other terms", names[1:]),
     ):
-        figure = new_figure(SAMPLES, "mean per design (dimensionless)")
+        figure = new_figure(SAMPLES, "reward (dimensionless)")
         if part == names[:1] and has(table, "mean_reward"):
             style = dict(dash="dot")
             figure.add_trace(line(table, "mean_reward", "sum: mean reward", BLACK, style=style))
@@ -675,7 +681,7 @@ def terms_section(run: Run) -> Section | None:
     return Section("reward-terms", "Reward terms over time", [], plots, [])
 
 
-def share_bars(shares: dict[str, dict[str, float]], height: int = 560) -> go.Figure:
+def share_bars(shares: dict[str, dict[str, float]]) -> go.Figure:
     """Horizontal bars of the share of each polymer, %; by label, then by polymer."""
     names = hydrogel_gym.load_polymers().names
     first = next(iter(shares.values()))
@@ -683,6 +689,7 @@ def share_bars(shares: dict[str, dict[str, float]], height: int = 560) -> go.Fig
     used = [
         name for name in order if any(share.get(name, 0.0) >= 5e-4 for share in shares.values())
     ]
+    height = 160 + len(used) * (8 + 10 * len(shares))
     figure = new_figure("share of designs, %", "", height=height, bargap=0.25)
     colors = [GREY if label.startswith("source") else None for label in shares]
     cycle = iter(itertools.cycle(CYCLE[:-1]))
@@ -697,7 +704,7 @@ def share_bars(shares: dict[str, dict[str, float]], height: int = 560) -> go.Fig
             )
         )
     # Bars run upwards and the legend to the right.
-    figure.update_layout(barmode="group", legend_y=-0.14)
+    figure.update_layout(barmode="group", legend_y=-60 / (height - 120))
     return figure
 
 
@@ -779,7 +786,7 @@ def formulation_section(patients: Patients) -> Section:
             figure.add_trace(
                 bars(patients.formulation[rows, column], edges, name=name, color=color)
             )
-        figure.update_layout(showlegend=False)
+        figure.update_layout(showlegend=False, xaxis_range=[item.low, item.high])
         title = item.meaning.partition(",")[0].capitalize()
         plots.append(Plot(f"formulation-{column}", title, "", figure))
     legend = [(name, color) for (name, _), color in zip(groups, colors, strict=False)]
@@ -852,8 +859,7 @@ def regret_section(patients: Patients) -> Section | None:
     """How much better the best possible design of each patient is."""
     if patients.best is None:
         return None
-    # Two searches differ by rounding; a design cannot be better than the best.
-    regret = np.maximum(patients.best - patients.reward, 0.0)
+    regret = patients.regret
     edges = np.linspace(0.0, max(np.quantile(regret, 0.99), 1e-3), 31)
     figure = new_figure(
         "regret: best possible reward less the policy's", "patients", height=280, showlegend=False
@@ -889,48 +895,51 @@ def shown_rows(num_patients: int) -> np.ndarray:
     return np.arange(count) * num_patients // count
 
 
-def patient_table(patients: Patients) -> pd.DataFrame:
-    """The table of patients with their design and its predicted outcomes; units in the header."""
+def patient_columns(patients: Patients) -> list[tuple[str, Any, int | None]]:
+    """Columns of the patients' table: heading with its unit, values, decimals of numbers."""
     names = hydrogel_gym.load_polymers().names
-    short = ["stiffness, kPa", "half-life, days", "conductivity, S/m", "thickness, mm"]
+    told, features = patients.told, patients.features
+    requested = patients.formulation.T
     broken = np.stack([margin < 0 for margin in patients.margins.values()], -1)
-    features = patients.features
-    table = pd.DataFrame({"patient": np.array(patients.cohort.patient_ids, object)})
-    table["polymer"] = [names[i] for i in patients.polymer_id]
-    table["covered border zone, %"] = [
-        round(100 * COVERAGE_FRACTIONS[i]) for i in patients.coverage
+    limits = [", ".join(itertools.compress(ppo_hybrid.SAFETY_LIMITS, row)) for row in broken]
+    regret = [] if patients.best is None else [("regret", patients.regret, 2)]
+    return [
+        ("patient", np.array(patients.cohort.patient_ids, object), None),
+        ("polymer", [names[i] for i in patients.polymer_id], None),
+        ("covered border zone, %", 100 * np.array(COVERAGE_FRACTIONS)[patients.coverage], 0),
+        ("stiffness, kPa", requested[0], 1),
+        ("half-life, days", requested[1], 0),
+        ("conductivity, S/m", requested[2], 3),
+        ("thickness, mm", requested[3], 2),
+        ("reward", patients.reward, 2),
+        *regret,
+        ("change in LVEF, points", told["delta_ef_pct"], 2),
+        ("stress reduction, %", told["stress_reduction_pct"], 1),
+        ("toxicity, 0–1", told["toxicity_risk"], 3),
+        ("integrity, 0–1", told["structural_integrity"], 3),
+        ("fibrosis, 0–1", told["fibrosis_risk"], 3),
+        ("limits broken", [limit or "none" for limit in limits], None),
+        ("LVEF, %", features["lvef_pct"], 1),
+        ("scar, % of LV", features["scar_fraction_pct"], 1),
+        ("border zone, % of LV", features["bz_fraction_pct"], 1),
+        ("transmurality, 0–1", features["transmurality"], 2),
     ]
-    for label, column, decimals in zip(short, patients.formulation.T, (1, 0, 3, 2), strict=True):
-        table[label] = column.astype(float).round(decimals)
-    table["reward"] = patients.reward.round(2)
-    if patients.best is not None:
-        table["regret"] = np.maximum(patients.best - patients.reward, 0.0).round(2)
-    for name, label, decimals in (
-        ("delta_ef_pct", "change in LVEF, points", 2),
-        ("stress_reduction_pct", "stress reduction, %", 1),
-        ("toxicity_risk", "toxicity, 0–1", 3),
-        ("structural_integrity", "integrity, 0–1", 3),
-        ("fibrosis_risk", "fibrosis, 0–1", 3),
-    ):
-        table[label] = patients.told[name].astype(float).round(decimals)
-    table["limits broken"] = [
-        ", ".join(itertools.compress(ppo_hybrid.SAFETY_LIMITS, row)) or "none" for row in broken
-    ]
-    for name, label, decimals in (
-        ("lvef_pct", "LVEF, %", 1),
-        ("scar_fraction_pct", "scar, % of LV", 1),
-        ("bz_fraction_pct", "border zone, % of LV", 1),
-        ("transmurality", "transmurality, 0–1", 2),
-    ):
-        table[label] = features[name].round(decimals)
-    return table.iloc[shown_rows(len(table))].reset_index(drop=True)
 
 
 def table_html(patients: Patients) -> str:
     """The searchable table, with its library."""
-    library = generate_init_offline_itables_html(itables.options.dt_bundle)
-    table = itables.to_html_datatable(
-        patient_table(patients),
+    columns = patient_columns(patients)
+    table = pd.DataFrame({heading: values for heading, values, _ in columns})
+    table = table.iloc[shown_rows(len(table))].reset_index(drop=True)
+    column_defs = []
+    for i, (heading, _, decimals) in enumerate(columns):
+        if decimals is not None:
+            table[heading] = table[heading].astype(float).round(decimals)
+            shown = f"type === 'display' ? value.toFixed({decimals}) : value"
+            render = itables.JavascriptFunction(f"function(value, type) {{ return {shown}; }}")
+            column_defs.append({"targets": i, "render": render})
+    html = itables.to_html_datatable(
+        table,
         connected=False,
         display_logo_when_loading=False,
         table_id="patient-table",
@@ -938,10 +947,10 @@ def table_html(patients: Patients) -> str:
         showIndex=False,
         allow_html=False,
         maxBytes=0,
-        format_floats_in_python=False,
         pageLength=10,
+        columnDefs=column_defs,
     )
-    return library + table
+    return generate_init_offline_itables_html(itables.options.dt_bundle) + html
 
 
 def patient_data(patients: Patients) -> dict[str, Any]:
@@ -1248,7 +1257,7 @@ def comparison(runs: list[Run]) -> bytes:
         ("train_deterministic_reward", "Deterministic, training patients", "mean reward"),
         ("holdout_deterministic_reward", "Deterministic, held-out patients", "mean reward"),
         ("holdout_fraction_of_oracle", "Fraction of the oracle, held out", "reward / best reward"),
-        ("holdout_regret", "Regret, held out", "best possible reward less the policy's"),
+        ("holdout_regret", "Regret, held out", "regret (reward)"),
         ("entropy", "Entropy of the policy", "entropy, nats"),
     ):
         figure = overlay(groups, name, axis)
@@ -1274,7 +1283,7 @@ def comparison(runs: list[Run]) -> bytes:
             shares[group.label] = {k: float(np.mean([t[k] for t in tallies])) for k in tallies[0]}
     if shares:
         shares["source (another reward model)"] = ppo_hybrid.SOURCE_POLYMER_SHARE
-        figure = share_bars(shares, height=360 + 80 * len(shares))
+        figure = share_bars(shares)
         caption = "Sampled designs; mean over the runs of a group that have a summary."
         plot = Plot("polymers", "Share of each polymer", caption, figure)
         sections.append(Section("polymers", "Polymer selection", [], [plot], []))
