@@ -509,7 +509,7 @@ def new_figure(x: str, y: str, **layout: Any) -> go.Figure:
         margin=dict(l=56, r=12, t=12, b=48),
         xaxis=dict(title=dict(text=x), **axis),
         yaxis=dict(title=dict(text=y), **axis),
-        legend=dict(orientation="h", x=0, y=-0.28, yanchor="top"),
+        legend=dict(orientation="h", x=0, yref="container", y=0, yanchor="bottom"),
         hoverlabel=dict(namelength=-1),
     )
     return figure.update_layout(**layout)
@@ -622,7 +622,8 @@ def learning_section(run: Run) -> Section | None:
             "regret",
             "Regret",
             "regret (reward)",
-            "Best possible reward less the policy's. Mean over the patients (lines) and 95th percentile (thin lines).",
+            "Best possible reward less the policy's: mean over the patients and, thin, 95th "
+            "percentile.",
         ),
     ):
         figure = new_figure(SAMPLES, axis)
@@ -658,7 +659,7 @@ def terms_section(run: Run) -> Section | None:
         ("The term of the ejection fraction, and the sum", names[:1]),
         ("The other terms", names[1:]),
     ):
-        figure = new_figure(SAMPLES, "reward (dimensionless)")
+        figure = new_figure(SAMPLES, "reward (dimensionless)", height=400)
         if part == names[:1] and has(table, "mean_reward"):
             style = dict(dash="dot")
             figure.add_trace(line(table, "mean_reward", "sum: mean reward", BLACK, style=style))
@@ -703,9 +704,7 @@ def share_bars(shares: dict[str, dict[str, float]]) -> go.Figure:
                 marker=dict(color=color or next(cycle)),
             )
         )
-    # Bars run upwards and the legend to the right.
-    figure.update_layout(barmode="group", legend_y=-60 / (height - 120))
-    return figure
+    return figure.update_layout(barmode="group")
 
 
 def tertile_map(values: np.ndarray, polymer_id: np.ndarray, axis: str) -> go.Figure:
@@ -718,7 +717,7 @@ def tertile_map(values: np.ndarray, polymer_id: np.ndarray, axis: str) -> go.Fig
     share = 100 * count / np.maximum(count.sum(0), 1)
     chosen = [i for i in np.argsort(count.sum(1), kind="stable") if count[i].sum()]
     labels = [
-        f"{part}<br>{low:.3g} to {high:.3g}"
+        f"{part}<br>{low:.2g} to {high:.2g}"
         for part, low, high in zip(("low", "middle", "high"), edges, edges[1:], strict=False)
     ]
     figure = new_figure(axis, "", height=120 + 24 * len(chosen))
@@ -730,12 +729,12 @@ def tertile_map(values: np.ndarray, polymer_id: np.ndarray, axis: str) -> go.Fig
             colorscale="Cividis",
             zmin=0,
             texttemplate="%{z:.0f}",
-            colorbar=dict(title=dict(text="% of<br>third"), thickness=10),
+            showscale=False,
             hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>",
         )
     )
     figure.update_yaxes(showgrid=False)
-    return figure.update_xaxes(showgrid=False)
+    return figure.update_xaxes(showgrid=False, tickangle=0, tickfont=dict(size=10))
 
 
 def polymer_section(run: Run, patients: Patients | None) -> Section | None:
@@ -861,12 +860,11 @@ def regret_section(patients: Patients) -> Section | None:
         return None
     regret = patients.regret
     edges = np.linspace(0.0, max(np.quantile(regret, 0.99), 1e-3), 31)
-    figure = new_figure(
-        "regret: best possible reward less the policy's", "patients", height=280, showlegend=False
-    )
+    figure = new_figure("regret (reward)", "patients", height=280, showlegend=False)
     figure.add_trace(bars(np.minimum(regret, edges[-1]), edges, name="regret", color=BLUE))
     caption = (
-        f"Mean {regret.mean():.3f}, median {np.median(regret):.3f}, largest {regret.max():.2f}; "
+        "Best possible reward less the policy's: "
+        f"mean {regret.mean():.3f}, median {np.median(regret):.3f}, largest {regret.max():.2f}; "
         "the last bar holds all above the 99th percentile."
     )
     plot = Plot("regret-patients", "Regret over the patients", caption, figure)
