@@ -498,11 +498,10 @@ def neighbours(
 
 def new_figure(x: str, y: str, **layout: Any) -> go.Figure:
     """An empty figure with titles on its axes, each with its unit."""
-    figure = go.Figure()
     axis = dict(
         automargin=True, gridcolor="#E3E3E3", zeroline=False, linecolor="#444", ticks="outside"
     )
-    figure.update_layout(
+    base = dict(
         template="none",
         font=dict(family="system-ui, sans-serif", size=12, color="#222"),
         height=340,
@@ -512,7 +511,7 @@ def new_figure(x: str, y: str, **layout: Any) -> go.Figure:
         legend=dict(orientation="h", x=0, yref="container", y=0, yanchor="bottom"),
         hoverlabel=dict(namelength=-1),
     )
-    return figure.update_layout(**layout)
+    return go.Figure(layout=base | layout)
 
 
 def has(table: pd.DataFrame, *names: str) -> bool:
@@ -638,7 +637,7 @@ def learning_section(run: Run) -> Section | None:
                     figure.add_trace(line(table, name, label + end, color, style=style))
         if figure.data:
             if key == "regret":
-                figure.update_yaxes(type="log")
+                figure.update_yaxes(type="log", dtick="D2")
             plots.append(Plot(key, title, caption, figure))
         else:
             run.gaps.append(f"{title}: not recorded, as of a run without an oracle, and left out.")
@@ -1268,7 +1267,7 @@ def comparison(runs: list[Run]) -> bytes:
             figure.update_xaxes(type="log", exponentformat="SI")
             caption += " Dotted: the source's table, of another reward model."
         if name == "holdout_regret":
-            figure.update_yaxes(type="log")
+            figure.update_yaxes(type="log", dtick="D2")
         plots.append(Plot(name.replace("_", "-"), title, caption, figure))
     sections = [
         Section("figures", "Final figures", about_seeds(groups), [], tables),
