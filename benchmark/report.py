@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import itables
 import plotly
@@ -26,6 +27,9 @@ import torch
 from PIL import Image
 
 from hydrogel_gym.files import write_atomically
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 HERE = Path(__file__).parent
 RESULTS, TRAIN = HERE / "results", HERE.parent / "train"
@@ -83,16 +87,22 @@ def look(page_path: Path, rounds: int) -> tuple[list[float], bytes]:
             seconds.append(time.perf_counter() - start)
         page.locator("#patient-input").fill(PATIENT)
         page.keyboard.press("Enter")
-        shots = []
-        for part, height in (("#learning-curves", 360), ("#patient", 1180)):
-            page.set_viewport_size({"width": 1280, "height": 900})
-            box = page.locator(part).bounding_box()
-            top = box["y"] + page.evaluate("scrollY")
-            clip = {"x": 0, "y": top, "width": 1280, "height": min(box["height"], height)}
-            shots.append(page.screenshot(full_page=True, clip=clip))
-        top = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": 1280, "height": 290})
+        page.locator("#patient-input").blur()
+        shots = [
+            between(page, "header", "nav"),
+            between(page, "#learning-curves", "#learning-curves .tables"),
+            between(page, "#patient", "#slices figure:nth-child(3)"),
+        ]
         browser.close()
-    return seconds, stack([top, *shots])
+    return seconds, stack(shots)
+
+
+def between(page: Page, first: str, last: str) -> bytes:
+    """Picture from the top of one element to the top of another."""
+    boxes = [page.locator(selector).bounding_box() for selector in (first, last)]
+    top, bottom = (box["y"] + page.evaluate("scrollY") for box in boxes)
+    clip = {"x": 0, "y": top - 8, "width": 1280, "height": bottom - top}
+    return page.screenshot(full_page=True, clip=clip)
 
 
 def stack(pngs: list[bytes]) -> bytes:
