@@ -159,27 +159,15 @@ def best_designs(
             outcome that is not finite (names patient and design).
         CohortError, RewardModelError: the cohort or the model cannot be loaded.
     """
-    cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
-    if len(cohort) == 0:
-        raise ValueError(f"cohort {cohort.name!r} has no patients; the oracle needs at least one")
-    try:
-        device = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
-    model = load_reward_model(reward_model, device)
-    config = reward_config or RewardConfig()
-    patients = cohort.features.to(device, torch.float32)
-
+    cohort, patients, model, config = _problem(cohort, reward_model, reward_config, device)
     path = key = None
     if cache_dir is not None:
-        key = _content_key(cohort, patients, model, config, seed)
-        path = Path(cache_dir) / f"oracle-{key[:16]}.parquet"
+        path, key = _cache_entry(cache_dir, cohort, patients, model, config, seed)
         if (cached := _read_cache(path, key, len(cohort))) is not None:
             return _result(cohort, patients, *cached, model, config)
 
     chunks: list[tuple[Design, Tensor]] = []
-    at_once = PATIENTS_AT_ONCE.get(device.type, PATIENTS_AT_ONCE_ELSEWHERE)
+    at_once = PATIENTS_AT_ONCE.get(patients.device.type, PATIENTS_AT_ONCE_ELSEWHERE)
     with tqdm(total=len(cohort), desc="oracle", unit="patient", disable=not progress) as bar:
         for start in range(0, len(cohort), at_once):
             rows = slice(start, start + at_once)
@@ -195,6 +183,50 @@ def best_designs(
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_cache(path, key, best)
     return best
+
+
+def cached_best_designs(
+    cohort: Cohort | str | os.PathLike[str] | None = None,
+    reward_model: str | RewardModel = "mechanistic",
+    reward_config: RewardConfig | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache_dir: str | os.PathLike[str],
+) -> BestDesigns | None:
+    """What `best_designs` has kept in `cache_dir` for the same arguments; never searches.
+
+    Returns:
+        The designs, or None where there is no file of them that can be used.
+
+    Raises:
+        ValueError, CohortError, RewardModelError: as `best_designs`.
+    """
+    cohort, patients, model, config = _problem(cohort, reward_model, reward_config, device)
+    cached = _read_cache(
+        *_cache_entry(cache_dir, cohort, patients, model, config, seed), len(cohort)
+    )
+    return cached and _result(cohort, patients, *cached, model, config)
+
+
+def _problem(
+    cohort: Cohort | str | os.PathLike[str] | None,
+    reward_model: str | RewardModel,
+    reward_config: RewardConfig | None,
+    device: str | torch.device,
+) -> tuple[Cohort, Tensor, RewardModel, RewardConfig]:
+    """Cohort, its (P, 11) features on the device, reward model and configuration."""
+    cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
+    if len(cohort) == 0:
+        raise ValueError(f"cohort {cohort.name!r} has no patients; the oracle needs at least one")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {str(device)!r} cannot be used: {reason}") from error
+    model = load_reward_model(reward_model, device)
+    patients = cohort.features.to(device, torch.float32)
+    return cohort, patients, model, reward_config or RewardConfig()
 
 
 def _better(one: Design, other: Design, one_is_better: Tensor) -> Design:
@@ -320,6 +352,19 @@ def _result(
         Outcomes(*(value.cpu() for value in outcomes)),
         seed_gap.cpu(),
     )
+
+
+def _cache_entry(
+    cache_dir: str | os.PathLike[str],
+    cohort: Cohort,
+    patients: Tensor,
+    model: RewardModel,
+    config: RewardConfig,
+    seed: int,
+) -> tuple[Path, str]:
+    """File of a result, and the key that it has to carry."""
+    key = _content_key(cohort, patients, model, config, seed)
+    return Path(cache_dir) / f"oracle-{key[:16]}.parquet", key
 
 
 @torch.no_grad()

@@ -92,6 +92,19 @@ def ppo():
 
 
 @pytest.fixture(scope="session")
+def report(ppo):
+    """The script that writes reports, as a module; its `ppo_hybrid` is the fixture `ppo`."""
+    path = Path(__file__).parents[1] / "train" / "report.py"
+    spec = importlib.util.spec_from_file_location("report_under_test", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "ppo_hybrid", ppo)
+        spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
 def small_run(ppo, tmp_path_factory):
     """Makes arguments of a run of a second on eighty patients, without an oracle."""
     folder = tmp_path_factory.mktemp("patients")

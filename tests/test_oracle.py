@@ -21,7 +21,7 @@ from hydrogel_gym import (
     load_reward_model,
     oracle,
 )
-from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.oracle import best_designs, cached_best_designs
 from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
 
 TOLERANCE = 0.02  # of a reward: what two searches may differ by
@@ -324,6 +324,19 @@ def test_cached_result_is_read_instead_of_searched_for(tmp_path, three_patients,
     assert torch.equal(again.score, first.score)
     assert torch.equal(again.seed_gap, first.seed_gap)
     assert len(cache_files(tmp_path / "cache")) == 1
+
+
+def test_result_is_had_from_the_cache_alone_and_none_where_it_has_none(
+    tmp_path, three_patients, searched
+):
+    assert cached_best_designs(three_patients, cache_dir=tmp_path / "absent") is None
+    assert list(tmp_path.iterdir()) == []
+    first = best_designs(three_patients, cache_dir=tmp_path)
+    cached = cached_best_designs(three_patients, cache_dir=tmp_path)
+    assert len(searched) == 2
+    assert torch.equal(cached.score, first.score)
+    assert all(map(torch.equal, cached.design, first.design))
+    assert cached_best_designs(three_patients, cache_dir=tmp_path, seed=1) is None
 
 
 @pytest.mark.parametrize("changed", ["cohort", "model", "weights", "config", "seed", "code"])

@@ -96,6 +96,16 @@ def test_trainer_imports_few_public_names_and_figures_only_inside_functions():
     assert not {name for name in top_level if name.startswith("matplotlib")}
 
 
+def test_report_imports_few_public_names_and_the_trainer():
+    names = set(imports(parse(CHECKOUT / "train" / "report.py")))
+    modules = {name.rpartition(".")[0] for name in names if name.startswith("hydrogel_gym.")}
+    assert modules == {f"hydrogel_gym.{name}" for name in ("dynamics", "files", "oracle", "spaces")}
+    libraries = {"itables", "jinja2", "numpy", "pandas", "plotly", "torch", "tyro"}
+    assert third_party(names) == libraries | {"hydrogel_gym", "ppo_hybrid"}
+    private = [name for name in names if any(part.startswith("_") for part in name.split("."))]
+    assert private == ["__future__.annotations"]
+
+
 def test_patient_folder_is_data_with_one_generator():
     assert [type(node) for node in parse(CHECKOUT / "patients" / "__init__.py").body] == [ast.Expr]
     assert {path.name for path in (CHECKOUT / "patients").glob("*.py")} == {

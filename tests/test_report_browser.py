@@ -1,0 +1,227 @@
+"""The report in a browser: it loads from disk alone, and does what its controls promise."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+playwright = pytest.importorskip("playwright.sync_api")
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path"),
+]
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+ROWS = "#patient-table tbody tr"
+FIRST_CELLS = f"{ROWS} td:first-child"
+
+
+@pytest.fixture(scope="module")
+def paths(ppo, report, small_run, tmp_path_factory) -> dict[str, Path]:
+    """Pages of a run with an oracle, of one that is partial, and of both."""
+    folder = tmp_path_factory.mktemp("runs")
+    ppo.train(small_run(folder / "one", oracle=True))
+    two = shutil.copytree(folder / "one", folder / "two")
+    for name in ("summary.json", "stage2_policy.pt"):
+        (two / name).unlink()
+    shutil.rmtree(two / "checkpoints")
+    for runs in (["one"], ["two"], ["one", "two"]):
+        assert report.main([str(folder / name) for name in runs]) == 0
+    return {
+        "one run": folder / "one" / "report.html",
+        "partial": two / "report.html",
+        "comparison": folder / "comparison.html",
+    }
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, paths):
+    """Opens a page, which by the end of the test has complained of nothing and fetched nothing."""
+    said, pages = [], []
+
+    def open_page(name: str = "one run", viewport: dict = DESKTOP, **options):
+        page = browser.new_page(viewport=viewport, **options)
+        pages.append(page)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: said.append(request.url))
+        page.goto(paths[name].as_uri())
+        page.wait_for_selector(".main-svg")
+        if name == "one run":
+            page.wait_for_selector(f"{ROWS} td:nth-child(3)")
+        return page
+
+    yield open_page
+    for page in pages:
+        page.close()
+    own = {path.as_uri() for path in paths.values()}
+    # A module of this file's own text has a `blob:` address.
+    assert [text for text in said if text not in own and not text.startswith("blob:null/")] == []
+
+
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L"), float)
+
+
+def slice_markers(page) -> list:
+    """Where the chosen design lies on each slice."""
+    return page.evaluate(
+        "[...document.querySelectorAll('.slice')].map((e) => e.data.at(-1))"
+        ".map((chosen) => [chosen.x[0], chosen.y[0]])"
+    )
+
+
+@pytest.mark.parametrize("viewport", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("name", ["one run", "partial", "comparison"])
+def test_page_loads_and_is_neither_blank_nor_wider_than_the_screen(visit, name, viewport):
+    page = visit(name, viewport)
+    assert page.evaluate("document.documentElement.scrollWidth") <= viewport["width"]
+    assert pixels(page.screenshot()).std() > 10
+    empty = page.evaluate(
+        "[...document.querySelectorAll('.plot')]"
+        ".filter((e) => !e.querySelector('.main-svg')).length"
+    )
+    assert empty == 0
+    for plot in page.locator(".plot").all():
+        assert pixels(plot.screenshot()).std() > 5
+
+
+def test_partial_page_says_at_the_top_what_it_lacks(visit):
+    page = visit("partial")
+    box = page.locator(".notice")
+    assert "This report is partial" in box.inner_text()
+    assert box.locator("li").count() == 3
+    assert page.locator("#patient").count() == 0
+
+
+@pytest.mark.parametrize("column", [1, 2], ids=["patient", "polymer"])
+def test_search_leaves_the_rows_that_match(visit, column):
+    page = visit()
+    before = page.locator(ROWS).count()
+    word = page.locator(f"{ROWS}:first-child td:nth-child({column})").inner_text()
+    search = page.get_by_role("searchbox")
+    search.fill(word)
+    shown = page.locator(f"{ROWS} td:nth-child({column})").all_inner_texts()
+    assert set(shown) == {word}
+    info = page.locator("#patient-table_info").inner_text()
+    assert "filtered from 40" in info
+    search.fill("no such thing")
+    assert page.locator(ROWS).all_inner_texts() == ["No matching records found"]
+    search.fill("")
+    assert page.locator(ROWS).count() == before == 10
+
+
+def test_chosen_row_shows_its_patient(visit):
+    page = visit()
+    assert page.locator("#patient-title").inner_text() == "Patient P0000"
+    picture = page.locator("#short-axis").inner_html()
+    markers = slice_markers(page)
+    page.locator(ROWS).nth(4).locator("td").nth(1).click()
+    assert page.locator("#patient-title").inner_text() == "Patient P0004"
+    assert page.locator("#short-axis").inner_html() != picture
+    assert all(new != old for new, old in zip(slice_markers(page)[:4], markers[:4], strict=True))
+    assert page.locator(f"{ROWS}.chosen td:first-child").inner_text() == "P0004"
+    assert page.locator("#patient-input").input_value() == "P0004"
+
+
+def test_rows_can_be_chosen_after_sorting_and_on_another_page_of_the_table(visit):
+    page = visit()
+    page.locator("#patient-table thead th", has_text="reward").first.click()
+    page.locator(".dt-paging button", has_text="2").first.click()
+    first = page.locator(FIRST_CELLS).first
+    first.click()
+    assert page.locator("#patient-title").inner_text() == f"Patient {first.inner_text()}"
+
+
+def test_patient_can_be_chosen_by_the_keyboard(visit):
+    page = visit()
+    page.locator("#patient-input").focus()
+    page.keyboard.press("Control+A")
+    page.keyboard.type("P0017")
+    page.keyboard.press("Enter")
+    assert page.locator("#patient-title").inner_text() == "Patient P0017"
+    page.locator("#patient-next").focus()
+    page.keyboard.press("Enter")
+    assert page.locator("#patient-title").inner_text() == "Patient P0018"
+    page.locator("#patient-previous").press("Space")
+    assert page.locator("#patient-title").inner_text() == "Patient P0017"
+
+
+def test_unknown_patient_is_refused_in_words(visit):
+    page = visit()
+    page.locator("#patient-input").fill("P9999")
+    page.keyboard.press("Enter")
+    assert page.locator("#patient-error").inner_text() == "There is no patient P9999."
+    assert page.locator("#patient-title").inner_text() == "Patient P0000"
+
+
+def test_drawing_is_to_scale(visit, report, paths):
+    page = visit()
+    patients = report.design_patients(report.read_run(paths["one run"].parent))
+    features, row = patients.features, 6
+    page.locator("#patient-input").fill(patients.cohort.patient_ids[row])
+    page.keyboard.press("Enter")
+    cavity = float(page.locator("#short-axis .cavity").get_attribute("r"))
+    muscle = float(page.locator("#short-axis .remote").get_attribute("r"))
+    # A prolate spheroid twice as long as wide: 8/3 pi r^3.
+    volume_ml = 8.0 / 3.0 * np.pi * cavity**3 / 1000.0
+    assert volume_ml == pytest.approx(features["edv_ml"][row], rel=1e-4)
+    assert muscle - cavity == pytest.approx(features["wall_thickness_mm"][row], rel=1e-4)
+    box = page.evaluate(
+        "(({y, width}) => [y, width])(document.querySelector('#short-axis .patch').getBBox())"
+    )
+    assert -box[0] == pytest.approx(muscle + patients.formulation[row, 3], abs=0.05)
+    scar = np.pi * features["scar_fraction_pct"][row] / 100.0
+    border = np.pi * features["bz_fraction_pct"][row] / 100.0
+    covered = (0.0, 0.25, 0.5, 1.0)[patients.coverage[row]]
+    half = min(scar + covered * border, np.pi / 2)
+    outer = muscle + patients.formulation[row, 3]
+    assert box[1] == pytest.approx(2 * outer * np.sin(half), abs=0.1)
+
+
+def test_slices_of_the_page_are_those_of_the_reward_model(visit, report, paths):
+    page = visit()
+    patients = report.design_patients(report.read_run(paths["one run"].parent))
+    page.locator("#patient-input").fill(patients.cohort.patient_ids[9])
+    page.keyboard.press("Enter")
+    drawn = page.evaluate("[...document.querySelectorAll('.slice')].map((e) => e.data[0].y)")
+    np.testing.assert_allclose(np.concatenate(drawn), patients.slices.reward[9], atol=0.0051)
+    unsafe = page.evaluate(
+        "[...document.querySelectorAll('.slice')].slice(0, 4).map((e) => e.data[1].x.length)"
+    )
+    assert sum(unsafe) == patients.slices.is_unsafe[9, : 4 * report.SLICE_POINTS].sum()
+
+
+def test_print_shows_the_patient_and_no_controls(visit):
+    page = visit()
+    controls = page.locator(".controls, nav, .dt-search, .dt-paging")
+    assert all(control.is_visible() for control in controls.all())
+    page.emulate_media(media="print")
+    assert not any(control.is_visible() for control in controls.all())
+    assert page.locator("#short-axis").is_visible()
+    assert len(page.pdf(format="A4")) > 100_000
+    assert page.locator("details:not([open])").count() == 0
+
+
+def test_script_makes_the_same_page_from_anywhere(paths, tmp_path):
+    script = Path(__file__).parents[1] / "train" / "report.py"
+    run = paths["one run"].parent
+    command = ["python", str(script), str(run), "--output", "page.html"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "page.html").read_bytes() == paths["one run"].read_bytes()
