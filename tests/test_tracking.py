@@ -237,6 +237,7 @@ def test_tensorboard_has_the_same_values_under_the_same_names(ppo, tracked):
         assert [s.value for s in scalars] == pytest.approx(table[column].tolist(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_logged_run_trains_the_same_weights(ppo, small_run, tracked, tmp_path):
     ppo.train(small_run(tmp_path / "plain", oracle=True))
     plain, logged = (
@@ -272,6 +273,7 @@ def test_resumed_run_is_the_same_run_and_tells_all_of_it(ppo, small_run, tmp_pat
     assert [scalar.step for scalar in events.Scalars("charts/mean_reward")] == steps
 
 
+@pytest.mark.slow
 def test_run_that_branches_off_is_another_run(ppo, small_run, tmp_path):
     ppo.train(small_run(tmp_path / "run", num_iterations=2, track=True))
     checkpoint = ppo.checkpoints(tmp_path / "run")[0]
@@ -348,6 +350,7 @@ def test_resumed_run_logs_online_only_what_the_server_has_not(ppo, small_run, tm
     assert run.exit_code == 0
 
 
+@pytest.mark.slow
 def test_run_goes_offline_when_the_server_is_not_reached(ppo, small_run, tmp_path, server):
     runs = server(failing="init")
     ppo.train(small_run(tmp_path / "run", num_iterations=2, track=True))
