@@ -42,6 +42,8 @@ def records(run_file: Path) -> Iterator:
             position += left
             continue
         _, length, kind = struct.unpack_from("<IHB", data, position)
+        if position + 7 + length > len(data):
+            return
         message += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (WHOLE, LAST):
@@ -55,6 +57,14 @@ class OfflineRun:
     """What an offline run file holds, in the words of W&B."""
 
     def __init__(self, run_file: Path) -> None:
+        # The last records may be written a moment after W&B says that the run has ended.
+        deadline = time.monotonic() + 20
+        self._read(run_file)
+        while self.exit_code is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+            self._read(run_file)
+
+    def _read(self, run_file: Path) -> None:
         self.files = run_file.parent / "files"
         self.config, self.summary, self.metrics, self.artifacts = {}, {}, {}, {}
         self.history: list[dict] = []
