@@ -86,4 +86,4 @@ def test_proposed_runs_are_trained_and_logged_as_one_run_each(ppo, small_run, tm
     assert done.returncode == 0, done.stderr
     output_dir = tmp_path / "runs" / "sweep-s" / "r"
     assert (output_dir / "summary.json").is_file()
-    assert len(list(output_dir.glob("wandb/offline-run-*-r/run-r.wandb"))) == 1
+    assert len(list(output_dir.glob("wandb/offline-run-*-r/run-r.wandb"))) == 1, done.stderr
