@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -131,3 +132,12 @@ def small_run(ppo, tmp_path_factory):
         return ppo.Args(**(paths | settings | changes))
 
     return make
+
+
+@pytest.fixture
+def environ_without_wandb() -> dict[str, str]:
+    """The environment for a child that logs to W&B by itself.
+
+    W&B leaves the address of this process's service in `WANDB_SERVICE`, where a child would log to.
+    """
+    return {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}

@@ -62,7 +62,9 @@ def agent_command(sweep: dict, config: dict) -> list[str]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
-def test_proposed_runs_are_trained_and_logged_as_one_run_each(ppo, small_run, tmp_path, path):
+def test_proposed_runs_are_trained_and_logged_as_one_run_each(
+    ppo, small_run, tmp_path, environ_without_wandb, path
+):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of pydantic, while it is imported
         sweeps = pytest.importorskip("sweeps", reason="W&B's search engine is not installed")
@@ -73,12 +75,12 @@ def test_proposed_runs_are_trained_and_logged_as_one_run_each(ppo, small_run, tm
     patients = small_run(tmp_path)
     short = ["--num-iterations=2", f"--cohort={patients.cohort}", "--no-oracle"]
     short += [f"--holdout-cohort={patients.holdout_cohort}"]
-    environment = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
+    agent = {"WANDB_MODE": "offline", "WANDB_SWEEP_ID": "s", "WANDB_RUN_ID": "r"}
     path_to_torchrun = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
         agent_command(sweep, run.config) + short,
         cwd=tmp_path,
-        env=os.environ | environment | {"OMP_NUM_THREADS": "1", "PATH": path_to_torchrun},
+        env=environ_without_wandb | agent | {"OMP_NUM_THREADS": "1", "PATH": path_to_torchrun},
         capture_output=True,
         text=True,
         timeout=300,

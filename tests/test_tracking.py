@@ -427,14 +427,16 @@ def test_reward_namespace_holds_terms_and_outcomes(ppo):
 
 
 @pytest.mark.slow
-def test_training_outlives_the_death_of_the_wandb_service(small_run, tmp_path):
+def test_training_outlives_the_death_of_the_wandb_service(
+    small_run, tmp_path, environ_without_wandb
+):
     args = small_run(tmp_path / "run")
     flags = "--num-envs 48 --num-steps 4 --num-epochs 1 --minibatch-size 48 --no-oracle --track"
     run = subprocess.Popen(
         [sys.executable, TRAINER, "--preset", "quick", *flags.split(), "--num-iterations", "400"]
         + ["--output-dir", args.output_dir],
         stderr=subprocess.PIPE,
-        env=os.environ | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
+        env=environ_without_wandb | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
         text=True,
     )
     metrics = args.output_dir / "metrics.csv"
