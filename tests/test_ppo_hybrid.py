@@ -581,7 +581,11 @@ def test_metrics_have_a_row_per_iteration_and_the_columns_the_readme_defines(fin
     assert np.isfinite(table.to_numpy()).all()  # no blank: this run has an oracle
     readme = (ROOT / "README.md").read_text()
     section = readme.split("<!-- metrics.csv -->")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `(\w+)`", section, re.MULTILINE) == table.columns.tolist()
+    rows = re.findall(
+        r"^\| `(\w+)` \| (?:`(\S+)`|the axis of all others) \|", section, re.MULTILINE
+    )
+    assert [column for column, _ in rows] == table.columns.tolist()
+    assert [key or "global_step" for _, key in rows] == [*map(ppo.metric_key, table.columns)]
 
 
 def test_terms_of_the_reward_add_up_to_it_in_every_row(finished_run):
