@@ -92,17 +92,28 @@ def ppo():
     return module
 
 
-@pytest.fixture(scope="session")
-def report(ppo):
-    """The script that writes reports, as a module; its `ppo_hybrid` is the fixture `ppo`."""
-    path = Path(__file__).parents[1] / "train" / "report.py"
-    spec = importlib.util.spec_from_file_location("report_under_test", path)
+def script_beside_the_trainer(name: str, ppo):
+    """A script of `train/` as a module; its `ppo_hybrid` is the fixture `ppo`."""
+    path = Path(__file__).parents[1] / "train" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"{name}_under_test", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ppo_hybrid", ppo)
         spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def report(ppo):
+    """The script that writes reports."""
+    return script_beside_the_trainer("report", ppo)
+
+
+@pytest.fixture(scope="session")
+def generator(ppo):
+    """The script that draws candidates."""
+    return script_beside_the_trainer("generate_candidates", ppo)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,173 @@
+"""The grid that designs lie on, the best of many, and the files they are read back from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet as pq
+
+from hydrogel_gym import designs
+from hydrogel_gym.designs import (
+    NUM_CELLS,
+    NUM_LEVELS,
+    NUMBERS,
+    RESOLUTION,
+    REWARD,
+    BestDesigns,
+    arrow_table,
+    design_keys,
+    load_designs,
+    on_grid,
+    parquet,
+    partition,
+)
+from hydrogel_gym.spaces import FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
+
+
+def many(count: int, seed: int, levels: int = 4) -> tuple[np.ndarray, np.ndarray]:
+    """Designs on few levels, so that many are the same; the reward follows from the design."""
+    rng = np.random.default_rng(seed)
+    cell = rng.integers(0, NUM_CELLS, count).astype(np.uint8)
+    share = torch.from_numpy(rng.integers(0, levels, (count, 4)) / (levels - 1)).float()
+    numbers = np.zeros((len(NUMBERS), count), np.float32)
+    numbers[:4] = on_grid(share).T.numpy()
+    # Few different rewards, so that there are ties.
+    numbers[REWARD] = design_keys(cell, numbers) % 97
+    return cell, numbers
+
+
+def best_of_all(cell, numbers, size, *, per_cell=False) -> list[tuple[int, float]]:
+    """Keys and rewards of the best, worked out one by one."""
+    rewards = dict(zip(design_keys(cell, numbers).tolist(), numbers[REWARD].tolist(), strict=True))
+    cells = dict(zip(design_keys(cell, numbers).tolist(), cell.tolist(), strict=True))
+    ordered = sorted(rewards.items(), key=lambda item: (-item[1], item[0]))
+    kept, count = [], dict.fromkeys(range(NUM_CELLS), 0)
+    for key, reward in ordered:
+        group = cells[key] if per_cell else 0
+        if count[group] < size:
+            kept.append((key, reward))
+        count[group] += 1
+    return kept
+
+
+def shown(best: BestDesigns) -> list[tuple[int, float]]:
+    keys = design_keys(best.cell, best.numbers).tolist()
+    return list(zip(keys, best.numbers[REWARD].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("per_cell", [False, True])
+@given(seed=st.integers(0, 2**20), size=st.integers(1, 40), batch=st.integers(1, 700))
+@settings(max_examples=25, deadline=None)
+def test_the_best_are_exact_whatever_the_batches(per_cell, seed, size, batch):
+    cell, numbers = many(1000, seed)
+    best = BestDesigns(size, per_cell=per_cell)
+    for start in range(0, 1000, batch):
+        rows = np.arange(start, min(start + batch, 1000))
+        rows = rows[best.promising(cell[rows], numbers[REWARD, rows])]
+        best.add(cell[rows], numbers[:, rows])
+    assert shown(best) == best_of_all(cell, numbers, size, per_cell=per_cell)
+
+
+def test_fewer_unlike_designs_than_asked_for_are_all_kept():
+    cell, numbers = many(50, seed=0, levels=2)
+    twice = np.concatenate([cell, cell]), np.concatenate([numbers, numbers], axis=1)
+    best = BestDesigns(1000)
+    best.add(*twice)
+    best.add(*twice)
+    assert len(best.cell) == len(set(design_keys(cell, numbers)))
+
+
+def test_a_floor_that_is_out_of_date_loses_nothing():
+    cell, numbers = many(1000, seed=1)
+    best = BestDesigns(10)
+    early = best.promising(cell, numbers[REWARD])
+    best.add(cell[:900], numbers[:, :900])
+    best.add(cell[early], numbers[:, early])
+    assert shown(best) == best_of_all(cell, numbers, 10)
+
+
+@given(st.lists(st.floats(0.0, 1.0, width=32), min_size=4, max_size=4))
+def test_grid_is_within_the_box_and_within_half_a_step(shares):
+    share = torch.tensor(shares)
+    found = on_grid(share).numpy()
+    low, high = FORMULATION_LOW, FORMULATION_HIGH
+    assert (found >= low).all()
+    assert (found <= high).all()
+    exact = low + share.numpy().astype(np.float64) * (high - low)
+    steps = np.array(RESOLUTION)
+    assert (np.abs(found - exact) <= 0.5 * steps + 1e-5 * high).all()
+    away = np.abs((found - low) / steps - np.rint((found - low) / steps))
+    assert (away < 0.02).all()
+
+
+def test_both_ends_of_every_range_are_on_the_grid():
+    ends = on_grid(torch.tensor([[0.0] * 4, [1.0] * 4])).numpy()
+    assert (ends == np.stack([FORMULATION_LOW, FORMULATION_HIGH])).all()
+    steps = zip(FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=True)
+    for field, step, levels in steps:
+        assert field.low + step * (levels - 1) == pytest.approx(field.high)
+
+
+def test_neighbours_on_the_grid_have_keys_of_their_own():
+    keys = set()
+    for column, levels in enumerate(NUM_LEVELS):
+        share = torch.zeros(levels, 4)
+        share[:, column] = torch.linspace(0.0, 1.0, levels, dtype=torch.float64).float()
+        for cell in (0, NUM_CELLS - 1):
+            cells = np.full(levels, cell, np.uint8)
+            keys |= set(design_keys(cells, on_grid(share).T.numpy()).tolist())
+    # The lower end of all four is one design.
+    assert len(keys) == 2 * (sum(NUM_LEVELS) - 3)
+    assert max(keys) < NUM_CELLS * np.prod([float(n) for n in NUM_LEVELS])
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Designs of two patients, one of whom has a name that no folder may have."""
+    for patient_id in ("P0001", "a/b c"):
+        for table, parts in (("top", ["designs"]), ("candidates", ["part-00000", "part-00001"])):
+            place = partition(tmp_path / table, patient_id)
+            place.mkdir(parents=True)
+            for part in parts:
+                data = parquet(arrow_table(*many(20, seed=3)))
+                (place / f"{part}.parquet").write_bytes(data)
+    return tmp_path
+
+
+def test_designs_are_read_back_as_they_were(folder):
+    cell, numbers = many(20, seed=3)
+    table = load_designs(folder, "a/b c")
+    assert set(table["patient_id"]) == {"a/b c"}
+    assert (table[list(NUMBERS)].to_numpy().T == numbers).all()
+    assert (table["polymer_id"].to_numpy() * 4 + table["coverage"].cat.codes == cell).all()
+    polymers = designs.load_polymers().names
+    assert table["polymer_name"].tolist() == [polymers[i] for i in table["polymer_id"]]
+    assert len(load_designs(folder, ["P0001", "a/b c"], table="candidates")) == 80
+    assert load_designs(folder)["patient_id"].unique().tolist() == ["P0001", "a/b c"]
+
+
+def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(folder):
+    (file,) = partition(folder / "top", "P0001").iterdir()
+    schema = pq.ParquetFile(file).schema_arrow
+    assert schema.metadata[b"hydrogel_gym"] == designs.SCHEMA.encode()
+    source = (
+        "polymer_id polymer_name stiffness_kPa degradation_days conductivity_S_m thickness_mm "
+        "coverage predicted_delta_EF predicted_stress_reduction optimal_probability reward"
+    ).split()
+    assert schema.names[: len(source)] == source
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (dict(patient_id="P0002"), "no patient 'P0002'; nearest: P0001"),
+        (dict(table="best"), "table is 'best'; allowed: "),
+        (dict(table="diverse"), "holds no table 'diverse'"),
+    ],
+)
+def test_what_is_not_there_is_named(folder, arguments, told):
+    with pytest.raises(ValueError, match=told):
+        load_designs(folder, **arguments)

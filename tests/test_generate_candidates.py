@@ -1,0 +1,381 @@
+"""Candidates drawn from a policy: what is drawn, what is kept, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import hydrogel_gym
+from hydrogel_gym.designs import NUMBERS, design_keys, load_designs, partition
+from hydrogel_gym.spaces import COVERAGES
+
+BLOCK, COUNT = 1024, 10_000  # ten blocks, the last of which is cut off
+OUTCOMES = {
+    "predicted_delta_EF": "delta_ef_pct",
+    "predicted_stress_reduction": "stress_reduction_pct",
+    "toxicity_risk": "toxicity_risk",
+    "structural_integrity": "structural_integrity",
+    "fibrosis_risk": "fibrosis_risk",
+}
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(generator, monkeypatch):
+    """Blocks, and so parts, of few designs; threads as they were."""
+    monkeypatch.setattr(generator, "BLOCK", BLOCK)
+    monkeypatch.setattr(generator, "BLOCKS_PER_PART", 4)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def trained(ppo, small_run, tmp_path_factory):
+    """Directory of a run of forty patients."""
+    args = small_run(tmp_path_factory.mktemp("trained") / "run")
+    ppo.train(args)
+    return args.output_dir
+
+
+@pytest.fixture
+def make(generator, trained, tmp_path):
+    """Draws candidates; returns the folder they are in."""
+
+    def make(name="designs", **changes):
+        settings = dict(patient=("P0003",), num_candidates=COUNT, top_k=20)
+        settings |= dict(policy=trained, output_dir=tmp_path / name)
+        return generator.run(generator.Args(**(settings | changes)))
+
+    return make
+
+
+def drawn(folder, patient_id="P0003") -> pd.DataFrame:
+    return load_designs(folder, patient_id, table="candidates")
+
+
+def files(folder) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_candidate_is_what_the_environment_says_of_it(make, trained):
+    table = drawn(make())
+    assert len(table) == COUNT
+    settings = json.loads((trained / "config.json").read_text())
+    cohort = hydrogel_gym.load_cohort(settings["cohort"])
+    envs = hydrogel_gym.HydrogelVectorEnv(COUNT, cohort=cohort, output="torch")
+    envs.reset(options={"patient_id": ["P0003"] * COUNT})
+    formulation = torch.tensor(table[list(NUMBERS[:4])].to_numpy())
+    action = {
+        "polymer_id": torch.tensor(table["polymer_id"].to_numpy()),
+        "formulation": formulation,
+        "coverage": torch.tensor([COVERAGES.index(c) for c in table["coverage"]]),
+    }
+    _, reward, _, _, info = envs.step(action)
+    assert not info["final_info"]["formulation_clipped"].any()
+    assert table["reward"].to_numpy() == pytest.approx(reward.numpy(), abs=2e-4)
+    for column, name in OUTCOMES.items():
+        told = info["final_info"][name].numpy()
+        assert table[column].to_numpy() == pytest.approx(told, abs=1e-4), column
+    logit = info["final_info"]["optimal_logit"]
+    assert table["optimal_probability"].to_numpy() == pytest.approx(logit.sigmoid(), abs=1e-4)
+
+
+def test_kept_designs_are_the_best_of_all_and_unlike_each_other(make):
+    folder = make()
+    table, top = drawn(folder), load_designs(folder, "P0003")
+    table = table.sort_values("reward", ascending=False).drop_duplicates(
+        ["polymer_id", "coverage", *NUMBERS[:4]]
+    )
+    assert top["reward"].tolist() == table["reward"].head(20).tolist()
+    assert not top.duplicated(["polymer_id", "coverage", *NUMBERS[:4]]).any()
+    diverse = load_designs(folder, "P0003", table="diverse")
+    best = table.groupby(["polymer_id", "coverage"], observed=True)["reward"].max()
+    found = diverse.set_index(["polymer_id", "coverage"])["reward"]
+    assert len(found) == len(best)
+    assert (found.sort_index() == best.sort_index()).all()
+
+
+def test_top_only_keeps_the_same_designs_and_no_candidates(make):
+    whole, top_only = make("whole"), make("top-only", top_only=True)
+    assert not (top_only / "candidates").exists()
+    for table in ("top", "diverse"):
+        pd.testing.assert_frame_equal(
+            load_designs(top_only, table=table), load_designs(whole, table=table)
+        )
+
+
+def test_threads_and_ranks_change_nothing(make, monkeypatch):
+    patients = ("P0001", "P0002", "P0003")
+    torch.set_num_threads(1)
+    alone = files(make("alone", patient=patients))
+    torch.set_num_threads(3)
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        shared = make("shared", patient=patients)
+        there = {path.name for path in (shared / "top").iterdir()}
+        own = ["patient_id=P0001", "patient_id=P0003"] if rank == 0 else []
+        assert there == {*own} or rank == 1
+    assert files(shared) == alone
+
+
+def test_a_patient_alone_gets_what_it_gets_among_others(make):
+    alone, among = make("alone"), make("among", patient=("P0001", "P0003"))
+    pd.testing.assert_frame_equal(drawn(alone), drawn(among))
+
+
+def test_seeds_and_patients_draw_other_numbers(make):
+    table = drawn(make())
+    other_seed = drawn(make("other", seed=2))
+    other_patient = drawn(make("patient", patient=("P0004",)), "P0004")
+    for other in (other_seed, other_patient):
+        same = (table[list(NUMBERS[:4])] == other[list(NUMBERS[:4])]).all(axis=1)
+        assert same.mean() < 0.01
+
+
+def test_an_interrupted_run_goes_on_to_the_same_files(make, generator, monkeypatch):
+    whole = files(make("whole"))
+    write, written = generator.write_atomically, []
+
+    def full_disk(path, content):
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        written.append(path)
+        write(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(generator, "write_atomically", full_disk)
+        with pytest.raises(OSError, match="No space left") as caught:
+            make("cut")
+    assert "0 of 1 patients were completed" in caught.value.__notes__[0]
+    assert "goes on with P0003" in caught.value.__notes__[0]
+    cut = written[0].parents[2]
+    assert len(drawn(cut)) == 2 * 4 * BLOCK
+    before = {path: path.stat().st_mtime_ns for path in written}
+    make("cut")
+    assert files(cut) == whole
+    assert {path: path.stat().st_mtime_ns for path in written} == before  # not written again
+
+
+def test_what_is_complete_is_left_alone(make, generator, monkeypatch):
+    folder = make()
+    before = files(folder)
+    monkeypatch.setattr(generator, "generate", None)  # would fail if it were called
+    make()
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@torch.no_grad()
+def test_draws_follow_policy_temperature_and_exploration(generator, ppo, trained, temperature):
+    agent, _ = ppo.load_policy(trained / "stage2_policy.pt", "cpu")
+    args = generator.Args(temperature=temperature, explore=0.25)
+    torch.manual_seed(0)
+    obs = agent.obs_mean + 2.0 * agent.obs_std
+    # An untrained head is too even for a test of shares.
+    agent.polymer_head.out.weight.mul_(200.0)
+    agent.coverage_head.out.weight.mul_(50.0)
+    sampler = generator.make_sampler(agent, obs, torch.zeros(11), args)
+    count = 400_000
+    uniform, normal = torch.rand(count), torch.randn(count, 4)
+    cell, formulation = generator.draw(sampler, uniform, normal)
+
+    polymers = torch.arange(24)
+    hidden = agent.head_inputs(obs.expand(24, -1))
+    polymer = (agent.polymer_head(hidden[0])[0] / temperature).softmax(-1)
+    coverage = (agent.coverage_head(hidden[2], polymers) / temperature).softmax(-1)
+    expected = 0.75 * (polymer[:, None] * coverage).flatten() + 0.25 / 96
+    found = torch.bincount(cell, minlength=96) / count
+    error = 5.0 * (expected / count).sqrt()
+    assert ((found - expected).abs() <= error).all()
+    assert expected.max() > 3.0 / 96
+
+    p = int(expected.view(24, 4).sum(1).argmax())
+    chosen = formulation[cell // 4 == p]
+    inner = agent.formulation_distribution(hidden[1], polymers, polymers * 0)
+    scale = inner.log_std[p].exp() * math.sqrt(temperature)
+    share = 0.25 / 24 / float(expected.view(24, 4).sum(1)[p])  # of these, drawn evenly
+    low, high = agent.formulation_low, agent.formulation_high
+    for quantile in (0.2, 0.5, 0.9):
+        point = (
+            torch.tanh(
+                inner.mean[p] + scale * math.sqrt(2) * torch.erfinv(torch.tensor(2 * quantile - 1))
+            )
+            + 1
+        ) / 2
+        below = (chosen <= low + point * (high - low)).float().mean(0)
+        assert below == pytest.approx(((1 - share) * quantile + share * point), abs=0.012)
+
+
+def test_alias_table_holds_exactly_the_probabilities(generator):
+    rng = np.random.default_rng(0)
+    for probability in (rng.dirichlet([0.1] * 192), np.eye(5)[2], np.ones(7)):
+        probability = probability / probability.sum()
+        keep, other = generator.alias_table(probability)
+        size = len(probability)
+        held = keep / size
+        np.add.at(held, other, (1.0 - keep) / size)
+        assert held == pytest.approx(probability, abs=1e-12)
+        assert ((keep >= 0.0) & (keep <= 1.0 + 1e-9)).all()
+
+
+def test_only_the_number_of_unlike_designs_limits_what_is_kept(make, capsys):
+    folder = make(num_candidates=300, top_k=1000)
+    table, top = drawn(folder), load_designs(folder)
+    keys = design_keys(table["polymer_id"].to_numpy() * 4, table[list(NUMBERS)].to_numpy().T)
+    assert len(table) == 300
+    assert 250 < len(set(keys)) <= len(top) <= 300
+    assert f"P0003: {len(top)} of 1,000 designs: no more" in capsys.readouterr().err
+
+
+def test_ten_best_are_printed_and_drawn(make, capsys):
+    folder = make(show=True, top_only=True)
+    shown = capsys.readouterr().out
+    assert "P0003 (a virtual patient): predicted outcomes of the 10 best designs" in shown
+    top = load_designs(folder).head(10)
+    for reward, polymer in zip(top["reward"], top["polymer_name"], strict=True):
+        assert any(f"{reward:.3f}" in row and polymer in row for row in shown.splitlines())
+    assert "NaN" not in shown
+    assert (folder / "P0003.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_folder_of_another_run_is_refused_and_left_as_it_was(make, generator):
+    folder = make()
+    before = files(folder)
+    told = "holds designs of another run .seed: 1 there, now 2."
+    with pytest.raises(generator.UsageError, match=told):
+        make(seed=2)
+    assert files(folder) == before
+
+
+def test_a_folder_of_something_else_is_refused(make, generator, tmp_path):
+    (tmp_path / "designs").mkdir()
+    (tmp_path / "designs" / "thesis.tex").write_text("all of it")
+    with pytest.raises(generator.UsageError, match="it has files but no manifest.json"):
+        make()
+    assert [p.name for p in (tmp_path / "designs").iterdir()] == ["thesis.tex"]
+
+
+def test_an_outcome_that_is_not_finite_ends_the_run_with_the_patient(
+    make, ppo, generator, monkeypatch
+):
+    make_envs = ppo.make_envs
+
+    def with_a_hole(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
+        model = envs.unwrapped.problem.reward_model
+
+        def broken(patient, polymer_id, formulation, coverage):
+            outcomes = model(patient, polymer_id, formulation, coverage)
+            hole = torch.where(polymer_id == 7, torch.nan, outcomes.delta_ef_pct)
+            return outcomes._replace(delta_ef_pct=hole)
+
+        envs.unwrapped.problem.reward_model = broken
+        return envs
+
+    monkeypatch.setattr(ppo, "make_envs", with_a_hole)
+    with pytest.raises(FloatingPointError, match="patient 'P0003' and the design polymer_id=7"):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--patient", "P003"], "has no patient 'P003'; nearest: P0"),
+        (["--explore", "1.5"], "--explore is 1.5; allowed: 0 to 1"),
+        (["--temperature", "0"], "--temperature is 0.0; allowed: above 0"),
+        (["--top-k", "0"], "--top-k is 0; allowed: 1 or more"),
+        (["--num-candidates", "0"], "--num-candidates is 0; allowed: 1 or more"),
+        (["--policy", "no/such/run"], "there is no no/such/run"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line(generator, trained, tmp_path, capsys, flags, told):
+    command = ["--policy", str(trained), "--output-dir", str(tmp_path / "designs"), *flags]
+    assert generator.main(command) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ")
+    assert told in line
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda saved: saved["polymers"].reverse(), "trained on another polymer table"),
+        (lambda saved: saved["architecture"].update(obs_dim=12), "cannot be used"),
+        (lambda saved: saved["training_config"].update(env_id="Other-v0"), "Other"),
+    ],
+)
+def test_a_policy_for_something_else_is_refused(generator, trained, tmp_path, capsys, change, told):
+    saved = torch.load(trained / "stage2_policy.pt", weights_only=True)
+    change(saved)
+    torch.save(saved, tmp_path / "stage2_policy.pt")
+    assert generator.main(["--policy", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert told in line
+    assert not (tmp_path / "designs").exists()
+
+
+def test_a_full_disk_is_one_line_that_says_where_to_go_on(
+    generator, trained, tmp_path, capsys, monkeypatch
+):
+    def full_disk(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(generator, "write_atomically", full_disk)
+    command = ["--policy", str(trained), "--output-dir", str(tmp_path / "designs")]
+    command += ["--num-candidates", "2000", "--patient", "P0002"]
+    assert generator.main(command) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert "No space left on device" in line
+    assert "the same command goes on with P0002" in line
+
+
+def test_too_little_room_is_said_beforehand(make, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    make()
+    assert "--top-only keeps the best alone" in capsys.readouterr().err
+
+
+def test_draws_and_judges_on_a_device_without_a_read_on_the_host(generator):
+    model = hydrogel_gym.load_reward_model("mechanistic").to("meta")
+    with torch.device("meta"):
+        sampler = generator.Sampler(
+            torch.empty(11),
+            torch.empty(24, 4),
+            torch.empty(24, 4),
+            torch.empty(192),
+            torch.empty(192, dtype=torch.int64),
+        )
+        cell, numbers, defect = generator.evaluate(
+            sampler,
+            torch.empty(BLOCK),
+            torch.empty(BLOCK, 4),
+            reward_model=model,
+            reward_config=hydrogel_gym.RewardConfig(),
+        )
+    assert (cell.shape, numbers.shape, defect.shape) == ((BLOCK,), (len(NUMBERS), BLOCK), (BLOCK,))
+    assert {x.device.type for x in (cell, numbers, defect)} == {"meta"}
+
+
+@pytest.mark.slow
+def test_the_compiled_graph_draws_the_same_designs(make):
+    plain, compiled = drawn(make("plain")), drawn(make("compiled", compile="on"))
+    same = (plain[list(NUMBERS[:4])] - compiled[list(NUMBERS[:4])]).abs().max()
+    assert (same.to_numpy() <= np.array([0.0101, 0.101, 0.00101, 0.0101])).all()
+    assert plain["polymer_id"].equals(compiled["polymer_id"])
+    assert plain["reward"].to_numpy() == pytest.approx(compiled["reward"].to_numpy(), abs=2.01)
+
+
+def test_partitions_are_named_as_hive_names_them(tmp_path):
+    assert partition(tmp_path, "P0001").name == "patient_id=P0001"
+    assert partition(tmp_path, "a/b").parent == tmp_path

@@ -1,0 +1,658 @@
+"""Millions of designs for each patient, drawn from a policy, and the best of them.
+
+    python train/generate_candidates.py --patient P0007 --show    # 13 million for one patient
+    python train/generate_candidates.py --top-only                # every patient, best designs only
+
+Of each patient `--num-candidates` designs are drawn: a share `--explore` of them evenly from all
+that there is, the rest from the policy. The policy is asked once: every candidate of a patient is
+drawn in the same state. All are evaluated by the reward model; the best `--top-k` and the best of
+each polymer and coverage are kept, and, without `--top-only`, all of them, as Parquet in a folder
+per patient. `hydrogel_gym.designs` says what lies where, and reads it back.
+
+The same command goes on where an interrupted one stopped: at the next part of a patient's
+candidates, which are rows of one file. What is drawn depends on the seed, the patient and the place
+among the patient's candidates, and on nothing else, so that neither threads nor ranks change it.
+Under `torchrun` ranks share the patients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import pandas as pd
+import ppo_hybrid
+import torch
+import tyro
+from ppo_hybrid import UsageError
+from torch import Tensor
+from tqdm import tqdm
+
+import hydrogel_gym
+from hydrogel_gym.compiled import CompiledFunction, CompileError
+from hydrogel_gym.designs import (
+    NUM_CELLS,
+    NUMBERS,
+    RESOLUTION,
+    REWARD,
+    SCHEMA,
+    BestDesigns,
+    arrow_table,
+    load_designs,
+    numbers_of,
+    on_grid,
+    parquet,
+    partition,
+)
+from hydrogel_gym.dynamics import RewardConfig, RewardFunction, compute_reward
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.memory import keep_freed_memory
+from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
+
+# Random numbers are drawn, and designs evaluated, so many at a time, whatever else is asked for: in
+# other batches the same numbers would round differently.
+BLOCK = 1 << 16
+BLOCKS_PER_PART = 8  # of a file of candidates
+BYTES_PER_CANDIDATE = 28  # on disk, about
+MANIFEST = "manifest.json"
+SHOWN = 10
+
+# Of `--compile auto`: what compiling takes, and saves, on two cores; `benchmark/candidates.py`.
+WORTH_COMPILING = 60_000_000
+
+
+@dataclass
+class Args:
+    """Draw designs for patients from a policy, evaluate them and keep the best."""
+
+    policy: Path = Path("runs/quick-s1")
+    """what to draw from: a run directory, or a `stage2_policy.pt`"""
+    patient: tuple[str, ...] = ()
+    """one patient or several; everybody by default"""
+    cohort: Path | None = None
+    """whose patients, CSV or Parquet; those that the policy was trained on by default"""
+    num_candidates: int = 13_000_000
+    """designs per patient; the default is the source's"""
+    temperature: float = 1.0
+    """log-probabilities of the policy are divided by this: above 1 designs are more varied"""
+    explore: float = 0.05
+    """share of the designs that is drawn evenly from the whole design space"""
+    top_k: int = 100
+    """how many of the best designs to keep, all unlike each other"""
+    top_only: bool = False
+    """keep the best alone, not the candidates"""
+    seed: int = 1
+    """of everything drawn"""
+    output_dir: Path | None = None
+    """where to; `designs` beside the policy by default"""
+    show: bool = False
+    """print the ten best designs of each patient, and draw them"""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; `auto` takes a GPU if there is one"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """evaluate in one compiled graph; `auto` where there is enough to evaluate"""
+
+    def check(self) -> None:
+        """Raise a UsageError that names the flag, its value and what is allowed."""
+        allowed = {
+            "num_candidates": (self.num_candidates >= 1, "1 or more"),
+            "temperature": (0.0 < self.temperature < math.inf, "above 0"),
+            "explore": (0.0 <= self.explore <= 1.0, "0 to 1"),
+            "top_k": (self.top_k >= 1, "1 or more"),
+        }
+        for name, (is_allowed, what) in allowed.items():
+            if not is_allowed:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {getattr(self, name)}; allowed: {what}")
+
+
+class Sampler(NamedTuple):
+    """What the candidates of one patient are drawn from, on the device.
+
+    There are twice 96 slots: the policy's choices of polymer and coverage, and the even ones. One
+    uniform number picks a slot and, by the alias method [Walker1977], whether it or its other is
+    meant.
+
+    References:
+        [Walker1977] Walker. An efficient method for generating discrete random variables with
+        general distributions. ACM Trans Math Softw 3:253.
+    """
+
+    patient: Tensor  # (11,)
+    mean: Tensor  # (24, 4) of the formulation before squashing, by polymer
+    std: Tensor  # (24, 4)
+    keep: Tensor  # (192,) probability that a slot means itself
+    other: Tensor  # (192,) int64, what it means else
+
+
+def alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(K,) chances of keeping a slot and (K,) aliases, for the alias method."""
+    scaled = probability / probability.sum() * len(probability)
+    keep, other = np.ones_like(scaled), np.arange(len(scaled))
+    small = [i for i, p in enumerate(scaled) if p < 1.0]
+    large = [i for i, p in enumerate(scaled) if p >= 1.0]
+    while small and large:
+        poor, rich = small.pop(), large.pop()
+        keep[poor], other[poor] = scaled[poor], rich
+        scaled[rich] -= 1.0 - scaled[poor]
+        (small if scaled[rich] < 1.0 else large).append(rich)
+    return keep, other  # what is left over by rounding keeps itself
+
+
+@torch.no_grad()
+def make_sampler(agent: ppo_hybrid.Agent, obs: Tensor, patient: Tensor, args: Args) -> Sampler:
+    """Ask the policy once for every polymer.
+
+    Args:
+        agent: the policy.
+        obs: (obs_dim,) first observation of the patient.
+        patient: (11,).
+        args: for temperature and exploration.
+    """
+    polymers = torch.arange(NUM_POLYMERS, device=obs.device)
+    polymer_in, formulation_in, coverage_in, _ = agent.head_inputs(obs.expand(NUM_POLYMERS, -1))
+
+    def cooled(logits: Tensor) -> Tensor:
+        return (logits.double() / args.temperature).softmax(-1)
+
+    polymer = cooled(agent.polymer_head(polymer_in)[0])
+    coverage = cooled(agent.coverage_head(coverage_in, polymers))
+    # No head of the formulation looks at the coverage.
+    normal = agent.formulation_distribution(formulation_in, polymers, torch.zeros_like(polymers))
+    chosen = (polymer[:, None] * coverage).flatten().cpu().numpy()
+    even = np.full(NUM_CELLS, 1.0 / NUM_CELLS)
+    slots = np.concatenate([(1.0 - args.explore) * chosen, args.explore * even])
+    keep, other = (torch.from_numpy(x).to(obs.device) for x in alias_table(slots))
+    # A normal density to the power 1 / T is one of T times the variance.
+    std = normal.log_std.exp() * math.sqrt(args.temperature)
+    return Sampler(patient, normal.mean.float(), std.float(), keep.float(), other)
+
+
+def draw(sampler: Sampler, uniform: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
+    """Designs: (B,) cells, polymer * 4 + coverage, and (B, 4) formulations on the grid.
+
+    Args:
+        sampler: of the patient.
+        uniform: (B,) in [0, 1).
+        normal: (B, 4) standard normal.
+    """
+    scaled = uniform * len(sampler.keep)
+    slot = scaled.long().clamp(max=len(sampler.keep) - 1)
+    slot = torch.where(scaled - slot < sampler.keep[slot], slot, sampler.other[slot])
+    explores = slot >= NUM_CELLS
+    cell = torch.where(explores, slot - NUM_CELLS, slot)
+    polymer = cell // len(COVERAGES)
+    chosen = torch.tanh(sampler.mean[polymer] + sampler.std[polymer] * normal)
+    # The distribution function of a normal number is evenly distributed.
+    even = torch.erf(normal * math.sqrt(0.5))
+    return cell, on_grid((torch.where(explores.unsqueeze(-1), even, chosen) + 1.0) / 2.0)
+
+
+def evaluate(
+    sampler: Sampler,
+    uniform: Tensor,
+    normal: Tensor,
+    *,
+    reward_model: RewardFunction,
+    reward_config: RewardConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw and judge a block; pure, without a read on the host.
+
+    Returns:
+        (B,) uint8 cells, (11, B) `designs.NUMBERS`, and (B,) 0 where all outcomes are finite.
+    """
+    cell, formulation = draw(sampler, uniform, normal)
+    polymer, coverage = cell // len(COVERAGES), cell % len(COVERAGES)
+    patient = sampler.patient.expand(len(cell), -1)
+    outcomes = reward_model(patient, polymer, formulation, coverage)
+    reward = compute_reward(outcomes, config=reward_config)
+    defect = sum(outcome * 0.0 for outcome in outcomes)
+    return cell.to(torch.uint8), numbers_of(formulation, outcomes, reward), defect
+
+
+def block_seed(seed: int, patient_id: str, block: int) -> int:
+    """Seed of a block's random numbers."""
+    key = json.dumps([seed, patient_id, block]).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+class Block(NamedTuple):
+    """What is left of a block once it was looked through."""
+
+    size: int
+    best: tuple[np.ndarray, np.ndarray]  # cells and numbers that may be among the best
+    diverse: tuple[np.ndarray, np.ndarray]
+    every: tuple[np.ndarray, np.ndarray] | None  # all of it, if it is to be written
+
+
+class Patient:
+    """The candidates of one patient, drawn by several threads.
+
+    Args:
+        patient_id: who.
+        sampler: what to draw from.
+        evaluate: `evaluate`, compiled or not, with the reward model in it.
+        args: how many, and which to keep.
+    """
+
+    def __init__(
+        self, patient_id: str, sampler: Sampler, evaluate: Callable[..., Any], args: Args
+    ) -> None:
+        self.patient_id, self.sampler, self.evaluate, self.args = (
+            patient_id,
+            sampler,
+            evaluate,
+            args,
+        )
+        self.best, self.diverse = BestDesigns(args.top_k), BestDesigns(1, per_cell=True)
+        self.num_blocks = math.ceil(args.num_candidates / BLOCK)
+
+    @torch.no_grad()
+    def block(self, index: int, wanted: bool) -> Block:
+        """Draw and look through a block; all of it is handed out only if wanted.
+
+        Raises:
+            FloatingPointError: an outcome is not finite; names patient and design.
+        """
+        device = self.sampler.patient.device
+        generator = torch.Generator(device)
+        generator.manual_seed(block_seed(self.args.seed, self.patient_id, index))
+        uniform = torch.rand(BLOCK, generator=generator, device=device)
+        normal = torch.randn(BLOCK, 4, generator=generator, device=device)
+        cell, numbers, defect = (
+            x.cpu().numpy() for x in self.evaluate(self.sampler, uniform, normal)
+        )
+        size = min(BLOCK, self.args.num_candidates - index * BLOCK)
+        cell, numbers, defect = cell[:size], numbers[:, :size], defect[:size]
+        if np.isnan(defect.sum()):
+            row = int(np.flatnonzero(np.isnan(defect))[0])
+            told = dict(zip(NUMBERS, numbers[:, row].tolist(), strict=True))
+            raise FloatingPointError(
+                f"the reward model returned an outcome that is not finite for patient "
+                f"{self.patient_id!r} and the design polymer_id={cell[row] // len(COVERAGES)}, "
+                f"coverage={COVERAGES[cell[row] % len(COVERAGES)]}: {told}"
+            )
+        best = self.best.promising(cell, numbers[REWARD])
+        diverse = self.diverse.promising(cell, numbers[REWARD])
+        return Block(
+            size,
+            (cell[best], numbers[:, best]),
+            (cell[diverse], numbers[:, diverse]),
+            (cell, numbers) if wanted else None,
+        )
+
+    def blocks(
+        self, pool: ThreadPoolExecutor, ahead: int, is_wanted: Callable[[int], bool]
+    ) -> Iterator[Block]:
+        """Every block in its order, `ahead` of them under way at a time."""
+        under_way: list[Future[Block]] = []
+        try:
+            for index in range(self.num_blocks):
+                under_way.append(pool.submit(self.block, index, is_wanted(index)))
+                if len(under_way) > ahead:
+                    yield under_way.pop(0).result()
+            while under_way:
+                yield under_way.pop(0).result()
+        finally:
+            for future in under_way:
+                future.cancel()
+
+
+class Store:
+    """The files of a run, written by a thread of its own.
+
+    Args:
+        output_dir: the run's.
+        manifest: what makes the designs what they are.
+        top_only: write no candidates.
+
+    Raises:
+        UsageError: the folder holds designs that something else made, or other files.
+    """
+
+    def __init__(self, output_dir: Path, manifest: dict[str, Any], top_only: bool) -> None:
+        self.output_dir, self.top_only = output_dir, top_only
+        self.bytes_written = 0
+        self.writer = ThreadPoolExecutor(1)
+        self.pending: Future[None] | None = None
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / MANIFEST
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except ValueError as error:
+                raise UsageError(f"{path} cannot be read: {error}") from error
+            if differing := ppo_hybrid.differences(found, manifest):
+                differing = differing.replace("in the checkpoint", "there")
+                raise UsageError(
+                    f"{output_dir} holds designs of another run ({differing}); pass another "
+                    "--output-dir, or remove it"
+                )
+        # A hidden file may be the manifest that another rank is writing.
+        elif any(p.name[0] != "." for p in output_dir.iterdir()):
+            raise UsageError(
+                f"{output_dir} is no folder of designs: it has files but no {MANIFEST}"
+            )
+        else:
+            ppo_hybrid.write_json(path, manifest)
+
+    def is_done(self, patient_id: str) -> bool:
+        """Whether all there is to write of a patient is there."""
+        return (partition(self.output_dir / "top", patient_id) / "designs.parquet").exists()
+
+    def part(self, patient_id: str, index: int) -> Path:
+        """File of some candidates."""
+        folder = partition(self.output_dir / "candidates", patient_id)
+        return folder / f"part-{index:05d}.parquet"
+
+    def write(self, path: Path, cell: np.ndarray, numbers: np.ndarray) -> None:
+        """Write a file while the caller goes on; one at a time."""
+        self.wait()
+        self.pending = self.writer.submit(self._write, path, cell, numbers)
+
+    def _write(self, path: Path, cell: np.ndarray, numbers: np.ndarray) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = parquet(arrow_table(cell, numbers))
+        write_atomically(path, content)
+        self.bytes_written += len(content)
+
+    def wait(self) -> None:
+        """Wait for the file under way.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self.pending:
+            self.pending, pending = None, self.pending
+            pending.result()
+
+
+def generate(
+    patient: Patient, store: Store, pool: ThreadPoolExecutor, threads: int, bar: tqdm
+) -> None:
+    """All candidates of a patient, and what is kept of them."""
+    patient_id = patient.patient_id
+
+    def is_wanted(block: int) -> bool:
+        return not store.top_only and not parts_there[block // BLOCKS_PER_PART]
+
+    num_parts = math.ceil(patient.num_blocks / BLOCKS_PER_PART)
+    parts_there = [store.part(patient_id, part).exists() for part in range(num_parts)]
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    for index, block in enumerate(patient.blocks(pool, 2 * threads, is_wanted)):
+        patient.best.add(*block.best)
+        patient.diverse.add(*block.diverse)
+        if block.every:
+            rows.append(block.every)
+        if rows and (len(rows) == BLOCKS_PER_PART or index + 1 == patient.num_blocks):
+            cells, numbers = zip(*rows, strict=True)
+            path = store.part(patient_id, index // BLOCKS_PER_PART)
+            store.write(path, np.concatenate(cells), np.concatenate(numbers, axis=1))
+            rows.clear()
+        bar.update(block.size)
+        bar.set_postfix_str(f"{store.bytes_written / 1e6:,.0f} MB written", refresh=False)
+    # `top` last: where it is, the rest is.
+    for table, designs in (("diverse", patient.diverse), ("top", patient.best)):
+        order = np.argsort(-designs.numbers[REWARD], kind="stable")
+        path = partition(store.output_dir / table, patient_id) / "designs.parquet"
+        store.write(path, designs.cell[order], designs.numbers[:, order])
+    store.wait()
+    if (found := len(patient.best.cell)) < patient.args.top_k:
+        tqdm.write(
+            f"warning: {patient_id}: {found:,} of {patient.args.top_k:,} designs: no more of the "
+            f"{patient.args.num_candidates:,} candidates are unlike each other",
+            file=sys.stderr,
+        )
+
+
+def run(args: Args) -> Path:
+    """Generate what is asked for and not yet there; returns where it is.
+
+    Raises:
+        UsageError: it cannot be done as asked.
+        OSError: a file cannot be written; what was complete before is.
+    """
+    args.check()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    path = args.policy / "stage2_policy.pt" if args.policy.is_dir() else args.policy
+    if not path.exists():
+        raise UsageError(
+            f"--policy {args.policy}: there is no {path}; `python train/ppo_hybrid.py --preset "
+            "quick` trains one in a minute"
+        )
+    device = pick_device(args.device)
+    agent, saved = ppo_hybrid.load_policy(path, device)
+    trained = saved["training_config"]
+    cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
+    try:
+        rows = [cohort.index(patient_id) for patient_id in args.patient or cohort.patient_ids]
+    except ValueError as error:
+        raise UsageError(f"--patient: {error}") from error
+    names = {field.name for field in dataclasses.fields(ppo_hybrid.Args)}
+    values = {k: v for k, v in trained.items() if k in names}
+    envs = ppo_hybrid.make_envs(ppo_hybrid.Args(**values), cohort, device)
+    problem = envs.unwrapped.problem
+    obs, _ = envs.reset()
+    if (width := obs.shape[-1]) != len(agent.obs_mean):
+        raise UsageError(
+            f"policy {path} observes {len(agent.obs_mean)} numbers, its environments tell {width}"
+        )
+    output_dir = args.output_dir or path.parent / "designs"
+    manifest = {
+        "format": SCHEMA,
+        "hydrogel_gym": hydrogel_gym.__version__,
+        "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "patients": ppo_hybrid.digest(cohort),
+        "env_id": trained["env_id"],
+        "device type": device.type,
+        **{
+            name: getattr(args, name)
+            for name in ("num_candidates", "temperature", "explore", "top_k", "top_only", "seed")
+        },
+        "resolution": list(RESOLUTION),
+    }
+    store = Store(output_dir, manifest, args.top_only)
+    mine = [row for row in rows[rank::ranks] if not store.is_done(cohort.patient_ids[row])]
+    warn_of_space(output_dir, args, len(mine))
+    patients = problem.params.patients.float()
+
+    threads = torch.get_num_threads() if device.type == "cpu" else 2
+    total = len(mine) * args.num_candidates
+    torch.set_num_threads(1)  # blocks are shared by threads of our own
+    call = evaluator(problem, make_sampler(agent, obs[0], patients[0], args), args, total)
+    keep_freed_memory()
+    done = 0
+    with (
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        tqdm(total=total, unit="design", unit_scale=True, disable=rank > 0, smoothing=0.05) as bar,
+    ):
+        try:
+            for row in mine:
+                patient_id = cohort.patient_ids[row]
+                bar.set_description(patient_id, refresh=False)
+                sampler = make_sampler(agent, obs[row], patients[row], args)
+                generate(Patient(patient_id, sampler, call, args), store, pool, threads, bar)
+                done += 1
+        except (OSError, KeyboardInterrupt) as error:
+            error.add_note(
+                f"{done:,} of {len(mine):,} patients were completed and {output_dir} can be read; "
+                f"the same command goes on with {cohort.patient_ids[mine[done]]}"
+            )
+            raise
+        finally:
+            store.writer.shutdown()
+    if args.show:
+        for row in rows[rank::ranks]:
+            show(output_dir, cohort.patient_ids[row], problem.params.reward_config)
+    return output_dir
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for.
+
+    Raises:
+        UsageError: there is none of that name.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"--device {name} cannot be used: {ppo_hybrid.reason(error)}") from error
+
+
+def evaluator(problem: Any, sampler: Sampler, args: Args, total: int) -> Callable[..., Any]:
+    """`evaluate` with the model in it, compiled where it is worth it."""
+    model, config = problem.reward_model, problem.params.reward_config
+
+    def judge(sampler: Sampler, uniform: Tensor, normal: Tensor) -> Any:
+        return evaluate(sampler, uniform, normal, reward_model=model, reward_config=config)
+
+    if args.compile == "off" or (args.compile == "auto" and total < WORTH_COMPILING):
+        return judge
+    compiled = CompiledFunction(judge)
+    device = sampler.patient.device
+    try:
+        with torch.no_grad():  # as it will be called
+            compiled(
+                sampler, torch.rand(BLOCK, device=device), torch.randn(BLOCK, 4, device=device)
+            )
+    except CompileError as error:
+        if args.compile == "on":
+            raise UsageError(f"--compile on: {error}") from error
+        print(f"warning: going on uncompiled: {error}", file=sys.stderr)
+        return judge
+    return compiled
+
+
+def warn_of_space(output_dir: Path, args: Args, num_patients: int) -> None:
+    """Say it beforehand where the disk will not hold all candidates."""
+    needed = 0 if args.top_only else num_patients * args.num_candidates * BYTES_PER_CANDIDATE
+    free = shutil.disk_usage(output_dir).free
+    if needed > free:
+        print(
+            f"warning: the candidates will take about {needed / 1e9:,.0f} GB and {output_dir} has "
+            f"{free / 1e9:,.0f} GB left; --top-only keeps the best alone",
+            file=sys.stderr,
+        )
+
+
+def show(output_dir: Path, patient_id: str, config: RewardConfig) -> None:
+    """Print a patient's ten best designs, and draw all that were kept."""
+    designs = load_designs(output_dir, patient_id)
+    shown = designs.head(SHOWN)
+    print(
+        f"\n{patient_id} (a virtual patient): predicted outcomes of the {len(shown)} best designs"
+    )
+    table = {
+        "polymer": shown["polymer_name"].astype(str),
+        "kPa": shown["stiffness_kPa"].map("{:.2f}".format),
+        "days": shown["degradation_days"].map("{:.1f}".format),
+        "S/m": shown["conductivity_S_m"].map("{:.3f}".format),
+        "mm": shown["thickness_mm"].map("{:.2f}".format),
+        "coverage": shown["coverage"].astype(str),
+        "dEF, pp": shown["predicted_delta_EF"].map("{:+.2f}".format),
+        "stress, %": shown["predicted_stress_reduction"].map("{:.1f}".format),
+        "P(optimal)": shown["optimal_probability"].map("{:.3f}".format),
+        "reward": shown["reward"].map("{:.3f}".format),
+        # Positive on the safe side of each limit.
+        "toxicity margin": (config.toxicity_limit - shown["toxicity_risk"]).map("{:+.4f}".format),
+        "integrity margin": (shown["structural_integrity"] - config.integrity_limit).map(
+            "{:+.4f}".format
+        ),
+        "fibrosis margin": (config.fibrosis_limit - shown["fibrosis_risk"]).map("{:+.4f}".format),
+    }
+    frame = pd.DataFrame(table)
+    frame.index += 1
+    print(frame.to_string())
+    path = output_dir / f"{partition(Path(), patient_id).name.partition('=')[2]}.png"
+    draw_designs(path, patient_id, designs)
+    print(f"drawn in {path}")
+
+
+def draw_designs(path: Path, patient_id: str, designs: Any) -> None:
+    """Parallel coordinates of a patient's best designs."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    axes_of = {
+        "polymer_name": "polymer",
+        "stiffness_kPa": "stiffness\nkPa",
+        "degradation_days": "half-life\ndays",
+        "conductivity_S_m": "conductivity\nS/m",
+        "thickness_mm": "thickness\nmm",
+        "coverage": "coverage",
+        "predicted_delta_EF": "predicted\nΔEF, pp",
+        "predicted_stress_reduction": "predicted stress\nreduction, %",
+        "toxicity_risk": "toxicity\nrisk",
+        "structural_integrity": "integrity",
+        "fibrosis_risk": "fibrosis\nrisk",
+        "reward": "reward",
+    }
+    figure = Figure(figsize=(14, 5), layout="constrained")
+    axes = figure.subplots()
+    heights = {}
+    for place, (name, label) in enumerate(axes_of.items()):
+        column = designs[name]
+        if column.dtype == "category":
+            present = [c for c in column.cat.categories if (column == c).any()]
+            code = column.map({c: i for i, c in enumerate(present)}).astype(float)
+            height = (code + 0.5) / len(present)
+            marks = {(i + 0.5) / len(present): c for i, c in enumerate(present)}
+        else:
+            low, high = float(column.min()), float(column.max())
+            height = (column - low) / (high - low) if high > low else column * 0.0 + 0.5
+            marks = {0.0: f"{low:.4g}", 1.0: f"{high:.4g}"} if high > low else {0.5: f"{low:.4g}"}
+        heights[name] = height.to_numpy(float)
+        axes.axvline(place, color="0.6", lw=0.8)
+        for y, text in marks.items():
+            axes.annotate(text, (place, y), (3, 2), textcoords="offset points", fontsize=7)
+        axes.text(place, -0.08, label, ha="center", va="top", fontsize=8)
+    lines = np.stack(list(heights.values()), axis=1)
+    reward = heights["reward"]
+    for i in np.argsort(reward):  # the best on top
+        axes.plot(lines[i], color=colormaps["viridis"](0.9 * reward[i]), lw=0.9, alpha=0.8)
+    axes.set(xlim=(-0.3, len(axes_of) - 0.3), ylim=(-0.05, 1.05), xticks=[], yticks=[])
+    axes.set_title(
+        f"{patient_id}, a virtual patient: its {len(designs)} best designs, as predicted"
+    )
+    for side in axes.spines.values():
+        side.set_visible(False)
+    ppo_hybrid.save_figure(path, figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        output_dir = run(tyro.cli(Args, args=argv, prog="generate_candidates.py"))
+    except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError) as error:
+        notes = "; ".join(["", *getattr(error, "__notes__", [])])
+        print(f"error: {error}{notes}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as error:
+        print("; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return 130
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"written to {output_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
