@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "mechanistic": LEAVES,
     "dynamics": LEAVES,
     "reward_model": LEAVES | {"mechanistic"},
+    "designs": LEAVES,
     "files": set(),
     "memory": set(),
     "compiled": {"memory"},

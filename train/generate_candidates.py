@@ -34,6 +34,7 @@ import gymnasium as gym
 import numpy as np
 import pandas as pd
 import ppo_hybrid
+import pyarrow as pa
 import torch
 import tyro
 from ppo_hybrid import UsageError
@@ -64,7 +65,8 @@ from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
 # Random numbers are drawn, and designs evaluated, so many at a time, whatever else is asked for: in
 # other batches the same numbers would round differently.
 BLOCK = 1 << 16
-BLOCKS_PER_PART = 8  # of a file of candidates
+BLOCKS_PER_PART = 4  # of a file of candidates
+WRITERS = 2  # threads, and files under way
 BYTES_PER_CANDIDATE = 28  # on disk, about
 MANIFEST = "manifest.json"
 SHOWN = 10
@@ -311,7 +313,7 @@ class Patient:
 
 
 class Store:
-    """The files of a run, written by a thread of its own.
+    """The files of a run, written by threads of its own: compressing takes as long as drawing.
 
     Args:
         output_dir: the run's.
@@ -325,8 +327,8 @@ class Store:
     def __init__(self, output_dir: Path, manifest: dict[str, Any], top_only: bool) -> None:
         self.output_dir, self.top_only = output_dir, top_only
         self.bytes_written = 0
-        self.writer = ThreadPoolExecutor(1)
-        self.pending: Future[None] | None = None
+        self.writers = ThreadPoolExecutor(WRITERS)
+        self.pending: list[Future[int]] = []
         output_dir.mkdir(parents=True, exist_ok=True)
         path = output_dir / MANIFEST
         if path.exists():
@@ -357,26 +359,29 @@ class Store:
         folder = partition(self.output_dir / "candidates", patient_id)
         return folder / f"part-{index:05d}.parquet"
 
-    def write(self, path: Path, cell: np.ndarray, numbers: np.ndarray) -> None:
-        """Write a file while the caller goes on; one at a time."""
-        self.wait()
-        self.pending = self.writer.submit(self._write, path, cell, numbers)
-
-    def _write(self, path: Path, cell: np.ndarray, numbers: np.ndarray) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        content = parquet(arrow_table(cell, numbers))
-        write_atomically(path, content)
-        self.bytes_written += len(content)
-
-    def wait(self) -> None:
-        """Wait for the file under way.
+    def write(self, path: Path, blocks: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Write cells and numbers as one file while the caller goes on, unless too many wait.
 
         Raises:
-            OSError: it could not be written.
+            OSError: a file before could not be written.
         """
-        if self.pending:
-            self.pending, pending = None, self.pending
-            pending.result()
+        self.wait(WRITERS - 1)
+        self.pending.append(self.writers.submit(self._write, path, blocks))
+
+    def _write(self, path: Path, blocks: list[tuple[np.ndarray, np.ndarray]]) -> int:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = parquet(pa.concat_tables(arrow_table(*block) for block in blocks))
+        write_atomically(path, content)
+        return len(content)
+
+    def wait(self, leave: int = 0) -> None:
+        """Wait until no more than some files are under way.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        while len(self.pending) > leave:
+            self.bytes_written += self.pending.pop(0).result()
 
 
 def generate(
@@ -397,17 +402,15 @@ def generate(
         if block.every:
             rows.append(block.every)
         if rows and (len(rows) == BLOCKS_PER_PART or index + 1 == patient.num_blocks):
-            cells, numbers = zip(*rows, strict=True)
-            path = store.part(patient_id, index // BLOCKS_PER_PART)
-            store.write(path, np.concatenate(cells), np.concatenate(numbers, axis=1))
-            rows.clear()
+            store.write(store.part(patient_id, index // BLOCKS_PER_PART), rows)
+            rows = []
         bar.update(block.size)
         bar.set_postfix_str(f"{store.bytes_written / 1e6:,.0f} MB written", refresh=False)
-    # `top` last: where it is, the rest is.
     for table, designs in (("diverse", patient.diverse), ("top", patient.best)):
         order = np.argsort(-designs.numbers[REWARD], kind="stable")
         path = partition(store.output_dir / table, patient_id) / "designs.parquet"
-        store.write(path, designs.cell[order], designs.numbers[:, order])
+        store.wait()  # `top` is last: where it is, the rest is
+        store.write(path, [(designs.cell[order], designs.numbers[:, order])])
     store.wait()
     if (found := len(patient.best.cell)) < patient.args.top_k:
         tqdm.write(
@@ -492,7 +495,7 @@ def run(args: Args) -> Path:
             )
             raise
         finally:
-            store.writer.shutdown()
+            store.writers.shutdown()
     if args.show:
         for row in rows[rank::ranks]:
             show(output_dir, cohort.patient_ids[row], problem.params.reward_config)
