@@ -44,6 +44,7 @@ import tempfile
 import threading
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1436,6 +1437,8 @@ def load_policy(path: Path, device: str | torch.device) -> tuple[Agent, dict[str
     if not path.is_file():
         raise UsageError(f"policy {path}: no such file")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or is no policy")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != "hydrogel_gym.stage2_policy.v2":
             raise ValueError(f"format {saved['format']!r}")
@@ -1444,8 +1447,7 @@ def load_policy(path: Path, device: str | torch.device) -> tuple[Agent, dict[str
         agent = Agent(**saved["architecture"])
         agent.load_state_dict(saved["policy_state_dict"])
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"policy {path} cannot be used: {reason}") from error
+        raise UsageError(f"policy {path} cannot be used: {reason(error)}") from error
     return agent.to(device), saved
 
 
