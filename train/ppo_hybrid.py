@@ -2798,14 +2798,23 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults = Args(preset=given.preset, **PRESETS[given.preset])
     else:
         defaults = args_of_checkpoint(Path(given.resume))
+    return read_command_line(Args, args=argv, default=defaults, prog="ppo_hybrid.py")
+
+
+def read_command_line(kind: type, **options: Any) -> Any:
+    """`tyro.cli`, whose errors are one line.
+
+    Raises:
+        UsageError: a flag or a value is unknown.
+    """
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(Args, args=argv, default=defaults, prog="ppo_hybrid.py")
+            return tyro.cli(kind, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # tyro draws its message in a box of several lines; an error here is one line.
+        # tyro draws its message in a box of several lines.
         lines = (line.strip(" │╭╮╰╯─") for line in boxed.getvalue().splitlines()[1:])
         message = " ".join(itertools.takewhile(bool, lines))
         raise UsageError(message or "the arguments cannot be read; see --help") from None

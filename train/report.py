@@ -14,7 +14,6 @@ deviation.
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import dataclasses
 import io
@@ -1307,25 +1306,6 @@ def about_seeds(groups: list[Group]) -> list[str]:
     return [text, f"Unfinished, in the curves only: {', '.join(unfinished)}."]
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Arguments of the command line.
-
-    Raises:
-        UsageError: a flag or a value is unknown.
-    """
-    boxed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxed):
-            return tyro.cli(Args, args=argv, prog="report.py")
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # tyro draws its message in a box of several lines; an error here is one line.
-        lines = (text.strip(" │╭╮╰╯─") for text in boxed.getvalue().splitlines()[1:])
-        message = " ".join(itertools.takewhile(bool, lines))
-        raise UsageError(message or "the arguments cannot be read; see --help") from None
-
-
 def write_report(args: Args) -> Path:
     """Write the page that is asked for; returns its path.
 
@@ -1355,7 +1335,8 @@ def write_report(args: Args) -> Path:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        output = write_report(parse_args(argv))
+        args = ppo_hybrid.read_command_line(Args, args=argv, prog="report.py")
+        output = write_report(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
