@@ -327,6 +327,26 @@ def damage_metrics(run):
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
+def blank_iteration(run):
+    lines = (run / "metrics.csv").read_text().splitlines()
+    lines[2] = lines[2][lines[2].index(",") :]
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def repeat_metrics(run):
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    (run / "metrics.csv").write_text("\n".join([header, *lines, *lines]) + "\n")
+
+
+def useless_summary(run):
+    useless = {"mean_reward": "much", "iterations": "6", "polymer_share": {"HA_ECM": "all"}}
+    edit_json(run / "summary.json", **useless, versions=3)
+
+
+def useless_config(run):
+    edit_json(run / "config.json", num_iterations="six", horizon=[1], env_id=7)
+
+
 def go_on(run):
     """As a run that was interrupted after two iterations and is being continued."""
     edit_json(run / "summary.json", iterations=2, interrupted=True)
@@ -364,6 +384,18 @@ def same_patients_other_outcomes(run):
         (lambda run: (run / "metrics.csv").write_text("a,b\n1,2\n"), "lacks the columns", True),
         (cut_metrics, "metrics.csv is cut off or damaged after row 5.", True),
         (damage_metrics, "metrics.csv is cut off or damaged after row 2.", True),
+        (blank_iteration, "metrics.csv is cut off or damaged after row 1.", True),
+        (repeat_metrics, "metrics.csv is cut off or damaged after row 6.", True),
+        (
+            useless_summary,
+            "summary.json has no usable value of mean_reward, polymer_share, iterations, versions.",
+            True,
+        ),
+        (
+            useless_config,
+            "config.json has no usable value of env_id, horizon, num_iterations.",
+            True,
+        ),
         (remove("stage2_policy.pt"), "The designs are those of the policy at iteration 6", True),
         (remove_policy_and_checkpoints, "There is no checkpoint either", False),
         (

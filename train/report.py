@@ -53,6 +53,8 @@ from hydrogel_gym.spaces import (
 )
 
 CONFIG_FILE = "config.json"
+# What the page computes with, of both JSON files; all else is only printed.
+KINDS = dict(num_iterations=int, horizon=int, env_id=str, iterations=int, versions=dict)
 TEMPLATE = Path(__file__).with_name("report.html")
 
 # Of each run of a comparison; the rest are told of its group.
@@ -268,7 +270,10 @@ def read_run(path: Path) -> Run:
 
 
 def read_json(path: Path, gaps: list[str]) -> dict[str, Any]:
-    """A JSON object; empty, with a sentence in `gaps`, where there is none."""
+    """A JSON object; empty, with a sentence in `gaps`, where there is none.
+
+    A value that is of no use where it is needed is left out, and named there too.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -278,8 +283,19 @@ def read_json(path: Path, gaps: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
         gaps.append(f"{path.name} cannot be read: {ppo_hybrid.reason(error)}.")
     else:
-        return content
+        useless = [name for name, value in content.items() if not is_of_use(name, value)]
+        if useless:
+            gaps.append(f"{path.name} has no usable value of {', '.join(useless)}.")
+        return {name: value for name, value in content.items() if name not in useless}
     return {}
+
+
+def is_of_use(name: str, value: Any) -> bool:
+    """Whether a value is of the kind that its name promises; None is a value not had."""
+    if name == "polymer_share":
+        return isinstance(value, dict) and all(isinstance(x, int | float) for x in value.values())
+    kind = int | float if name in FINAL_FIGURES else KINDS.get(name, object)
+    return value is None or isinstance(value, kind)
 
 
 def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
@@ -289,8 +305,10 @@ def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
         if not text.strip():
             raise ValueError("it is empty")
         header, *lines = csv.reader(io.StringIO(text))
-        if "iteration" not in header or "global_step" not in header:
+        if header.count("iteration") != 1 or header.count("global_step") != 1:
             raise ValueError("it lacks the columns iteration and global_step")
+        if len(set(header)) < len(header):
+            raise ValueError("two of its columns have one name")
     except FileNotFoundError:
         gaps.append(f"{path.name} is missing, so that there are no learning curves.")
         return pd.DataFrame()
@@ -298,6 +316,7 @@ def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
         why = ppo_hybrid.reason(error)
         gaps.append(f"{path.name} cannot be read, so that there are no learning curves: {why}.")
         return pd.DataFrame()
+    order = [header.index(name) for name in ("iteration", "global_step")]
     rows: list[list[float]] = []
     # A row that is cut off within its last number looks whole, but for the end of its line.
     for cells in lines if text.endswith("\n") else lines[:-1]:
@@ -305,7 +324,10 @@ def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
             numbers = [float(cell) if cell else math.nan for cell in cells]
         except ValueError:
             break
-        if len(numbers) != len(header):
+        # Not `<=`: what is not a number is not in order either.
+        if len(numbers) != len(header) or not all(
+            (rows[-1][i] if rows else -1.0) < numbers[i] < math.inf for i in order
+        ):
             break
         rows.append(numbers)
     if len(rows) < len(lines) or not rows:
