@@ -524,6 +524,7 @@ def test_comparison_marks_unfinished_runs_and_leaves_them_out_of_the_figures(
     assert [row[3] for row in runs.rows] == ["finished", "unfinished", "unfinished", "finished"]
     assert "Unfinished, in the curves only: run-1, run-2." in shown["sections"][0].texts
     assert any(gap.startswith("run-1: summary.json is missing") for gap in shown["gaps"])
+    assert not any("designs are those" in gap for gap in shown["gaps"])  # none is shown
 
 
 def test_comparison_draws_every_run_thin_and_the_mean_thick(report, several, monkeypatch):

@@ -154,6 +154,7 @@ class Run:
     policy: Policy | None = None
     patients_digest: str | None = None
     gaps: list[str] = field(default_factory=list)
+    policy_gaps: list[str] = field(default_factory=list)  # of no concern where no patient is shown
 
     @property
     def name(self) -> str:
@@ -382,20 +383,26 @@ def read_policy(run: Run, checkpoint: dict[str, Any] | None) -> None:
             run.policy = Policy(agent, saved["training_config"], path.name)
             return
         except UsageError as error:
-            run.gaps.append(f"{str(error)[0].upper()}{str(error)[1:]}.")
+            run.policy_gaps.append(f"{str(error)[0].upper()}{str(error)[1:]}.")
     if not checkpoint:
-        run.gaps.append("There is no checkpoint either, so that nothing is shown of patients.")
+        run.policy_gaps.append(
+            "There is no checkpoint either, so that nothing is shown of patients."
+        )
         return
     iteration = checkpoint["iteration"]
     try:
         agent = ppo_hybrid.Agent(**checkpoint["architecture"])
         agent.load_state_dict(checkpoint["policy_state_dict"])
     except (RuntimeError, TypeError, KeyError) as error:
-        run.gaps.append(f"The newest checkpoint is of another version: {ppo_hybrid.reason(error)}.")
+        run.policy_gaps.append(
+            f"The newest checkpoint is of another version: {ppo_hybrid.reason(error)}."
+        )
         return
     origin = f"{ppo_hybrid.CHECKPOINTS}/{ppo_hybrid.checkpoint_name(iteration)}"
     run.policy = Policy(agent, checkpoint["args"], origin)
-    run.gaps.append(f"The designs are those of the policy at iteration {iteration:,} ({origin}).")
+    run.policy_gaps.append(
+        f"The designs are those of the policy at iteration {iteration:,} ({origin})."
+    )
 
 
 # What the policy does for its patients.
@@ -417,8 +424,7 @@ def design_patients(run: Run) -> Patients:
     except (hydrogel_gym.CohortError, TypeError) as error:
         raise UsageError(ppo_hybrid.reason(error)) from error
     device = torch.device("cpu")
-    digest = ppo_hybrid.identity(args, {"train": cohort}, device)["patients of the train cohort"]
-    if run.patients_digest not in (None, digest):
+    if run.patients_digest not in (None, ppo_hybrid.digest(cohort)):
         raise UsageError(f"{cohort.name} holds other patients than the run was trained on")
     try:
         with ppo_hybrid.fast_float32(device):
@@ -1067,6 +1073,7 @@ def about(runs: list[Run]) -> list[str]:
 def report(run: Run) -> bytes:
     """The page of one run."""
     patients = None
+    run.gaps += run.policy_gaps
     if run.policy and run.config:
         try:
             patients = design_patients(run)
@@ -1350,7 +1357,7 @@ def write_report(args: Args) -> Path:
     try:
         write_atomically(output, content)
     except OSError as error:
-        raise UsageError(f"{output} cannot be written: {ppo_hybrid.reason(error)}") from error
+        raise UsageError(f"{output} cannot be written: {error.strerror}") from error
     return output
 
 
