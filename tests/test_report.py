@@ -169,6 +169,22 @@ def test_cohort_of_the_user_is_not_called_synthetic(report, run, trained):
     assert "the outcome model of Mine-v0" in model
 
 
+def test_outcome_model_is_named_for_every_run_and_not_guessed(report, run, trained):
+    mine = report.Run(trained, config={"env_id": "Mine-v0"})
+    unknown = report.Run(trained)
+    assert "is predicted by an outcome model that is not named" in report.about([unknown])[-1]
+    both = report.about([run, mine])[-1]
+    assert "the outcome model of Mine-v0" in both
+    assert "the built-in outcome model" in both
+
+
+def test_ticks_of_regret_are_whole_numbers(report):
+    figure = report.new_figure("x", "y")
+    report.log_regret(figure)
+    axis = figure.layout.yaxis
+    assert dict(zip(axis.tickvals, axis.ticktext, strict=True))[20.0] == "20"
+
+
 def test_slice_through_the_chosen_polymer_and_coverage_is_the_design_itself(report, patients):
     everyone = np.arange(len(patients.reward))
     along = report.SLICE_POINTS * len(FORMULATION_FIELDS)
@@ -538,6 +554,44 @@ def test_comparison_draws_every_run_thin_and_the_mean_thick(report, several, mon
     np.testing.assert_allclose(mean.y, np.array(one.y)[:4] + 1.5)  # as far as both got
     assert len(mean.y) == len(other.y) == 4
     assert source.line.dash == "dot"
+
+
+def test_group_has_one_colour_in_curves_and_bars(report, several, monkeypatch):
+    for path in several[:3]:
+        (path / "summary.json").unlink()
+    shown = compared(report, several, monkeypatch)
+    _, curves, polymers = shown["sections"]
+    drawn = {trace.name: trace.line.color for trace in curves.plots[0].figure.data}
+    bar, source = polymers.plots[0].figure.data
+    assert bar.name == "hidden_dim 32"
+    assert bar.marker.color == drawn["hidden_dim 32"]
+    assert source.marker.color not in drawn.values()
+
+
+def test_runs_and_groups_of_one_name_are_told_apart(report, several, monkeypatch, tmp_path):
+    paths = [tmp_path / name / "run" for name in ("one", "two")]
+    for width, old, new in zip((16, 32), several, paths, strict=False):
+        new.parent.mkdir()
+        old.rename(new)
+        edit_json(new / "config.json", a=width, b=width, c=width, d=width)
+    shown = compared(report, paths, monkeypatch)
+    figures, runs, *_ = shown["sections"][0].tables
+    assert [row[0] for row in runs.rows] == [str(path) for path in paths]
+    assert figures.header[1:] == [f"{path} (n = 1)" for path in paths]
+    assert len(shown["sections"][2].plots[0].figure.data) == 3
+
+
+def test_groups_that_differ_in_many_settings_go_by_their_presets(report, several, monkeypatch):
+    edit_json(several[3] / "config.json", preset="full", gamma=0.9, num_steps=7, ent_coef=0.5)
+    shown = compared(report, several, monkeypatch)
+    presets = [f"preset {json.loads((several[0] / 'config.json').read_text())['preset']} (n = 3)"]
+    assert shown["sections"][0].tables[0].header[1:] == [*presets, "preset full (n = 1)"]
+
+
+def test_names_in_legends_are_no_markup(report, trained):
+    run = report.read_run(trained)
+    figure = report.overlay([report.Group("<b>x</b>", [run], report.BLUE)], "mean_reward", "y")
+    assert figure.data[0].name == "&lt;b&gt;x&lt;/b&gt;"
 
 
 def test_comparison_page_is_whole(report, several):
