@@ -766,6 +766,15 @@ def test_a_malicious_policy_file_executes_nothing(tmp_path, capsys):
     assert "cannot be used: Weights only load failed" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", [0, 3, 20_000])
+def test_a_policy_file_that_is_cut_off_is_refused_in_words(finished_run, tmp_path, size):
+    args, _ = finished_run
+    whole = (args.output_dir / "stage2_policy.pt").read_bytes()
+    (tmp_path / "policy.pt").write_bytes(whole[:size])
+    with pytest.raises(ppo.UsageError, match="it is cut off, or is no policy"):
+        ppo.load_policy(tmp_path / "policy.pt", "cpu")
+
+
 def test_a_policy_of_another_polymer_table_is_refused(finished_run, tmp_path):
     args, _ = finished_run
     saved = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)

@@ -169,6 +169,22 @@ def test_cohort_of_the_user_is_not_called_synthetic(report, run, trained):
     assert "the outcome model of Mine-v0" in model
 
 
+def test_outcome_model_is_named_for_every_run_and_not_guessed(report, run, trained):
+    mine = report.Run(trained, config={"env_id": "Mine-v0"})
+    unknown = report.Run(trained)
+    assert "is predicted by an outcome model that is not named" in report.about([unknown])[-1]
+    both = report.about([run, mine])[-1]
+    assert "the outcome model of Mine-v0" in both
+    assert "the built-in outcome model" in both
+
+
+def test_ticks_of_regret_are_whole_numbers(report):
+    figure = report.new_figure("x", "y")
+    report.log_regret(figure)
+    axis = figure.layout.yaxis
+    assert dict(zip(axis.tickvals, axis.ticktext, strict=True))[20.0] == "20"
+
+
 def test_slice_through_the_chosen_polymer_and_coverage_is_the_design_itself(report, patients):
     everyone = np.arange(len(patients.reward))
     along = report.SLICE_POINTS * len(FORMULATION_FIELDS)
@@ -327,6 +343,26 @@ def damage_metrics(run):
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
+def blank_iteration(run):
+    lines = (run / "metrics.csv").read_text().splitlines()
+    lines[2] = lines[2][lines[2].index(",") :]
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+
+
+def repeat_metrics(run):
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    (run / "metrics.csv").write_text("\n".join([header, *lines, *lines]) + "\n")
+
+
+def useless_summary(run):
+    useless = {"mean_reward": "much", "iterations": "6", "polymer_share": {"HA_ECM": "all"}}
+    edit_json(run / "summary.json", **useless, versions=3)
+
+
+def useless_config(run):
+    edit_json(run / "config.json", num_iterations="six", horizon=[1], env_id=7)
+
+
 def go_on(run):
     """As a run that was interrupted after two iterations and is being continued."""
     edit_json(run / "summary.json", iterations=2, interrupted=True)
@@ -364,6 +400,18 @@ def same_patients_other_outcomes(run):
         (lambda run: (run / "metrics.csv").write_text("a,b\n1,2\n"), "lacks the columns", True),
         (cut_metrics, "metrics.csv is cut off or damaged after row 5.", True),
         (damage_metrics, "metrics.csv is cut off or damaged after row 2.", True),
+        (blank_iteration, "metrics.csv is cut off or damaged after row 1.", True),
+        (repeat_metrics, "metrics.csv is cut off or damaged after row 6.", True),
+        (
+            useless_summary,
+            "summary.json has no usable value of mean_reward, polymer_share, iterations, versions.",
+            True,
+        ),
+        (
+            useless_config,
+            "config.json has no usable value of env_id, horizon, num_iterations.",
+            True,
+        ),
         (remove("stage2_policy.pt"), "The designs are those of the policy at iteration 6", True),
         (remove_policy_and_checkpoints, "There is no checkpoint either", False),
         (
@@ -492,6 +540,7 @@ def test_comparison_marks_unfinished_runs_and_leaves_them_out_of_the_figures(
     assert [row[3] for row in runs.rows] == ["finished", "unfinished", "unfinished", "finished"]
     assert "Unfinished, in the curves only: run-1, run-2." in shown["sections"][0].texts
     assert any(gap.startswith("run-1: summary.json is missing") for gap in shown["gaps"])
+    assert not any("designs are those" in gap for gap in shown["gaps"])  # none is shown
 
 
 def test_comparison_draws_every_run_thin_and_the_mean_thick(report, several, monkeypatch):
@@ -505,6 +554,44 @@ def test_comparison_draws_every_run_thin_and_the_mean_thick(report, several, mon
     np.testing.assert_allclose(mean.y, np.array(one.y)[:4] + 1.5)  # as far as both got
     assert len(mean.y) == len(other.y) == 4
     assert source.line.dash == "dot"
+
+
+def test_group_has_one_colour_in_curves_and_bars(report, several, monkeypatch):
+    for path in several[:3]:
+        (path / "summary.json").unlink()
+    shown = compared(report, several, monkeypatch)
+    _, curves, polymers = shown["sections"]
+    drawn = {trace.name: trace.line.color for trace in curves.plots[0].figure.data}
+    bar, source = polymers.plots[0].figure.data
+    assert bar.name == "hidden_dim 32"
+    assert bar.marker.color == drawn["hidden_dim 32"]
+    assert source.marker.color not in drawn.values()
+
+
+def test_runs_and_groups_of_one_name_are_told_apart(report, several, monkeypatch, tmp_path):
+    paths = [tmp_path / name / "run" for name in ("one", "two")]
+    for width, old, new in zip((16, 32), several, paths, strict=False):
+        new.parent.mkdir()
+        old.rename(new)
+        edit_json(new / "config.json", a=width, b=width, c=width, d=width)
+    shown = compared(report, paths, monkeypatch)
+    figures, runs, *_ = shown["sections"][0].tables
+    assert [row[0] for row in runs.rows] == [str(path) for path in paths]
+    assert figures.header[1:] == [f"{path} (n = 1)" for path in paths]
+    assert len(shown["sections"][2].plots[0].figure.data) == 3
+
+
+def test_groups_that_differ_in_many_settings_go_by_their_presets(report, several, monkeypatch):
+    edit_json(several[3] / "config.json", preset="full", gamma=0.9, num_steps=7, ent_coef=0.5)
+    shown = compared(report, several, monkeypatch)
+    presets = [f"preset {json.loads((several[0] / 'config.json').read_text())['preset']} (n = 3)"]
+    assert shown["sections"][0].tables[0].header[1:] == [*presets, "preset full (n = 1)"]
+
+
+def test_names_in_legends_are_no_markup(report, trained):
+    run = report.read_run(trained)
+    figure = report.overlay([report.Group("<b>x</b>", [run], report.BLUE)], "mean_reward", "y")
+    assert figure.data[0].name == "&lt;b&gt;x&lt;/b&gt;"
 
 
 def test_comparison_page_is_whole(report, several):

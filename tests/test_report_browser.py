@@ -102,6 +102,12 @@ def test_page_loads_and_is_neither_blank_nor_wider_than_the_screen(visit, name, 
         assert pixels(plot.screenshot()).std() > 5
 
 
+def test_buttons_do_not_lie_on_the_plots_of_a_phone(visit):
+    assert visit().locator(".modebar-btn").count() > 0
+    phone = visit(viewport=PHONE, is_mobile=True, has_touch=True)
+    assert phone.locator(".modebar-btn").count() == 0
+
+
 def test_partial_page_says_at_the_top_what_it_lacks(visit):
     page = visit("partial")
     box = page.locator(".notice")

@@ -44,6 +44,7 @@ import tempfile
 import threading
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -1436,6 +1437,8 @@ def load_policy(path: Path, device: str | torch.device) -> tuple[Agent, dict[str
     if not path.is_file():
         raise UsageError(f"policy {path}: no such file")
     try:
+        if not zipfile.is_zipfile(path):
+            raise ValueError("it is cut off, or is no policy")
         saved = torch.load(path, map_location="cpu", weights_only=True)
         if saved["format"] != "hydrogel_gym.stage2_policy.v2":
             raise ValueError(f"format {saved['format']!r}")
@@ -1444,8 +1447,7 @@ def load_policy(path: Path, device: str | torch.device) -> tuple[Agent, dict[str
         agent = Agent(**saved["architecture"])
         agent.load_state_dict(saved["policy_state_dict"])
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"policy {path} cannot be used: {reason}") from error
+        raise UsageError(f"policy {path} cannot be used: {reason(error)}") from error
     return agent.to(device), saved
 
 
@@ -2796,14 +2798,23 @@ def parse_args(argv: list[str] | None = None) -> Args:
         defaults = Args(preset=given.preset, **PRESETS[given.preset])
     else:
         defaults = args_of_checkpoint(Path(given.resume))
+    return read_command_line(Args, args=argv, default=defaults, prog="ppo_hybrid.py")
+
+
+def read_command_line(kind: type, **options: Any) -> Any:
+    """`tyro.cli`, whose errors are one line.
+
+    Raises:
+        UsageError: a flag or a value is unknown.
+    """
     boxed = io.StringIO()
     try:
         with contextlib.redirect_stderr(boxed):
-            return tyro.cli(Args, args=argv, default=defaults, prog="ppo_hybrid.py")
+            return tyro.cli(kind, **options)
     except SystemExit as stop:
         if not stop.code:  # --help
             raise
-        # tyro draws its message in a box of several lines; an error here is one line.
+        # tyro draws its message in a box of several lines.
         lines = (line.strip(" │╭╮╰╯─") for line in boxed.getvalue().splitlines()[1:])
         message = " ".join(itertools.takewhile(bool, lines))
         raise UsageError(message or "the arguments cannot be read; see --help") from None

@@ -14,15 +14,16 @@ deviation.
 from __future__ import annotations
 
 import base64
-import contextlib
 import csv
 import dataclasses
+import html
 import io
 import itertools
 import json
 import math
 import os
 import sys
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ from hydrogel_gym.spaces import (
 )
 
 CONFIG_FILE = "config.json"
+# What the page computes with, of both JSON files; all else is only printed.
+KINDS = dict(num_iterations=int, horizon=int, env_id=str, iterations=int, versions=dict)
 TEMPLATE = Path(__file__).with_name("report.html")
 
 # Of each run of a comparison; the rest are told of its group.
@@ -76,6 +79,8 @@ GREY = "#8C8C8C"
 CYCLE = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, BLACK, GREY)
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 
+REWARD = "mean reward (dimensionless)"
+FRACTION = "mean / mean best reward"
 SAMPLES = "samples (one design for one patient)"
 TERM_LABELS = {
     "reward_delta_ef": "ejection fraction",
@@ -96,25 +101,25 @@ OUTCOME_LABELS = {
 # Of `summary.json`: label, factor, decimals, unit.
 FINAL_FIGURES = {
     "mean_reward": ("mean reward, sampled designs, training patients", 1, 2, ""),
-    "optimal_rate": ("designs that meet both goals, sampled", 100, 1, " %"),
-    "limit_breach_rate": ("designs that break a safety limit, sampled", 100, 2, " %"),
+    "optimal_rate": ("designs that meet both goals, sampled", 100, 1, "\u00a0%"),
+    "limit_breach_rate": ("designs that break a safety limit, sampled", 100, 2, "\u00a0%"),
     "train_deterministic_reward": ("mean reward, deterministic, training patients", 1, 2, ""),
     "train_deterministic_limit_breach_rate": (
         "designs that break a limit, deterministic, training patients",
         100,
         2,
-        " %",
+        "\u00a0%",
     ),
-    "train_fraction_of_oracle": ("fraction of the oracle, training patients", 100, 2, " %"),
+    "train_fraction_of_oracle": ("fraction of the oracle, training patients", 100, 2, "\u00a0%"),
     "train_regret": ("mean regret, training patients", 1, 3, ""),
     "holdout_deterministic_reward": ("mean reward, deterministic, held-out patients", 1, 2, ""),
     "holdout_deterministic_limit_breach_rate": (
         "designs that break a limit, deterministic, held-out patients",
         100,
         2,
-        " %",
+        "\u00a0%",
     ),
-    "holdout_fraction_of_oracle": ("fraction of the oracle, held-out patients", 100, 2, " %"),
+    "holdout_fraction_of_oracle": ("fraction of the oracle, held-out patients", 100, 2, "\u00a0%"),
     "holdout_regret": ("mean regret, held-out patients", 1, 3, ""),
     "holdout_regret_p95": ("95th percentile of the regret, held-out patients", 1, 3, ""),
     "entropy": ("entropy of the policy, nats", 1, 2, ""),
@@ -153,11 +158,10 @@ class Run:
     policy: Policy | None = None
     patients_digest: str | None = None
     gaps: list[str] = field(default_factory=list)
+    policy_gaps: list[str] = field(default_factory=list)  # of no concern where no patient is shown
 
-    @property
-    def name(self) -> str:
-        """Name of the directory."""
-        return self.path.resolve().name
+    def __post_init__(self) -> None:
+        self.name = self.path.resolve().name
 
     @property
     def is_finished(self) -> bool:
@@ -269,7 +273,10 @@ def read_run(path: Path) -> Run:
 
 
 def read_json(path: Path, gaps: list[str]) -> dict[str, Any]:
-    """A JSON object; empty, with a sentence in `gaps`, where there is none."""
+    """A JSON object; empty, with a sentence in `gaps`, where there is none.
+
+    A value that is of no use where it is needed is left out, and named there too.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
@@ -279,8 +286,19 @@ def read_json(path: Path, gaps: list[str]) -> dict[str, Any]:
     except (OSError, ValueError) as error:  # ValueError: neither JSON nor UTF-8
         gaps.append(f"{path.name} cannot be read: {ppo_hybrid.reason(error)}.")
     else:
-        return content
+        useless = [name for name, value in content.items() if not is_of_use(name, value)]
+        if useless:
+            gaps.append(f"{path.name} has no usable value of {', '.join(useless)}.")
+        return {name: value for name, value in content.items() if name not in useless}
     return {}
+
+
+def is_of_use(name: str, value: Any) -> bool:
+    """Whether a value is of the kind that its name promises; None is a value not had."""
+    if name == "polymer_share":
+        return isinstance(value, dict) and all(isinstance(x, int | float) for x in value.values())
+    kind = int | float if name in FINAL_FIGURES else KINDS.get(name, object)
+    return value is None or isinstance(value, kind)
 
 
 def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
@@ -290,8 +308,10 @@ def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
         if not text.strip():
             raise ValueError("it is empty")
         header, *lines = csv.reader(io.StringIO(text))
-        if "iteration" not in header or "global_step" not in header:
+        if header.count("iteration") != 1 or header.count("global_step") != 1:
             raise ValueError("it lacks the columns iteration and global_step")
+        if len(set(header)) < len(header):
+            raise ValueError("two of its columns have one name")
     except FileNotFoundError:
         gaps.append(f"{path.name} is missing, so that there are no learning curves.")
         return pd.DataFrame()
@@ -299,6 +319,7 @@ def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
         why = ppo_hybrid.reason(error)
         gaps.append(f"{path.name} cannot be read, so that there are no learning curves: {why}.")
         return pd.DataFrame()
+    order = [header.index(name) for name in ("iteration", "global_step")]
     rows: list[list[float]] = []
     # A row that is cut off within its last number looks whole, but for the end of its line.
     for cells in lines if text.endswith("\n") else lines[:-1]:
@@ -306,7 +327,10 @@ def read_metrics(path: Path, gaps: list[str]) -> pd.DataFrame:
             numbers = [float(cell) if cell else math.nan for cell in cells]
         except ValueError:
             break
-        if len(numbers) != len(header):
+        # Not `<=`: what is not a number is not in order either.
+        if len(numbers) != len(header) or not all(
+            (rows[-1][i] if rows else -1.0) < numbers[i] < math.inf for i in order
+        ):
             break
         rows.append(numbers)
     if len(rows) < len(lines) or not rows:
@@ -361,20 +385,26 @@ def read_policy(run: Run, checkpoint: dict[str, Any] | None) -> None:
             run.policy = Policy(agent, saved["training_config"], path.name)
             return
         except UsageError as error:
-            run.gaps.append(f"{str(error)[0].upper()}{str(error)[1:]}.")
+            run.policy_gaps.append(f"{str(error)[0].upper()}{str(error)[1:]}.")
     if not checkpoint:
-        run.gaps.append("There is no checkpoint either, so that nothing is shown of patients.")
+        run.policy_gaps.append(
+            "There is no checkpoint either, so that nothing is shown of patients."
+        )
         return
     iteration = checkpoint["iteration"]
     try:
         agent = ppo_hybrid.Agent(**checkpoint["architecture"])
         agent.load_state_dict(checkpoint["policy_state_dict"])
     except (RuntimeError, TypeError, KeyError) as error:
-        run.gaps.append(f"The newest checkpoint is of another version: {ppo_hybrid.reason(error)}.")
+        run.policy_gaps.append(
+            f"The newest checkpoint is of another version: {ppo_hybrid.reason(error)}."
+        )
         return
     origin = f"{ppo_hybrid.CHECKPOINTS}/{ppo_hybrid.checkpoint_name(iteration)}"
     run.policy = Policy(agent, checkpoint["args"], origin)
-    run.gaps.append(f"The designs are those of the policy at iteration {iteration:,} ({origin}).")
+    run.policy_gaps.append(
+        f"The designs are those of the policy at iteration {iteration:,} ({origin})."
+    )
 
 
 # What the policy does for its patients.
@@ -396,8 +426,7 @@ def design_patients(run: Run) -> Patients:
     except (hydrogel_gym.CohortError, TypeError) as error:
         raise UsageError(ppo_hybrid.reason(error)) from error
     device = torch.device("cpu")
-    digest = ppo_hybrid.identity(args, {"train": cohort}, device)["patients of the train cohort"]
-    if run.patients_digest not in (None, digest):
+    if run.patients_digest not in (None, ppo_hybrid.digest(cohort)):
         raise UsageError(f"{cohort.name} holds other patients than the run was trained on")
     try:
         with ppo_hybrid.fast_float32(device):
@@ -527,6 +556,18 @@ def line(table: pd.DataFrame, name: str, label: str, color: str, **options: Any)
     )
 
 
+def log_samples(figure: go.Figure) -> None:
+    """Space samples by their logarithm, so that the source's many leave room for few."""
+    figure.update_xaxes(type="log", exponentformat="SI", dtick=1)
+
+
+def log_regret(figure: go.Figure) -> None:
+    """Space regret by its logarithm."""
+    # Plotly's own ticks between powers of ten are bare digits: "2" for 20.
+    ticks = [digit * 10.0**power for power in range(-5, 4) for digit in (1, 2, 5)]
+    figure.update_yaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
+
+
 def source_curve() -> go.Scatter:
     """The source's table, of another reward model."""
     source = {
@@ -546,36 +587,28 @@ def source_curve() -> go.Scatter:
 def beside_the_source(run: Run) -> Table:
     """The source's mean rewards, and this run's after as many samples."""
     table = run.metrics
+    names = ("mean_reward", "train_deterministic_reward", "holdout_deterministic_reward")
+
+    def shown(row: pd.Series, name: str) -> str:
+        value = row.get(name, math.nan)
+        return "–" if math.isnan(value) else f"{value:.1f}"
+
     rows = []
     for iteration, reward in ppo_hybrid.SOURCE_MEAN_REWARD.items():
         samples = iteration * ppo_hybrid.SOURCE_SAMPLES_PER_ITERATION
-        # The first rollout is of the policy before any update, as is the source's row 0.
         reached = table[table["global_step"] >= samples]
-        cells = [f"{iteration}", f"{samples / 1e6:g} M", f"{reward:.1f}"]
-        for name in ("mean_reward", "train_deterministic_reward", "holdout_deterministic_reward"):
-            if not len(reached) or not has(table, name):
-                cells.append("not reached" if not len(reached) else "–")
-            elif iteration == 0 and name != "mean_reward":
-                cells.append("–")  # is measured after updates
-            else:
-                cells.append(f"{reached[name].iloc[0]:.1f}")
-        rows.append(cells)
+        if not len(reached):
+            cells = ["not reached"] * 3
+        elif iteration == 0:
+            # The first rollout is of the policy before any update, as is the source's row 0; what
+            # is deterministic is measured after updates.
+            cells = [shown(reached.iloc[0], "mean_reward"), "–", "–"]
+        else:
+            cells = [shown(reached.iloc[0], name) for name in names]
+        rows.append([f"{iteration}", f"{samples / 1e6:g} M", f"{reward:.1f}", *cells])
     last = table.iloc[-1]
-    rows.append(
-        [
-            "this run's end",
-            f"{last['global_step'] / 1e6:g} M",
-            "–",
-            *(
-                f"{last[name]:.1f}" if has(table, name) else "–"
-                for name in (
-                    "mean_reward",
-                    "train_deterministic_reward",
-                    "holdout_deterministic_reward",
-                )
-            ),
-        ]
-    )
+    cells = [shown(last, name) for name in names]
+    rows.append(["this run's end", f"{last['global_step'] / 1e6:g} M", "–", *cells])
     header = [
         "iteration of the source",
         "samples",
@@ -600,21 +633,22 @@ def learning_section(run: Run) -> Section | None:
     }
     curves = {name: look for name, look in curves.items() if has(table, name)}
     if curves:
-        figure = new_figure(SAMPLES, "mean reward (dimensionless)")
-        figure.update_xaxes(type="log", exponentformat="SI")
+        figure = new_figure(SAMPLES, REWARD, height=400)
+        log_samples(figure)
         for name, (label, color, dash) in curves.items():
             figure.add_trace(line(table, name, label, color, style=dict(dash=dash)))
         figure.add_trace(source_curve())
         caption = (
             "Dotted: the source's own table. Its reward model is another one, which is not "
-            "public, so that only the shape of the curves and their cost can be compared."
+            "public, so that only the shape of the curves and their cost can be compared. Its "
+            "first value, before any sample, is in the table only."
         )
         plots.append(Plot("learning", "Learning curves", caption, figure))
     for key, title, axis, caption in (
         (
             "fraction_of_oracle",
             "Fraction of the oracle",
-            "mean / mean best reward",
+            FRACTION,
             "The oracle searches every patient's whole design space; 1 is the best possible.",
         ),
         (
@@ -625,7 +659,7 @@ def learning_section(run: Run) -> Section | None:
             "percentile.",
         ),
     ):
-        figure = new_figure(SAMPLES, axis)
+        figure = new_figure(SAMPLES, axis, height=400)
         for cohort, label, color, dash in (
             ("train", "training", BLUE, "solid"),
             ("holdout", "held out", VERMILLION, "dash"),
@@ -637,7 +671,7 @@ def learning_section(run: Run) -> Section | None:
                     figure.add_trace(line(table, name, label + end, color, style=style))
         if figure.data:
             if key == "regret":
-                figure.update_yaxes(type="log", dtick="D2")
+                log_regret(figure)
             plots.append(Plot(key, title, caption, figure))
         else:
             run.gaps.append(f"{title}: not recorded, as of a run without an oracle, and left out.")
@@ -681,29 +715,31 @@ def terms_section(run: Run) -> Section | None:
     return Section("reward-terms", "Reward terms over time", [], plots, [])
 
 
-def share_bars(shares: dict[str, dict[str, float]]) -> go.Figure:
-    """Horizontal bars of the share of each polymer, %; by label, then by polymer."""
+def share_bars(shares: dict[str, dict[str, float]], colors: list[str]) -> go.Figure:
+    """Horizontal bars of the share of each polymer, %, beside the source's.
+
+    Args:
+        shares: by label, then by polymer.
+        colors: of the labels.
+    """
+    shares = shares | {"source (another reward model)": ppo_hybrid.SOURCE_POLYMER_SHARE}
     names = hydrogel_gym.load_polymers().names
-    first = next(iter(shares.values()))
-    order = sorted(names, key=lambda name: first.get(name, 0.0))
-    used = [
-        name for name in order if any(share.get(name, 0.0) >= 5e-4 for share in shares.values())
-    ]
-    height = 160 + len(used) * (8 + 10 * len(shares))
-    figure = new_figure("share of designs, %", "", height=height, bargap=0.25)
-    colors = [GREY if label.startswith("source") else None for label in shares]
-    cycle = iter(itertools.cycle(CYCLE[:-1]))
-    for (label, share), color in zip(shares.items(), colors, strict=True):
+    table = pd.DataFrame(shares, index=names).fillna(0.0)
+    table = table[(table >= 5e-4).any(axis=1)].sort_values(list(shares), ascending=False)
+    height = 160 + len(table) * (5 + 7 * len(shares))
+    figure = new_figure("share of designs, %", "", height=height, bargap=0.25, barmode="group")
+    for label, color in zip(shares, [*colors, GREY], strict=True):
         figure.add_trace(
             go.Bar(
-                y=used,
-                x=[100 * share.get(name, 0.0) for name in used],
-                name=label,
+                y=list(table.index),
+                x=100 * table[label],
+                name=html.escape(label),
                 orientation="h",
-                marker=dict(color=color or next(cycle)),
+                marker=dict(color=color),
             )
         )
-    return figure.update_layout(barmode="group")
+    # Bars are laid from the bottom up, and read, as their legend is, from the top down.
+    return figure.update_yaxes(autorange="reversed")
 
 
 def tertile_map(values: np.ndarray, polymer_id: np.ndarray, axis: str) -> go.Figure:
@@ -715,10 +751,16 @@ def tertile_map(values: np.ndarray, polymer_id: np.ndarray, axis: str) -> go.Fig
     np.add.at(count, (polymer_id, third), 1)
     share = 100 * count / np.maximum(count.sum(0), 1)
     chosen = [i for i in np.argsort(count.sum(1), kind="stable") if count[i].sum()]
+
+    def short(value: float) -> str:
+        return f"{value:.2f}" if abs(value) < 1 else f"{value:.3g}"
+
     labels = [
-        f"{part}<br>{low:.2g} to {high:.2g}"
+        f"{part}<br>{short(low)} to {short(high)}"
         for part, low, high in zip(("low", "middle", "high"), edges, edges[1:], strict=False)
     ]
+    # Wrapped, since beside the names of polymers a phone has room for little.
+    axis = "<br>".join(textwrap.wrap(axis, 30))
     figure = new_figure(axis, "", height=120 + 24 * len(chosen))
     figure.add_trace(
         go.Heatmap(
@@ -747,12 +789,14 @@ def polymer_section(run: Run, patients: Patients | None) -> Section | None:
         shares["sampled designs"] = sampled
     if not shares:
         return None
-    shares["source (another reward model)"] = ppo_hybrid.SOURCE_POLYMER_SHARE
+    named = ppo_hybrid.SOURCE_POLYMER_SHARE
     caption = (
-        "Polymers that nobody gets are left out. The source names seven; its 17 others have "
-        "17.4 % in all."
+        "Polymers with less than 0.05 % of all designs are left out. The source names "
+        f"{len(named)}; its {NUM_POLYMERS - len(named)} others have "
+        f"{100 * (1 - sum(named.values())):.1f} % in all."
     )
-    plots.append(Plot("polymers", "Overall, beside the source", caption, share_bars(shares)))
+    figure = share_bars(shares, [BLUE, VERMILLION][: len(shares)])
+    plots.append(Plot("polymers", "Overall, beside the source", caption, figure))
     if patients:
         for name, title in (
             ("scar_fraction_pct", "Against scar size"),
@@ -935,7 +979,7 @@ def table_html(patients: Patients) -> str:
             shown = f"type === 'display' ? value.toFixed({decimals}) : value"
             render = itables.JavascriptFunction(f"function(value, type) {{ return {shown}; }}")
             column_defs.append({"targets": i, "render": render})
-    html = itables.to_html_datatable(
+    body = itables.to_html_datatable(
         table,
         connected=False,
         display_logo_when_loading=False,
@@ -947,7 +991,7 @@ def table_html(patients: Patients) -> str:
         pageLength=10,
         columnDefs=column_defs,
     )
-    return generate_init_offline_itables_html(itables.options.dt_bundle) + html
+    return generate_init_offline_itables_html(itables.options.dt_bundle) + body
 
 
 def patient_data(patients: Patients) -> dict[str, Any]:
@@ -1017,7 +1061,7 @@ def what_was_run(run: Run) -> Section:
     machine |= run.summary.get("versions", {})
     if machine:
         rows = [[name, str(value)] for name, value in machine.items()]
-        tables.append(Table("Machine and versions", ["", "value"], rows))
+        tables.append(Table("Machine and versions", ["item", "value"], rows))
     return Section("what-was-run", "What was run", [], [], tables)
 
 
@@ -1033,11 +1077,13 @@ def about(runs: list[Run]) -> list[str]:
             "The shipped patients are synthetic: drawn from published summary statistics; "
             "no row is a person."
         )
-    env_ids = {run.config.get("env_id") for run in runs} - {None, "HydrogelDesign-v0"}
-    model = (
-        f"the outcome model of {', '.join(sorted(env_ids))}"
-        if env_ids
-        else "the built-in outcome model, an educational prior that was fitted to no patient"
+    env_ids = {run.config.get("env_id") for run in runs}
+    builtin = "the built-in outcome model, an educational prior that was fitted to no patient"
+    model = " or ".join(
+        {None: "an outcome model that is not named", "HydrogelDesign-v0": builtin}.get(
+            env_id, f"the outcome model of {env_id}"
+        )
+        for env_id in sorted(env_ids, key=str)
     )
     texts.append(f"Every outcome is predicted by {model}. Nothing here is clinical advice.")
     return texts
@@ -1046,6 +1092,7 @@ def about(runs: list[Run]) -> list[str]:
 def report(run: Run) -> bytes:
     """The page of one run."""
     patients = None
+    run.gaps += run.policy_gaps
     if run.policy and run.config:
         try:
             patients = design_patients(run)
@@ -1092,7 +1139,7 @@ def cards(run: Run) -> list[tuple[str, str]]:
     wanted = {
         "holdout_deterministic_reward": "mean reward, held-out patients",
         "holdout_fraction_of_oracle": "of the best possible, held out",
-        "holdout_deterministic_limit_breach_rate": "unsafe designs, held out",
+        "holdout_deterministic_limit_breach_rate": "designs that break a limit, held out",
         "samples": "samples",
         "wall_seconds": "seconds of training",
     }
@@ -1116,7 +1163,7 @@ def page(**content: Any) -> bytes:
     )
     plots = {plot.name: plot.figure for section in content["sections"] for plot in section.plots}
     patients = content.pop("patients")
-    html = environment.get_template(TEMPLATE.name).render(
+    text = environment.get_template(TEMPLATE.name).render(
         **content,
         # Plotly's own JSON: NaN becomes null, arrays are packed.
         plots={name: json.loads(figure.to_json()) for name, figure in plots.items()},
@@ -1125,7 +1172,7 @@ def page(**content: Any) -> bytes:
         plotly=get_plotlyjs(),
         version=hydrogel_gym.__version__,
     )
-    return html.encode()
+    return text.encode()
 
 
 # Several runs.
@@ -1156,14 +1203,19 @@ def group_runs(runs: list[Run]) -> list[Group]:
         by_settings.setdefault(key, []).append(run)
     groups = list(by_settings.values())
     differing = differing_settings([group[0] for group in groups])
-    labelled = []
-    for i, group in enumerate(groups):
-        config = group[0].config
-        label = ", ".join(f"{name} {config[name]}" for name in differing if name in config)
-        if not label or len(differing) > 3:
-            label = f"{group[0].name}" + (f" and {len(group) - 1} more" if group[1:] else "")
-        labelled.append(Group(label, group, CYCLE[i % len(CYCLE)]))
-    return labelled
+    # A preset stands for many settings.
+    naming = differing if len(differing) <= 3 else ["preset"]
+    labels = []
+    for first, *others in groups:
+        parts = [f"{name} {first.config[name]}" for name in naming if name in first.config]
+        more = f" and {len(others)} more" if others else ""
+        labels.append(", ".join(parts) or first.name + more)
+    if len(set(labels)) < len(labels):
+        labels = [f"{first.name} and {len(o)} more" if o else first.name for first, *o in groups]
+    return [
+        Group(label, group, CYCLE[i % len(CYCLE)])
+        for i, (label, group) in enumerate(zip(labels, groups, strict=True))
+    ]
 
 
 def differing_settings(runs: list[Run]) -> list[str]:
@@ -1175,18 +1227,18 @@ def differing_settings(runs: list[Run]) -> list[str]:
 
 def spread(name: str, values: list[float]) -> str:
     """Mean ± standard deviation over seeds of a final figure."""
-    label, factor, decimals, unit = FINAL_FIGURES[name]
     mean = final_figure(name, float(np.mean(values)))
     if len(values) < 2:
         return mean
-    number = mean.removesuffix(unit)
-    return f"{number} ± {factor * np.std(values, ddof=1):,.{decimals}f}{unit}"
+    deviation = final_figure(name, float(np.std(values, ddof=1)))
+    return f"{mean.removesuffix(FINAL_FIGURES[name][-1])} ± {deviation}"
 
 
 def overlay(groups: list[Group], name: str, axis: str) -> go.Figure:
     """A curve of every run, thin, and the mean of each group, thick."""
     figure = new_figure(SAMPLES, axis)
     for i, group in enumerate(groups):
+        shown = html.escape(group.label)  # a text of Plotly may hold tags
         tables = [run.metrics for run in group.runs if has(run.metrics, name)]
         if not tables:
             continue
@@ -1194,66 +1246,63 @@ def overlay(groups: list[Group], name: str, axis: str) -> go.Figure:
         if len(tables) > 1:
             for table in tables:
                 thin = dict(width=1, dash=dash)
-                options = dict(showlegend=False, opacity=0.45, legendgroup=group.label)
-                figure.add_trace(line(table, name, group.label, group.color, style=thin, **options))
+                options = dict(showlegend=False, opacity=0.45, legendgroup=shown)
+                figure.add_trace(line(table, name, shown, group.color, style=thin, **options))
         joined = pd.concat([table.set_index("global_step")[name] for table in tables], axis=1)
         mean = joined.dropna().mean(axis=1).rename(name).reset_index()
-        label = f"{group.label} (mean of {len(tables)})" if len(tables) > 1 else group.label
+        label = f"{shown} (mean of {len(tables)})" if len(tables) > 1 else shown
         style = dict(width=3, dash=dash)
-        options = dict(legendgroup=group.label)
+        options = dict(legendgroup=shown)
         figure.add_trace(line(mean, name, label, group.color, style=style, **options))
     return figure
 
 
-def comparison(runs: list[Run]) -> bytes:
-    """The page that compares runs."""
-    groups = group_runs(runs)
-    gaps = [f"{run.name}: {gap}" for run in runs for gap in run.gaps]
-    tables = []
-    figures = []
+def final_table(groups: list[Group]) -> Table | None:
+    """Final figures of each group; None where no run has ended."""
+    rows = []
     for name, (label, *_) in FINAL_FIGURES.items():
-        cells = []
-        for group in groups:
-            values = [run.summary.get(name) for run in group.finished]
-            values = [x for x in values if x is not None]
-            cells.append(spread(name, values) if values else "–")
-        if set(cells) != {"–"}:
-            figures.append([label, *cells])
+        told = [[run.summary.get(name) for run in group.finished] for group in groups]
+        values = [[x for x in group if x is not None] for group in told]
+        if any(values):
+            rows.append([label, *(spread(name, group) if group else "–" for group in values)])
     header = ["figure", *(f"{group.label} (n = {len(group.finished)})" for group in groups)]
-    if figures:
-        tables.append(Table("Final figures, mean ± standard deviation over seeds", header, figures))
-    rows = [
-        [
-            run.name,
-            group.label,
-            str(run.config.get("seed", "unknown")),
-            "finished" if run.is_finished else "unfinished",
-            *(
-                "–" if run.summary.get(name) is None else final_figure(name, run.summary[name])
-                for name in (
-                    "holdout_deterministic_reward",
-                    "holdout_fraction_of_oracle",
-                    "samples",
-                )
-            ),
-        ]
-        for group in groups
-        for run in group.runs
-    ]
+    title = "Final figures, mean ± standard deviation over seeds"
+    return Table(title, header, rows) if rows else None
+
+
+def runs_table(groups: list[Group]) -> Table:
+    """Every run on its own."""
+    rows = []
+    for group in groups:
+        for run in group.runs:
+            values = [run.summary.get(name) for name in RUN_FIGURES]
+            figures = zip(RUN_FIGURES, values, strict=True)
+            rows.append(
+                [
+                    run.name,
+                    group.label,
+                    str(run.config.get("seed", "unknown")),
+                    "finished" if run.is_finished else "unfinished",
+                    *("–" if x is None else final_figure(name, x) for name, x in figures),
+                ]
+            )
     header = ["run", "group", "seed", "state"]
     header += ["mean reward, held out", "of the oracle, held out", "samples"]
-    tables.append(Table("Runs", header, rows))
-    differing = differing_settings(runs)
-    if differing:
-        cells = [[name, *(str(g.runs[0].config.get(name)) for g in groups)] for name in differing]
-        header = ["setting", *(group.label for group in groups)]
-        tables.append(Table("What differs between the groups", header, cells))
+    return Table("Runs", header, rows)
+
+
+def curves_section(groups: list[Group], gaps: list[str]) -> Section:
+    """Curves of all runs; what none of them recorded is named in `gaps`."""
     plots = []
     for name, title, axis in (
-        ("mean_reward", "Mean reward, sampled designs", "mean reward (dimensionless)"),
-        ("train_deterministic_reward", "Deterministic, training patients", "mean reward"),
-        ("holdout_deterministic_reward", "Deterministic, held-out patients", "mean reward"),
-        ("holdout_fraction_of_oracle", "Fraction of the oracle, held out", "reward / best reward"),
+        ("mean_reward", "Mean reward, sampled designs", REWARD),
+        ("train_deterministic_reward", "Deterministic, training patients", REWARD),
+        ("holdout_deterministic_reward", "Deterministic, held-out patients", REWARD),
+        (
+            "holdout_fraction_of_oracle",
+            "Fraction of the oracle, held out",
+            FRACTION,
+        ),
         ("holdout_regret", "Regret, held out", "regret (reward)"),
         ("entropy", "Entropy of the policy", "entropy, nats"),
     ):
@@ -1264,32 +1313,52 @@ def comparison(runs: list[Run]) -> bytes:
         caption = "Thin: single runs; thick: the mean of a group, as far as all of its runs got."
         if name == "mean_reward":
             figure.add_trace(source_curve())
-            figure.update_xaxes(type="log", exponentformat="SI")
+            log_samples(figure)
             caption += " Dotted: the source's table, of another reward model."
         if name == "holdout_regret":
-            figure.update_yaxes(type="log", dtick="D2")
+            log_regret(figure)
         plots.append(Plot(name.replace("_", "-"), title, caption, figure))
-    sections = [
-        Section("figures", "Final figures", about_seeds(groups), [], tables),
-        Section("curves", "Learning curves", [], plots, []),
-    ]
-    shares = {}
+    return Section("curves", "Learning curves", [], plots, [])
+
+
+def compared_polymers(groups: list[Group]) -> Section | None:
+    """Which polymers each group chooses; None where no run has a summary."""
+    shares, colors = {}, []
     for group in groups:
-        tallies = [run.summary["polymer_share"] for run in group.runs if run.summary]
-        if tallies:
-            shares[group.label] = {k: float(np.mean([t[k] for t in tallies])) for k in tallies[0]}
-    if shares:
-        shares["source (another reward model)"] = ppo_hybrid.SOURCE_POLYMER_SHARE
-        figure = share_bars(shares)
-        caption = "Sampled designs; mean over the runs of a group that have a summary."
-        plot = Plot("polymers", "Share of each polymer", caption, figure)
-        sections.append(Section("polymers", "Polymer selection", [], [plot], []))
+        tallies = [run.summary.get("polymer_share") for run in group.runs]
+        if tallies := [tally for tally in tallies if tally]:
+            shares[group.label] = pd.DataFrame(tallies).fillna(0.0).mean().to_dict()
+            colors.append(group.color)
+    if not shares:
+        return None
+    caption = "Sampled designs; mean over the runs of a group that have a summary."
+    plot = Plot("polymers", "Share of each polymer", caption, share_bars(shares, colors))
+    return Section("polymers", "Polymer selection", [], [plot], [])
+
+
+def comparison(runs: list[Run]) -> bytes:
+    """The page that compares runs."""
+    if len({run.name for run in runs}) < len(runs):
+        for run in runs:
+            run.name = str(run.path)
+    groups = group_runs(runs)
+    gaps = [f"{run.name}: {gap}" for run in runs for gap in run.gaps]
+    tables = [final_table(groups), runs_table(groups)]
+    if differing := differing_settings(runs):
+        cells = [[name, *(str(g.runs[0].config.get(name)) for g in groups)] for name in differing]
+        header = ["setting", *(group.label for group in groups)]
+        tables.append(Table("What differs between the groups", header, cells))
+    sections = [
+        Section("figures", "Final figures", about_seeds(groups), [], [t for t in tables if t]),
+        curves_section(groups, gaps),
+        compared_polymers(groups),
+    ]
     return page(
         title=f"Comparison of {len(runs)} runs",
         gaps=gaps,
         about=[*about(runs), "Patients are shown on the page of a single run."],
         cards=[],
-        sections=sections,
+        sections=[section for section in sections if section],
         patients=None,
         notes=[],
     )
@@ -1305,25 +1374,6 @@ def about_seeds(groups: list[Group]) -> list[str]:
     if not unfinished:
         return [text]
     return [text, f"Unfinished, in the curves only: {', '.join(unfinished)}."]
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """Arguments of the command line.
-
-    Raises:
-        UsageError: a flag or a value is unknown.
-    """
-    boxed = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(boxed):
-            return tyro.cli(Args, args=argv, prog="report.py")
-    except SystemExit as stop:
-        if not stop.code:  # --help
-            raise
-        # tyro draws its message in a box of several lines; an error here is one line.
-        lines = (text.strip(" │╭╮╰╯─") for text in boxed.getvalue().splitlines()[1:])
-        message = " ".join(itertools.takewhile(bool, lines))
-        raise UsageError(message or "the arguments cannot be read; see --help") from None
 
 
 def write_report(args: Args) -> Path:
@@ -1348,14 +1398,15 @@ def write_report(args: Args) -> Path:
     try:
         write_atomically(output, content)
     except OSError as error:
-        raise UsageError(f"{output} cannot be written: {ppo_hybrid.reason(error)}") from error
+        raise UsageError(f"{output} cannot be written: {error.strerror}") from error
     return output
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        output = write_report(parse_args(argv))
+        args = ppo_hybrid.read_command_line(Args, args=argv, prog="report.py")
+        output = write_report(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
