@@ -65,17 +65,13 @@ def on_grid(share: Tensor) -> Tensor:
     Returns:
         (..., 4) in the units of `FORMULATION_FIELDS`.
     """
-    columns = zip(share.unbind(-1), FORMULATION_FIELDS, NUM_LEVELS, strict=True)
-    return torch.stack(
-        [
-            # The clamp is for a rounding error at the upper end.
-            ((part * (n - 1)).round() * ((field.high - field.low) / (n - 1)) + field.low).clamp(
-                field.low, field.high
-            )
-            for part, field, n in columns
-        ],
-        dim=-1,
-    )
+    columns = zip(share.unbind(-1), FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=True)
+    values = []
+    for part, field, step, n in columns:
+        # A quotient of whole numbers is the float nearest to the decimal, and prints as it.
+        per_unit = round(1.0 / step)
+        values.append(((part * (n - 1)).round() + field.low * per_unit) / per_unit)
+    return torch.stack(values, dim=-1)
 
 
 def numbers_of(formulation: Tensor, outcomes: Outcomes, reward: Tensor) -> Tensor:

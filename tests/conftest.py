@@ -117,6 +117,14 @@ def generator(ppo):
 
 
 @pytest.fixture(scope="session")
+def ranker(ppo, generator):
+    """The script that ranks designs for Stage 3."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "generate_candidates", generator)
+        return script_beside_the_trainer("rank_designs", ppo)
+
+
+@pytest.fixture(scope="session")
 def small_run(ppo, tmp_path_factory):
     """Makes arguments of a run of a second on eighty patients, without an oracle."""
     folder = tmp_path_factory.mktemp("patients")

@@ -29,6 +29,7 @@ MAY_IMPORT = {
     "memory": set(),
     "compiled": {"memory"},
     "oracle": LEAVES | {"dynamics", "reward_model", "files"},
+    "ranking": LEAVES | {"dynamics"},
     "problem": LEAVES | {"dynamics", "reward_model"},
     "env": LEAVES | {"dynamics", "reward_model", "problem", "compiled", "memory"},
     "__init__": set(MODULES) - {"__init__"},

@@ -17,7 +17,6 @@ Under `torchrun` ranks share the patients.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -36,7 +35,6 @@ import pandas as pd
 import ppo_hybrid
 import pyarrow as pa
 import torch
-import tyro
 from ppo_hybrid import UsageError
 from torch import Tensor
 from tqdm import tqdm
@@ -443,9 +441,7 @@ def run(args: Args) -> Path:
         rows = [cohort.index(patient_id) for patient_id in args.patient or cohort.patient_ids]
     except ValueError as error:
         raise UsageError(f"--patient: {error}") from error
-    names = {field.name for field in dataclasses.fields(ppo_hybrid.Args)}
-    values = {k: v for k, v in trained.items() if k in names}
-    envs = ppo_hybrid.make_envs(ppo_hybrid.Args(**values), cohort, device)
+    envs = environments(trained, cohort, device)
     problem = envs.unwrapped.problem
     obs, _ = envs.reset()
     if (width := obs.shape[-1]) != len(agent.obs_mean):
@@ -500,6 +496,25 @@ def run(args: Args) -> Path:
         for row in rows[rank::ranks]:
             show(output_dir, cohort.patient_ids[row], problem.params.reward_config)
     return output_dir
+
+
+def environments(
+    trained: dict[str, Any], cohort: hydrogel_gym.Cohort, device: torch.device
+) -> gym.vector.VectorEnv:
+    """One environment per patient, of the problem that a policy was trained on.
+
+    Args:
+        trained: its `training_config`.
+        cohort: the patients.
+        device: where.
+
+    Raises:
+        UsageError: it was trained by another version of the trainer.
+    """
+    try:
+        return ppo_hybrid.make_envs(ppo_hybrid.Args(**trained), cohort, device)
+    except TypeError as error:
+        raise UsageError(f"the policy is of another version: {ppo_hybrid.reason(error)}") from error
 
 
 def pick_device(name: str) -> torch.device:
@@ -641,7 +656,9 @@ def draw_designs(path: Path, patient_id: str, designs: Any) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
-        output_dir = run(tyro.cli(Args, args=argv, prog="generate_candidates.py"))
+        output_dir = run(
+            ppo_hybrid.read_command_line(Args, args=argv, prog="generate_candidates.py")
+        )
     except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,200 @@
+"""Margins, windows, robustness and Pareto ranks of designs, and the files that Stage 3 reads."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import parquet as pq
+
+from hydrogel_gym import RewardConfig, compute_reward, load_cohort, load_polymers
+from hydrogel_gym.mechanistic import MechanisticModel
+from hydrogel_gym.ranking import (
+    ERROR_FRAC,
+    PERTURBATIONS,
+    pareto_rank,
+    robustness,
+    safety_margins,
+    window_distance,
+)
+from hydrogel_gym.spaces import FORMULATION_FIELDS, Design, Outcomes
+
+
+def outcomes(**columns: list[float]) -> Outcomes:
+    count = len(next(iter(columns.values())))
+    return Outcomes(*(torch.tensor(columns.get(f, [0.0] * count)) for f in Outcomes._fields))
+
+
+def random_designs(count: int, seed: int) -> Design:
+    generator = torch.Generator().manual_seed(seed)
+    low, high = torch.tensor([(f.low, f.high) for f in FORMULATION_FIELDS]).T
+    return Design(
+        torch.randint(24, (count,), generator=generator),
+        torch.lerp(low, high, torch.rand(count, 4, generator=generator)),
+        torch.randint(4, (count,), generator=generator),
+    )
+
+
+def test_a_margin_is_negative_where_the_reward_takes_the_penalty():
+    designs, model = random_designs(500, 0), MechanisticModel()
+    patients = load_cohort().features.float()[:500]
+    predicted, config = model(patients, *designs), RewardConfig()
+    margins = safety_margins(predicted, config)
+    free = RewardConfig(toxicity_penalty=0.0, integrity_penalty=0.0, fibrosis_penalty=0.0)
+    lost = compute_reward(predicted, config=free) - compute_reward(predicted, config=config)
+    sizes = dict(toxicity=2.0, integrity=1.0, fibrosis=0.5)
+    expected = sum((margins[f"{name}_margin"] < 0.0) * size for name, size in sizes.items())
+    torch.testing.assert_close(lost, expected.float())
+    assert expected.unique().numel() > 2
+
+
+def test_distance_is_positive_where_the_polymer_can_be_made_and_negative_elsewhere():
+    designs, polymers = random_designs(3000, 1), load_polymers()
+    distance = window_distance(designs, polymers)
+    feasible = MechanisticModel().feasibility(designs.polymer_id, designs.formulation) == 1.0
+    inside = torch.ones(3000, dtype=torch.bool)
+    for i, name in enumerate(("youngs_modulus_kpa", "half_life_days", "conductivity_s_per_m")):
+        low, high = getattr(polymers, name)[designs.polymer_id].unbind(-1)
+        inside &= (designs.formulation[:, i] >= low) & (designs.formulation[:, i] <= high)
+    assert ((distance >= 0.0) == inside).all()
+    assert feasible[inside].all()
+    assert inside.any()
+    assert not inside.all()
+
+
+def test_distance_is_a_share_of_the_range_to_the_nearest_edge():
+    polymers = load_polymers()
+    (low, _), (slow, fast) = polymers.youngs_modulus_kpa[0], polymers.half_life_days[0]
+    middle = [float(low + 0.25), float((slow + fast) / 2), 0.0, 3.0]
+    distance = window_distance(
+        Design(torch.tensor([0]), torch.tensor([middle]), torch.tensor([0])), polymers
+    )
+    assert polymers.conductivity_s_per_m[0].tolist() == [0.0, 0.0]  # met, so that it does not count
+    assert distance.item() == pytest.approx(0.25 / 25.0)
+    middle[2] = 0.1
+    distance = window_distance(
+        Design(torch.tensor([0]), torch.tensor([middle]), torch.tensor([0])), polymers
+    )
+    assert distance.item() == pytest.approx(-0.1)
+
+
+def test_robustness_is_worst_and_mean_of_every_combination_of_errors(toy_model):
+    # The toy model's toxicity is the conductivity, its integrity a fifth of the thickness.
+    formulation = torch.tensor([[15.0, 60.0, 0.1, 4.5], [15.0, 60.0, 0.145, 4.1]])
+    design = Design(torch.tensor([3, 3]), formulation, torch.tensor([1, 1]))
+    patient = torch.zeros(2, 11)
+    patient[:, 9] = 0.25
+    config = RewardConfig()
+    worst, mean = robustness(patient, design, toy_model, config)
+    asked = compute_reward(toy_model(patient, *design), config=config)
+    torch.testing.assert_close(worst, asked - torch.tensor([0.0, 3.0]))
+    # The second breaks each limit in a third of the cases.
+    torch.testing.assert_close(mean, asked - torch.tensor([0.0, 1.0]))
+
+
+def test_errors_are_those_of_every_parameter_up_down_or_none():
+    assert PERTURBATIONS.shape == (81, 4)
+    assert len(PERTURBATIONS.unique(dim=0)) == 81
+    assert PERTURBATIONS.abs().max() * ERROR_FRAC == pytest.approx(0.05)
+
+
+@given(
+    st.lists(
+        st.tuples(*[st.integers(0, 3)] * 4),
+        min_size=1,
+        max_size=30,
+    )
+)
+@settings(max_examples=50, deadline=None)
+def test_pareto_ranks_peel_fronts_one_by_one(rows):
+    names = ("delta_ef_pct", "stress_reduction_pct", "toxicity_risk", "fibrosis_risk")
+    columns = {n: [float(r[i]) for r in rows] for i, n in enumerate(names)}
+    found = pareto_rank(outcomes(**columns)).tolist()
+
+    def dominates(a, b):
+        better = [a[0] - b[0], a[1] - b[1], b[2] - a[2], b[3] - a[3]]
+        return min(better) >= 0 and max(better) > 0
+
+    left, level = list(range(len(rows))), 0
+    while left:
+        level += 1
+        front = [i for i in left if not any(dominates(rows[j], rows[i]) for j in left)]
+        assert [found[i] for i in front] == [level] * len(front)
+        left = [i for i in left if i not in front]
+
+
+@pytest.fixture(scope="module")
+def ranked(ppo, generator, ranker, small_run, tmp_path_factory):
+    """A run directory with the ranked designs of two patients."""
+    args = small_run(tmp_path_factory.mktemp("ranked") / "run")
+    ppo.train(args)
+    settings = dict(policy=args.output_dir, patient=("P0002", "P0001"), top_k=15)
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "BLOCK", 2048)
+        folder = generator.run(generator.Args(**settings, num_candidates=4000, top_only=True))
+    torch.set_num_threads(threads)
+    ranker.rank(ranker.Args(folder))
+    return args, folder
+
+
+def test_ranked_designs_are_those_kept_the_best_of_each_patient_first(ranker, ranked):
+    _, folder = ranked
+    table = pd.read_parquet(folder / "designs.parquet")
+    assert table.columns.tolist() == list(ranker.COLUMNS)
+    assert table["patient_id"].tolist() == ["P0001"] * 15 + ["P0002"] * 15
+    for _, rows in table.groupby("patient_id"):
+        assert rows["rank"].tolist() == list(range(1, 16))
+        assert rows["reward"].is_monotonic_decreasing
+        assert (rows["reward_worst_5pct"] <= rows["reward"] + 1e-5).all()
+        assert (rows["reward_worst_5pct"] <= rows["reward_mean_5pct"] + 1e-5).all()
+        assert rows["pareto_rank"].min() == 1
+    assert table.notna().all(axis=None)
+    metadata = pq.read_schema(folder / "designs.parquet").metadata
+    assert metadata[b"hydrogel_gym"] == ranker.SCHEMA.encode()
+    assert json.loads(metadata[b"columns"]) == ranker.COLUMNS
+    csv = pd.read_csv(folder / "designs.csv")
+    assert (csv["stiffness_kPa"] == table["stiffness_kPa"].astype(float).round(2)).all()
+    assert csv["polymer_name"].tolist() == table["polymer_name"].tolist()
+
+
+def test_all_of_stage_2_is_one_file_of_plain_types(ppo, ranked):
+    args, folder = ranked
+    saved = torch.load(folder / "stage2_complete.pt", weights_only=True)
+    source = "policy_state_dict optimizer_state_dict training_config final_metrics"
+    assert set(source.split()) | {"per_patient_designs"} <= set(saved)
+    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    agent.load_state_dict(saved["policy_state_dict"])
+    summary = json.loads((args.output_dir / "summary.json").read_text())
+    assert saved["final_metrics"] == summary
+    assert saved["training_config"]["num_iterations"] == args.num_iterations
+    designs = saved["per_patient_designs"]
+    assert {patient: len(rows) for patient, rows in designs.items()} == {"P0001": 15, "P0002": 15}
+    table = pd.read_csv(folder / "designs.csv")
+    assert designs["P0002"][0]["polymer_name"] == table["polymer_name"][15]
+    assert designs["P0002"][0]["formulation"] == pytest.approx(
+        table.loc[15, ["stiffness_kPa", "degradation_days", "conductivity_S_m", "thickness_mm"]]
+    )
+
+
+def test_designs_of_another_policy_are_refused(ppo, ranker, ranked, small_run, tmp_path, capsys):
+    _, folder = ranked
+    other = small_run(tmp_path / "other", seed=2)
+    ppo.train(other)
+    capsys.readouterr()
+    assert ranker.main([str(folder), "--policy", str(other.output_dir)]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "is of another policy or cohort (policy: " in line
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty"])
+def test_a_folder_without_designs_is_one_line(ranker, ranked, tmp_path, capsys, what):
+    (tmp_path / "empty").mkdir()
+    policy = str(ranked[0].output_dir)
+    assert ranker.main([str(tmp_path / what), "--policy", policy]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(f"error: {tmp_path / what}: ")
