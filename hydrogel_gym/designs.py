@@ -198,9 +198,14 @@ def parquet(table: pa.Table) -> pa.Buffer:
     return buffer.getvalue()
 
 
+def file_name(patient_id: str) -> str:
+    """The patient as part of a file's name, whatever the identifier holds."""
+    return quote(patient_id, safe="")
+
+
 def partition(folder: Path, patient_id: str) -> Path:
     """Folder of a patient's files, in the manner of Hive."""
-    return folder / f"patient_id={quote(patient_id, safe='')}"
+    return folder / f"patient_id={file_name(patient_id)}"
 
 
 def load_designs(

@@ -125,6 +125,14 @@ def ranker(ppo, generator):
 
 
 @pytest.fixture(scope="session")
+def refiner(ppo, generator):
+    """The script that fine-tunes policies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "generate_candidates", generator)
+        return script_beside_the_trainer("refine_patients", ppo)
+
+
+@pytest.fixture(scope="session")
 def small_run(ppo, tmp_path_factory):
     """Makes arguments of a run of a second on eighty patients, without an oracle."""
     folder = tmp_path_factory.mktemp("patients")

@@ -49,6 +49,7 @@ from hydrogel_gym.designs import (
     SCHEMA,
     BestDesigns,
     arrow_table,
+    file_name,
     load_designs,
     numbers_of,
     on_grid,
@@ -228,6 +229,22 @@ def block_seed(seed: int, patient_id: str, block: int) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def check_finite(patient_id: str, cell: np.ndarray, numbers: np.ndarray) -> None:
+    """Refuse outcomes that are not finite.
+
+    Raises:
+        FloatingPointError: names patient and design.
+    """
+    bad = np.flatnonzero(~np.isfinite(numbers).all(0))
+    if len(bad):
+        polymer, coverage = divmod(int(cell[bad[0]]), len(COVERAGES))
+        told = dict(zip(NUMBERS, numbers[:, bad[0]].tolist(), strict=True))
+        raise FloatingPointError(
+            f"the reward model returned an outcome that is not finite for patient {patient_id!r} "
+            f"and the design polymer_id={polymer}, coverage={COVERAGES[coverage]}: {told}"
+        )
+
+
 class Block(NamedTuple):
     """What is left of a block once it was looked through."""
 
@@ -277,13 +294,7 @@ class Patient:
         size = min(BLOCK, self.args.num_candidates - index * BLOCK)
         cell, numbers, defect = cell[:size], numbers[:, :size], defect[:size]
         if np.isnan(defect.sum()):
-            row = int(np.flatnonzero(np.isnan(defect))[0])
-            told = dict(zip(NUMBERS, numbers[:, row].tolist(), strict=True))
-            raise FloatingPointError(
-                f"the reward model returned an outcome that is not finite for patient "
-                f"{self.patient_id!r} and the design polymer_id={cell[row] // len(COVERAGES)}, "
-                f"coverage={COVERAGES[cell[row] % len(COVERAGES)]}: {told}"
-            )
+            check_finite(self.patient_id, cell, numbers)
         best = self.best.promising(cell, numbers[REWARD])
         diverse = self.diverse.promising(cell, numbers[REWARD])
         return Block(
@@ -404,18 +415,65 @@ def generate(
             rows = []
         bar.update(block.size)
         bar.set_postfix_str(f"{store.bytes_written / 1e6:,.0f} MB written", refresh=False)
-    for table, designs in (("diverse", patient.diverse), ("top", patient.best)):
-        order = np.argsort(-designs.numbers[REWARD], kind="stable")
-        path = partition(store.output_dir / table, patient_id) / "designs.parquet"
-        store.wait()  # `top` is last: where it is, the rest is
-        store.write(path, [(designs.cell[order], designs.numbers[:, order])])
-    store.wait()
+    write_best(store, patient_id, patient.best, patient.diverse)
     if (found := len(patient.best.cell)) < patient.args.top_k:
         tqdm.write(
             f"warning: {patient_id}: {found:,} of {patient.args.top_k:,} designs: no more of the "
             f"{patient.args.num_candidates:,} candidates are unlike each other",
             file=sys.stderr,
         )
+
+
+def write_best(store: Store, patient_id: str, best: BestDesigns, diverse: BestDesigns) -> None:
+    """Write what is kept of a patient."""
+    for table, designs in (("diverse", diverse), ("top", best)):
+        order = np.argsort(-designs.numbers[REWARD], kind="stable")
+        path = partition(store.output_dir / table, patient_id) / "designs.parquet"
+        store.wait()  # `top` is last: where it is, the rest is
+        store.write(path, [(designs.cell[order], designs.numbers[:, order])])
+    store.wait()
+
+
+def policy_path(given: Path) -> Path:
+    """File of the policy that a run directory holds, or that is given.
+
+    Raises:
+        UsageError: there is none.
+    """
+    path = given / "stage2_policy.pt" if given.is_dir() or not given.suffix else given
+    if not path.exists():
+        raise UsageError(
+            f"--policy {given}: there is no {path}; `python train/ppo_hybrid.py --preset quick` "
+            "trains one in a minute"
+        )
+    return path
+
+
+def rows_of(patient_ids: tuple[str, ...], cohort: hydrogel_gym.Cohort) -> list[int]:
+    """Rows of the patients asked for, of all if nobody is.
+
+    Raises:
+        UsageError: one is unknown; offers the nearest.
+    """
+    try:
+        # Once each, however often asked for.
+        return list(dict.fromkeys(map(cohort.index, patient_ids or cohort.patient_ids)))
+    except ValueError as error:
+        raise UsageError(f"--patient: {error}") from error
+
+
+def first_observations(envs: gym.vector.VectorEnv, agent: ppo_hybrid.Agent, path: Path) -> Tensor:
+    """(P, obs_dim) what a policy sees of each patient before it designs.
+
+    Raises:
+        UsageError: the policy was trained to see something else.
+    """
+    obs, _ = envs.reset()
+    if (width := obs.shape[-1]) != len(agent.obs_mean):
+        raise UsageError(
+            f"policy {path} observes {len(agent.obs_mean)} numbers, its environments tell {width}"
+        )
+    return obs
 
 
 def run(args: Args) -> Path:
@@ -427,27 +485,15 @@ def run(args: Args) -> Path:
     """
     args.check()
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    path = args.policy / "stage2_policy.pt" if args.policy.is_dir() else args.policy
-    if not path.exists():
-        raise UsageError(
-            f"--policy {args.policy}: there is no {path}; `python train/ppo_hybrid.py --preset "
-            "quick` trains one in a minute"
-        )
+    path = policy_path(args.policy)
     device = pick_device(args.device)
     agent, saved = ppo_hybrid.load_policy(path, device)
     trained = saved["training_config"]
     cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
-    try:
-        rows = [cohort.index(patient_id) for patient_id in args.patient or cohort.patient_ids]
-    except ValueError as error:
-        raise UsageError(f"--patient: {error}") from error
+    rows = rows_of(args.patient, cohort)
     envs = environments(trained, cohort, device)
     problem = envs.unwrapped.problem
-    obs, _ = envs.reset()
-    if (width := obs.shape[-1]) != len(agent.obs_mean):
-        raise UsageError(
-            f"policy {path} observes {len(agent.obs_mean)} numbers, its environments tell {width}"
-        )
+    obs = first_observations(envs, agent, path)
     output_dir = args.output_dir or path.parent / "designs"
     manifest = {
         "format": SCHEMA,
@@ -597,7 +643,7 @@ def show(output_dir: Path, patient_id: str, config: RewardConfig) -> None:
     frame = pd.DataFrame(table)
     frame.index += 1
     print(frame.to_string())
-    path = output_dir / f"{partition(Path(), patient_id).name.partition('=')[2]}.png"
+    path = output_dir / f"{file_name(patient_id)}.png"
     draw_designs(path, patient_id, designs)
     print(f"drawn in {path}")
 
@@ -653,6 +699,14 @@ def draw_designs(path: Path, patient_id: str, designs: Any) -> None:
     ppo_hybrid.save_figure(path, figure)
 
 
+def report_failure(error: BaseException) -> int:
+    """Say in a line what ended a run, and where to go on; returns the exit code."""
+    interrupted = isinstance(error, KeyboardInterrupt)
+    what = "interrupted" if interrupted else f"error: {error}"
+    print("; ".join([what, *getattr(error, "__notes__", [])]), file=sys.stderr)
+    return 130 if interrupted else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
@@ -662,13 +716,8 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (OSError, FloatingPointError) as error:
-        notes = "; ".join(["", *getattr(error, "__notes__", [])])
-        print(f"error: {error}{notes}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt as error:
-        print("; ".join(["interrupted", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return 130
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        return report_failure(error)
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"written to {output_dir}")
     return 0

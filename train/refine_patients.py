@@ -1,0 +1,488 @@
+"""A policy of each patient's own, fine-tuned from the one for all, and the best designs on the way.
+
+    python train/refine_patients.py                                     # every patient
+    python train/refine_patients.py --patient P0007 P0008 --policy runs/full-s1
+
+Per patient, `--num-copies` designs are drawn and judged in each of `--num-iterations`, and the
+heads that choose polymer, formulation and coverage take a policy-gradient step [Williams1992] with
+the patient's own mean reward as the baseline. What the heads see of a patient never changes, so the
+trunk below them, which all patients share, stays as it is; no head may leave the policy for all by
+more than `--max-kl`. Many patients are tuned at once, their heads stacked.
+
+Left in `--output-dir`: the best designs, as `generate_candidates.py` leaves them, so that
+`rank_designs.py` takes them too, and `patient_policies/PATIENT.pt`. That is a whole policy (0.9 MB
+with the default width) rather than what has changed, so that whatever takes a `stage2_policy.pt`
+takes it alone. It is the best of all iterations by its deterministic design, the policy for all
+among them, and so never worse than that.
+
+References:
+    [Williams1992] Williams. Simple statistical gradient-following algorithms for connectionist
+    reinforcement learning. Machine Learning 8:229.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import generate_candidates
+import gymnasium as gym
+import ppo_hybrid
+import torch
+from generate_candidates import Store, block_seed, environments, pick_device
+from ppo_hybrid import HybridAction, Noise, SquashedNormal, UsageError
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import hydrogel_gym
+from hydrogel_gym.designs import (
+    RESOLUTION,
+    REWARD,
+    SCHEMA,
+    BestDesigns,
+    file_name,
+    numbers_of,
+    on_grid,
+)
+from hydrogel_gym.dynamics import RewardConfig, compute_reward
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
+
+POLICIES = "patient_policies"
+# Patients tuned at once: their heads, gradients and moments take 0.6 MB each.
+AT_ONCE = 100
+BETAS, EPS = (0.9, 0.999), 1e-8
+
+
+@dataclass
+class Args:
+    """Fine-tune a policy for each patient and keep the best designs found on the way."""
+
+    policy: Path = Path("runs/quick-s1")
+    """the policy for all: a run directory, or a `stage2_policy.pt`"""
+    patient: tuple[str, ...] = ()
+    """one patient or several; everybody by default"""
+    cohort: Path | None = None
+    """whose patients; those that the policy was trained on by default"""
+    num_copies: int = 500
+    """designs per patient and iteration; the source's"""
+    num_iterations: int = 50
+    """steps of each policy; the source's"""
+    learning_rate: float = 1e-4
+    """of Adam; the source's"""
+    max_kl: float = 1.0
+    """how far, in nats, a patient's policy may be from the one for all"""
+    top_k: int = 100
+    """how many of a patient's best designs to keep, all unlike each other"""
+    seed: int = 1
+    """of everything drawn"""
+    output_dir: Path | None = None
+    """where to; `refined` beside the policy by default"""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; `auto` takes a GPU if there is one"""
+
+    def check(self) -> None:
+        """Raise a UsageError that names the flag, its value and what is allowed."""
+        allowed = {
+            "num_copies": (self.num_copies >= 2, "2 or more"),
+            "num_iterations": (self.num_iterations >= 1, "1 or more"),
+            "learning_rate": (0.0 < self.learning_rate < math.inf, "above 0"),
+            "max_kl": (0.0 < self.max_kl, "above 0"),
+            "top_k": (self.top_k >= 1, "1 or more"),
+        }
+        for name, (is_allowed, what) in allowed.items():
+            if not is_allowed:
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {getattr(self, name)}; allowed: {what}")
+
+
+class Choices(NamedTuple):
+    """Everything that a policy may choose for one patient."""
+
+    polymer_logp: Tensor  # (24,)
+    coverage_logp: Tensor  # (24, 4), by polymer
+    mean: Tensor  # (24, 4) of the formulation before squashing
+    log_std: Tensor  # (24, 4)
+
+
+class Heads(nn.Module):
+    """The three heads of an agent as a function of what they see, for every polymer at once."""
+
+    def __init__(self, agent: ppo_hybrid.Agent) -> None:
+        super().__init__()
+        self.agent = agent
+        self.register_buffer("polymers", torch.arange(NUM_POLYMERS))
+
+    def tuned(self) -> dict[str, Tensor]:
+        """The parameters that choose: those of the three heads."""
+        heads = ("polymer_head", "formulation_head", "coverage_head", "formulation_log_std")
+        return {
+            name: weight.detach()
+            for name, weight in self.named_parameters()
+            if name.split(".")[1] in heads
+        }
+
+    def forward(self, polymer_in: Tensor, formulation_in: Tensor, coverage_in: Tensor) -> Choices:
+        """The choices, from the (128,), (128,) and (64,) pre-activations of the heads."""
+        agent, count = self.agent, len(self.polymers)
+        coverage = agent.coverage_head(coverage_in.expand(count, -1), self.polymers)
+        formulation = agent.formulation_distribution(
+            formulation_in.expand(count, -1), self.polymers, torch.zeros_like(self.polymers)
+        )
+        return Choices(
+            agent.polymer_head(polymer_in[None])[0].log_softmax(-1),
+            coverage.log_softmax(-1).expand(count, -1),
+            formulation.mean,
+            formulation.log_std,
+        )
+
+
+def log_prob(choices: Choices, action: HybridAction, nodes: Tensor) -> Tensor:
+    """(N,) log-probability of N actions for one patient."""
+    polymer, presquash, coverage = action
+    normal = SquashedNormal(choices.mean[polymer], choices.log_std[polymer], nodes)
+    return (
+        choices.polymer_logp[polymer]
+        + choices.coverage_logp[polymer, coverage]
+        + normal.logprob(presquash)
+    )
+
+
+def divergence(new: Choices, old: Choices) -> Tensor:
+    """KL divergence of one patient's new policy from the old, (), nats.
+
+    That of the squashed formulations is that of the normal ones: squashing is invertible.
+    """
+    chosen = new.polymer_logp.exp()
+    polymer = (chosen * (new.polymer_logp - old.polymer_logp)).sum()
+    coverage = (new.coverage_logp.exp() * (new.coverage_logp - old.coverage_logp)).sum(-1)
+    ratio = (2.0 * (new.log_std - old.log_std)).exp()
+    shift = (new.mean - old.mean).square() * (-2.0 * old.log_std).exp()
+    formulation = 0.5 * (ratio + shift - 1.0 - ratio.log()).sum(-1)
+    return polymer + (chosen * (coverage + formulation)).sum()
+
+
+def sample(choices: Choices, noise: Noise) -> HybridAction:
+    """Actions for P patients, whose choices are stacked, from (P, N, ...) random numbers."""
+    rows = torch.arange(len(choices.polymer_logp), device=noise.normal.device)[:, None]
+    pick_polymer, pick_coverage = noise.uniform.unbind(-1)
+    shape = pick_polymer.shape
+    logp = choices.polymer_logp[:, None].expand(*shape, -1).flatten(0, 1)
+    polymer = ppo_hybrid.choose(logp, pick_polymer.flatten()).view(shape)
+    logp = choices.coverage_logp[rows, polymer].flatten(0, 1)
+    coverage = ppo_hybrid.choose(logp, pick_coverage.flatten()).view(shape)
+    std = choices.log_std[rows, polymer].exp()
+    return HybridAction(polymer, choices.mean[rows, polymer] + std * noise.normal, coverage)
+
+
+def likeliest(choices: Choices) -> HybridAction:
+    """The deterministic action, one for each of P patients, as (P, 1)."""
+    rows = torch.arange(len(choices.polymer_logp), device=choices.mean.device)
+    polymer = choices.polymer_logp.argmax(-1)
+    coverage = choices.coverage_logp[rows, polymer].argmax(-1)
+    return HybridAction(polymer[:, None], choices.mean[rows, polymer][:, None], coverage[:, None])
+
+
+class Judged(NamedTuple):
+    """Designs of P patients, N each, and what is predicted of them."""
+
+    cell: Tensor  # (P, N) uint8
+    numbers: Tensor  # (11, P, N) `designs.NUMBERS`
+    reward: Tensor  # (P, N)
+    learnt_from: Tensor  # (P, N) reward under the learner's stricter limits
+
+
+class Tuner:
+    """Fine-tunes the heads of several patients at once.
+
+    Args:
+        agent: the policy for all.
+        obs: (P, obs_dim) first observations.
+        patients: (P, 11).
+        problem: reward model and limits.
+        learner_config: the limits that the policy was trained under.
+        args: sizes and rates.
+    """
+
+    def __init__(
+        self,
+        agent: ppo_hybrid.Agent,
+        obs: Tensor,
+        patients: Tensor,
+        problem: Any,
+        learner_config: RewardConfig,
+        args: Args,
+    ) -> None:
+        self.args, self.patients, self.problem = args, patients, problem
+        self.learner_config, self.nodes = learner_config, agent.nodes
+        self.heads = Heads(agent).to(obs.device).requires_grad_(False)
+        with torch.no_grad():
+            self.inputs = agent.head_inputs(obs)[:3]
+        base = self.heads.tuned()
+        self.base = {name: w.expand(len(obs), *w.shape) for name, w in base.items()}
+        self.weights = {name: w.clone() for name, w in self.base.items()}
+        self.moments = {
+            name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()
+        }
+        self.steps = 0
+        self.choices = torch.func.vmap(self._choices)
+        self.gradients = torch.func.vmap(torch.func.grad(self._loss))
+        with torch.no_grad():
+            self.base_choices = self.choices(self.weights, self.inputs)
+
+    def _choices(self, weights: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Choices:
+        return torch.func.functional_call(self.heads, weights, inputs)
+
+    def _loss(
+        self,
+        weights: dict[str, Tensor],
+        inputs: tuple[Tensor, ...],
+        action: HybridAction,
+        advantage: Tensor,
+    ) -> Tensor:
+        logp = log_prob(self._choices(weights, inputs), action, self.nodes)
+        return -(logp * advantage).mean()
+
+    @torch.no_grad()
+    def judge(self, action: HybridAction) -> Judged:
+        """What becomes of (P, N) actions, on the grid that designs are made on."""
+        polymer, presquash, coverage = action
+        formulation = on_grid((presquash.tanh() + 1.0) / 2.0).flatten(0, 1)
+        shape = polymer.shape
+        patients = self.patients[:, None].expand(*shape, -1).flatten(0, 1)
+        outcomes = self.problem.reward_model(
+            patients, polymer.flatten(), formulation, coverage.flatten()
+        )
+        reward = compute_reward(outcomes, config=self.problem.params.reward_config)
+        return Judged(
+            (polymer * len(COVERAGES) + coverage).to(torch.uint8),
+            numbers_of(formulation, outcomes, reward).unflatten(1, shape),
+            reward.view(shape),
+            compute_reward(outcomes, config=self.learner_config).view(shape),
+        )
+
+    def step(self, noise: Noise) -> Judged:
+        """Draw, judge and learn once; returns what was drawn.
+
+        Raises:
+            FloatingPointError: an outcome is not finite.
+        """
+        with torch.no_grad():
+            action = sample(self.choices(self.weights, self.inputs), noise)
+        judged = self.judge(action)
+        std, mean = torch.std_mean(judged.learnt_from, -1, keepdim=True)
+        advantage = (judged.learnt_from - mean) / (std + 1e-8)
+        gradients = self.gradients(self.weights, self.inputs, action, advantage)
+        self.descend(gradients)
+        self.bound()
+        return judged
+
+    @torch.no_grad()
+    def descend(self, gradients: dict[str, Tensor]) -> None:
+        """A step of Adam, by element and so by patient."""
+        self.steps += 1
+        beta1, beta2 = BETAS
+        rate = self.args.learning_rate / (1.0 - beta1**self.steps)
+        for name, gradient in gradients.items():
+            mean, square = self.moments[name]
+            mean.lerp_(gradient, 1.0 - beta1)
+            square.lerp_(gradient.square(), 1.0 - beta2)
+            root = (square / (1.0 - beta2**self.steps)).sqrt_().add_(EPS)
+            self.weights[name].addcdiv_(mean, root, value=-rate)
+
+    @torch.no_grad()
+    def bound(self) -> Tensor:
+        """Draw policies that are too far from the one for all back towards it; returns (P,) KL."""
+        measure = torch.func.vmap(divergence)
+        kl = measure(self.choices(self.weights, self.inputs), self.base_choices)
+        while (kl > self.args.max_kl).any():
+            # Near the base the divergence is quadratic in the distance; a little less, so that one
+            # step is enough.
+            share = (self.args.max_kl / kl).sqrt().mul(0.95).clamp(max=1.0)
+            share = torch.where(kl > self.args.max_kl, share, 1.0)
+            for name, weight in self.weights.items():
+                weight.copy_(
+                    torch.lerp(self.base[name], weight, share.view(-1, *[1] * (weight.dim() - 1)))
+                )
+            kl = measure(self.choices(self.weights, self.inputs), self.base_choices)
+        return kl
+
+    @torch.no_grad()
+    def deterministic(self) -> Judged:
+        """What each policy designs without chance, (P, 1)."""
+        return self.judge(likeliest(self.choices(self.weights, self.inputs)))
+
+
+def draw_noise(args: Args, patient_ids: list[str], iteration: int) -> Noise:
+    """(P, N, ...) random numbers that depend on seed, patient and iteration alone."""
+    drawn = []
+    for patient_id in patient_ids:
+        generator = torch.Generator()
+        generator.manual_seed(block_seed(args.seed, patient_id, iteration))
+        drawn.append(ppo_hybrid.draw_noise(args.num_copies, formulation_dim=4, generator=generator))
+    return Noise(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+
+
+class Refined(NamedTuple):
+    """What is kept of several patients."""
+
+    weights: dict[str, Tensor]  # of the heads, (P, ...)
+    best: list[BestDesigns]
+    diverse: list[BestDesigns]
+    base_reward: Tensor  # (P,) of the deterministic design of the policy for all
+    reward: Tensor  # (P,) of that of the patient's own
+
+
+def refine(tuner: Tuner, patient_ids: list[str]) -> Refined:
+    """Tune, and keep the best policy and the best designs of each patient."""
+    args, device = tuner.args, tuner.patients.device
+    kept = {name: weight.clone() for name, weight in tuner.weights.items()}
+    first = tuner.deterministic()
+    base_reward = best_reward = first.reward[:, 0]
+    seen = [first]
+    for iteration in range(args.num_iterations):
+        noise = Noise(*(x.to(device) for x in draw_noise(args, patient_ids, iteration)))
+        seen.append(tuner.step(noise))
+        now = tuner.deterministic()
+        seen.append(now)
+        better = now.reward[:, 0] > best_reward
+        best_reward = torch.where(better, now.reward[:, 0], best_reward)
+        for name, weight in tuner.weights.items():
+            mask = better.view(-1, *[1] * (weight.dim() - 1))
+            kept[name] = torch.where(mask, weight, kept[name])
+    cell = torch.cat([judged.cell for judged in seen], 1).cpu().numpy()
+    numbers = torch.cat([judged.numbers for judged in seen], 2).cpu().numpy()
+    tops, diverse = [], []
+    for row, patient_id in enumerate(patient_ids):
+        generate_candidates.check_finite(patient_id, cell[row], numbers[:, row])
+        for lists, designs in (
+            (tops, BestDesigns(args.top_k)),
+            (diverse, BestDesigns(1, per_cell=True)),
+        ):
+            designs.add(cell[row], numbers[:, row])
+            lists.append(designs)
+    return Refined(kept, tops, diverse, base_reward, best_reward)
+
+
+def policy_file(saved: dict[str, Any], weights: dict[str, Tensor], patient_id: str) -> bytes:
+    """A patient's policy, as a file that `ppo_hybrid.load_policy` reads."""
+    own = {name.removeprefix("agent."): weight.cpu().clone() for name, weight in weights.items()}
+    content = saved | {
+        "policy_state_dict": saved["policy_state_dict"] | own,
+        "patient_id": patient_id,
+    }
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def run(args: Args) -> dict[str, float]:
+    """Refine whoever is asked for and not yet there; returns mean rewards.
+
+    Raises:
+        UsageError: it cannot be done as asked.
+        OSError: a file cannot be written; what was complete before is.
+    """
+    args.check()
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    path = generate_candidates.policy_path(args.policy)
+    device = pick_device(args.device)
+    agent, saved = ppo_hybrid.load_policy(path, device)
+    agent = agent.float()
+    trained = saved["training_config"]
+    cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
+    rows = generate_candidates.rows_of(args.patient, cohort)
+    envs = environments(trained, cohort, device)
+    problem = envs.unwrapped.problem
+    obs = generate_candidates.first_observations(envs, agent, path).float()
+    patients = problem.params.patients.float()
+    learner_config = problem.params.reward_config.stricter(
+        trained["limit_margin"], trained["penalty_scale"]
+    )
+    output_dir = args.output_dir or path.parent / "refined"
+    manifest = {
+        "format": SCHEMA,
+        "hydrogel_gym": hydrogel_gym.__version__,
+        "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "patients": ppo_hybrid.digest(cohort),
+        "env_id": trained["env_id"],
+        "device type": device.type,
+        **{
+            name: getattr(args, name)
+            for name in (
+                "num_copies",
+                "num_iterations",
+                "learning_rate",
+                "max_kl",
+                "top_k",
+                "seed",
+            )
+        },
+        "resolution": list(RESOLUTION),
+    }
+    store = Store(output_dir, manifest, top_only=True)
+    (output_dir / POLICIES).mkdir(exist_ok=True)
+    mine = [row for row in rows[rank::ranks] if not store.is_done(cohort.patient_ids[row])]
+    totals = {"base": 0.0, "policy": 0.0, "design": 0.0}
+    done = 0
+    with tqdm(total=len(mine), unit="patient", desc="refining", disable=rank > 0) as bar:
+        try:
+            for start in range(0, len(mine), AT_ONCE):
+                chunk = mine[start : start + AT_ONCE]
+                ids = [cohort.patient_ids[row] for row in chunk]
+                tuner = Tuner(agent, obs[chunk], patients[chunk], problem, learner_config, args)
+                refined = refine(tuner, ids)
+                for i, patient_id in enumerate(ids):
+                    weights = {name: weight[i] for name, weight in refined.weights.items()}
+                    name = file_name(patient_id)
+                    write_atomically(
+                        output_dir / POLICIES / f"{name}.pt",
+                        policy_file(saved, weights, patient_id),
+                    )
+                    generate_candidates.write_best(
+                        store, patient_id, refined.best[i], refined.diverse[i]
+                    )
+                    done += 1
+                    bar.update()
+                totals["base"] += float(refined.base_reward.sum())
+                totals["policy"] += float(refined.reward.sum())
+                totals["design"] += sum(float(b.numbers[REWARD].max()) for b in refined.best)
+        except (OSError, KeyboardInterrupt) as error:
+            error.add_note(
+                f"{done:,} of {len(mine):,} patients were completed and {output_dir} can be read; "
+                "the same command goes on with the others"
+            )
+            raise
+        finally:
+            store.writers.shutdown()
+    return {name: total / max(len(mine), 1) for name, total in totals.items()} | {"patients": done}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    try:
+        args = ppo_hybrid.read_command_line(Args, args=argv, prog="refine_patients.py")
+        result = run(args)
+    except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
+        return generate_candidates.report_failure(error)
+    if result["patients"]:
+        print(f"{result['patients']:,.0f} patients, mean predicted reward")
+        print(f"  deterministic design, policy for all  {result['base']:.3f}")
+        print(f"  deterministic design, own policy      {result['policy']:.3f}")
+        print(f"  best design found                     {result['design']:.3f}")
+    else:
+        print("nothing left to do: everybody asked for is there")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
