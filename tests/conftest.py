@@ -8,6 +8,10 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores already; threads that wait for each other would make all of them slow.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pandas as pd
 import pytest
 import torch
