@@ -124,14 +124,24 @@ class BestDesigns:
 
     def promising(self, cell: np.ndarray, reward: np.ndarray) -> np.ndarray:
         """Indices of the designs, (B,) each, that may be among the best; safe in any thread."""
-        if self.per_cell:
-            return np.flatnonzero(reward >= self.floor[cell])
-        return np.flatnonzero(reward >= self.floor[0])
+        floor = self.floor
+        if self.per_cell and self.size == 1:
+            # What is worse than another of the same batch is out, however low the floor still is.
+            floor = floor.copy()
+            np.maximum.at(floor, cell, reward)
+        return np.flatnonzero(reward >= (floor[cell] if self.per_cell else floor[0]))
 
     def add(self, cell: np.ndarray, numbers: np.ndarray) -> None:
         """Show designs: (B,) cells and (11, B) numbers."""
         if not len(cell):
             return
+        if not self.per_cell and len(cell) > 16 * self.size:
+            # The first designs pass any floor, and telling all of them apart would take as long as
+            # making them. Any `size` that are unlike each other are a floor for the rest.
+            few = np.argpartition(-numbers[REWARD], 8 * self.size)[: 8 * self.size]
+            if len(np.unique(design_keys(cell[few], numbers[:, few]))) >= self.size:
+                rows = np.flatnonzero(numbers[REWARD] >= numbers[REWARD, few].min())
+                cell, numbers = cell[rows], numbers[:, rows]
         cell = np.concatenate([self.cell, cell])
         numbers = np.concatenate([self.numbers, numbers], axis=1)
         keys = design_keys(cell, numbers)
