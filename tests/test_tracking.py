@@ -426,6 +426,22 @@ def test_reward_namespace_holds_terms_and_outcomes(ppo):
     }
 
 
+def test_training_begins_when_every_log_has_or_none_is_waited_for_any_longer(ppo, monkeypatch):
+    begun = []
+
+    def slow() -> SimpleNamespace:
+        time.sleep(0.2)
+        begun.append("slow")
+        return SimpleNamespace(close=lambda failed: None)
+
+    with ppo.Logs({"a": slow, "b": slow}):
+        assert begun == ["slow", "slow"]
+    monkeypatch.setattr(ppo, "FIRST_WAIT_SECONDS", 0.1)
+    with ppo.Logs({"a": slow, "b": slow}):
+        assert begun == ["slow", "slow"]
+    assert len(begun) == 4
+
+
 @pytest.mark.slow
 def test_training_outlives_the_death_of_the_wandb_service(
     small_run, tmp_path, environ_without_wandb

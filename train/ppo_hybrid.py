@@ -126,6 +126,9 @@ NUM_TOP_DESIGNS = 20  # of W&B's table
 # copies of a progress bar; a network that is gone keeps the end of a run waiting.
 WANDB_SETTINGS = {"console": "off", "init_timeout": 30.0, "finish_timeout": 300.0}
 LAST_WAIT_SECONDS = 400.0  # for all logs, when training has ended
+# For them to begin. Beside training that would take several times as long from it: what imports
+# holds the interpreter for milliseconds at a time, which training needs for every operation.
+FIRST_WAIT_SECONDS = 60.0
 
 # The source's own results (sections 6.1 and 6.3), drawn beside ours: another reward model, so only
 # the shape of the curve and its cost can be compared.
@@ -1956,8 +1959,8 @@ def top_designs(outcome: Outcome) -> Any:
 class Logs:
     """The logs of a run beside `metrics.csv`, kept by a thread of their own.
 
-    Training neither waits for a log nor ends with it: one that fails is left out from then on, with
-    a warning.
+    Once they have begun, training neither waits for a log nor ends with it: one that fails is left
+    out from then on, with a warning.
 
     Args:
         makers: by name, what begins each.
@@ -1967,12 +1970,14 @@ class Logs:
         self.makers = makers
         self.logs: dict[str, WandbLog | TensorBoardLog] = {}
         self.calls: queue.SimpleQueue[tuple[str, Any] | None] = queue.SimpleQueue()
+        self.begun = threading.Event()
         # Daemon, so that a log that hangs keeps no process alive.
         self.thread = threading.Thread(target=self._work, daemon=True)
 
     def __enter__(self) -> Logs:
         if self.makers:
             self.thread.start()
+            self.begun.wait(FIRST_WAIT_SECONDS)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -1994,6 +1999,7 @@ class Logs:
         for name, make in self.makers.items():
             with self._survived(name):
                 self.logs[name] = make()
+        self.begun.set()
         while call := self.calls.get():
             method, argument = call
             for name, log in list(self.logs.items()):
