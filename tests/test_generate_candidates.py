@@ -145,10 +145,11 @@ def test_seeds_and_patients_draw_other_numbers(make):
 
 def test_an_interrupted_run_goes_on_to_the_same_files(make, generator, monkeypatch):
     whole = files(make("whole"))
-    write, written = generator.write_atomically, []
+    write, turns, written = generator.write_atomically, [], []
 
     def full_disk(path, content):
-        if len(written) == 2:
+        turns.append(path)  # first, since two threads write
+        if turns.index(path) >= 2:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
         written.append(path)
         write(path, content)
