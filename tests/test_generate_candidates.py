@@ -119,6 +119,7 @@ def test_threads_and_ranks_change_nothing(make, monkeypatch):
     torch.set_num_threads(1)
     alone = files(make("alone", patient=patients))
     torch.set_num_threads(3)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     for rank in range(2):
         monkeypatch.setenv("RANK", str(rank))
         monkeypatch.setenv("WORLD_SIZE", "2")

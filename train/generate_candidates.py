@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -484,9 +483,9 @@ def run(args: Args) -> Path:
         OSError: a file cannot be written; what was complete before is.
     """
     args.check()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = ppo_hybrid.world_from_environment()
     path = policy_path(args.policy)
-    device = pick_device(args.device)
+    device = ppo_hybrid.resolve_device(args.device, world)
     agent, saved = ppo_hybrid.load_policy(path, device)
     trained = saved["training_config"]
     cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
@@ -509,7 +508,9 @@ def run(args: Args) -> Path:
         "resolution": list(RESOLUTION),
     }
     store = Store(output_dir, manifest, args.top_only)
-    mine = [row for row in rows[rank::ranks] if not store.is_done(cohort.patient_ids[row])]
+    mine = [
+        row for row in rows[world.rank :: world.size] if not store.is_done(cohort.patient_ids[row])
+    ]
     warn_of_space(output_dir, args, len(mine))
     patients = problem.params.patients.float()
 
@@ -521,7 +522,9 @@ def run(args: Args) -> Path:
     done = 0
     with (
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
-        tqdm(total=total, unit="design", unit_scale=True, disable=rank > 0, smoothing=0.05) as bar,
+        tqdm(
+            total=total, unit="design", unit_scale=True, disable=world.rank > 0, smoothing=0.05
+        ) as bar,
     ):
         try:
             for row in mine:
@@ -539,7 +542,7 @@ def run(args: Args) -> Path:
         finally:
             store.writers.shutdown()
     if args.show:
-        for row in rows[rank::ranks]:
+        for row in rows[world.rank :: world.size]:
             show(output_dir, cohort.patient_ids[row], problem.params.reward_config)
     return output_dir
 
@@ -561,22 +564,6 @@ def environments(
         return ppo_hybrid.make_envs(ppo_hybrid.Args(**trained), cohort, device)
     except TypeError as error:
         raise UsageError(f"the policy is of another version: {ppo_hybrid.reason(error)}") from error
-
-
-def pick_device(name: str) -> torch.device:
-    """The device asked for.
-
-    Raises:
-        UsageError: there is none of that name.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name} cannot be used: {ppo_hybrid.reason(error)}") from error
 
 
 def evaluator(problem: Any, sampler: Sampler, args: Args, total: int) -> Callable[..., Any]:
@@ -718,7 +705,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (OSError, FloatingPointError, KeyboardInterrupt) as error:
         return report_failure(error)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if ppo_hybrid.world_from_environment().rank == 0:
         print(f"written to {output_dir}")
     return 0
 

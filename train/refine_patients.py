@@ -25,7 +25,6 @@ from __future__ import annotations
 import hashlib
 import io
 import math
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +34,7 @@ import generate_candidates
 import gymnasium as gym
 import ppo_hybrid
 import torch
-from generate_candidates import Store, block_seed, environments, pick_device
+from generate_candidates import Store, block_seed, environments
 from ppo_hybrid import HybridAction, Noise, SquashedNormal, UsageError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -390,9 +389,9 @@ def run(args: Args) -> dict[str, float]:
         OSError: a file cannot be written; what was complete before is.
     """
     args.check()
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = ppo_hybrid.world_from_environment()
     path = generate_candidates.policy_path(args.policy)
-    device = pick_device(args.device)
+    device = ppo_hybrid.resolve_device(args.device, world)
     agent, saved = ppo_hybrid.load_policy(path, device)
     agent = agent.float()
     trained = saved["training_config"]
@@ -428,10 +427,12 @@ def run(args: Args) -> dict[str, float]:
     }
     store = Store(output_dir, manifest, top_only=True)
     (output_dir / POLICIES).mkdir(exist_ok=True)
-    mine = [row for row in rows[rank::ranks] if not store.is_done(cohort.patient_ids[row])]
+    mine = [
+        row for row in rows[world.rank :: world.size] if not store.is_done(cohort.patient_ids[row])
+    ]
     totals = {"base": 0.0, "policy": 0.0, "design": 0.0}
     done = 0
-    with tqdm(total=len(mine), unit="patient", desc="refining", disable=rank > 0) as bar:
+    with tqdm(total=len(mine), unit="patient", desc="refining", disable=world.rank > 0) as bar:
         try:
             for start in range(0, len(mine), AT_ONCE):
                 chunk = mine[start : start + AT_ONCE]
