@@ -74,48 +74,41 @@ WORTH_COMPILING = 60_000_000
 
 
 @dataclass
-class Args:
-    """Draw designs for patients from a policy, evaluate them and keep the best."""
+class PatientArgs:
+    """Which policy designs for whom; of every script that does."""
 
     policy: Path = Path("runs/quick-s1")
-    """what to draw from: a run directory, or a `stage2_policy.pt`"""
+    """a run directory, or a `stage2_policy.pt`"""
     patient: tuple[str, ...] = ()
     """one patient or several; everybody by default"""
     cohort: Path | None = None
     """whose patients, CSV or Parquet; those that the policy was trained on by default"""
+    top_k: int = 100
+    """how many of a patient's best designs to keep, all unlike each other"""
+    seed: int = 1
+    """of everything drawn"""
+    output_dir: Path | None = None
+    """where to; a folder beside the policy by default"""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; `auto` takes a GPU if there is one"""
+
+
+@dataclass
+class Args(PatientArgs):
+    """Draw designs for patients from a policy, evaluate them and keep the best."""
+
     num_candidates: int = 13_000_000
     """designs per patient; the default is the source's"""
     temperature: float = 1.0
     """log-probabilities of the policy are divided by this: above 1 designs are more varied"""
     explore: float = 0.05
     """share of the designs that is drawn evenly from the whole design space"""
-    top_k: int = 100
-    """how many of the best designs to keep, all unlike each other"""
     top_only: bool = False
     """keep the best alone, not the candidates"""
-    seed: int = 1
-    """of everything drawn"""
-    output_dir: Path | None = None
-    """where to; `designs` beside the policy by default"""
     show: bool = False
     """print the ten best designs of each patient, and draw them"""
-    device: str = "auto"
-    """`cpu`, `cuda`, ...; `auto` takes a GPU if there is one"""
     compile: Literal["auto", "on", "off"] = "auto"
     """evaluate in one compiled graph; `auto` where there is enough to evaluate"""
-
-    def check(self) -> None:
-        """Raise a UsageError that names the flag, its value and what is allowed."""
-        allowed = {
-            "num_candidates": (self.num_candidates >= 1, "1 or more"),
-            "temperature": (0.0 < self.temperature < math.inf, "above 0"),
-            "explore": (0.0 <= self.explore <= 1.0, "0 to 1"),
-            "top_k": (self.top_k >= 1, "1 or more"),
-        }
-        for name, (is_allowed, what) in allowed.items():
-            if not is_allowed:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {getattr(self, name)}; allowed: {what}")
 
 
 class Sampler(NamedTuple):
@@ -266,12 +259,8 @@ class Patient:
     def __init__(
         self, patient_id: str, sampler: Sampler, evaluate: Callable[..., Any], args: Args
     ) -> None:
-        self.patient_id, self.sampler, self.evaluate, self.args = (
-            patient_id,
-            sampler,
-            evaluate,
-            args,
-        )
+        self.patient_id, self.sampler = patient_id, sampler
+        self.evaluate, self.args = evaluate, args
         self.best, self.diverse = BestDesigns(args.top_k), BestDesigns(1, per_cell=True)
         self.num_blocks = math.ceil(args.num_candidates / BLOCK)
 
@@ -426,10 +415,9 @@ def generate(
 def write_best(store: Store, patient_id: str, best: BestDesigns, diverse: BestDesigns) -> None:
     """Write what is kept of a patient."""
     for table, designs in (("diverse", diverse), ("top", best)):
-        order = np.argsort(-designs.numbers[REWARD], kind="stable")
         path = partition(store.output_dir / table, patient_id) / "designs.parquet"
         store.wait()  # `top` is last: where it is, the rest is
-        store.write(path, [(designs.cell[order], designs.numbers[:, order])])
+        store.write(path, [(designs.cell, designs.numbers)])
     store.wait()
 
 
@@ -448,31 +436,61 @@ def policy_path(given: Path) -> Path:
     return path
 
 
-def rows_of(patient_ids: tuple[str, ...], cohort: hydrogel_gym.Cohort) -> list[int]:
-    """Rows of the patients asked for, of all if nobody is.
+class Start(NamedTuple):
+    """What designing for patients begins with."""
+
+    path: Path  # of the policy
+    saved: dict[str, Any]  # its content
+    agent: ppo_hybrid.Agent
+    cohort: hydrogel_gym.Cohort
+    rows: list[int]  # of the patients asked for
+    problem: Any  # reward model, limits, patients
+    obs: Tensor  # (P, obs_dim) what the policy sees of each patient before it designs
+
+
+def begin(args: PatientArgs, device: torch.device) -> Start:
+    """Load the policy, its problem and the patients asked for.
 
     Raises:
-        UsageError: one is unknown; offers the nearest.
+        UsageError: one of them is missing, or they do not belong together.
     """
+    path = policy_path(args.policy)
+    agent, saved = ppo_hybrid.load_policy(path, device)
+    trained = saved["training_config"]
+    cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
     try:
         # Once each, however often asked for.
-        return list(dict.fromkeys(map(cohort.index, patient_ids or cohort.patient_ids)))
+        rows = list(dict.fromkeys(map(cohort.index, args.patient or cohort.patient_ids)))
     except ValueError as error:
         raise UsageError(f"--patient: {error}") from error
-
-
-def first_observations(envs: gym.vector.VectorEnv, agent: ppo_hybrid.Agent, path: Path) -> Tensor:
-    """(P, obs_dim) what a policy sees of each patient before it designs.
-
-    Raises:
-        UsageError: the policy was trained to see something else.
-    """
+    envs = environments(trained, cohort, device)
     obs, _ = envs.reset()
     if (width := obs.shape[-1]) != len(agent.obs_mean):
         raise UsageError(
             f"policy {path} observes {len(agent.obs_mean)} numbers, its environments tell {width}"
         )
-    return obs
+    return Start(path, saved, agent, cohort, rows, envs.unwrapped.problem, obs)
+
+
+def origin(path: Path, cohort: hydrogel_gym.Cohort) -> dict[str, str]:
+    """Hashes of the policy and the patients that designs are of."""
+    return {
+        "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
+        "patients": ppo_hybrid.digest(cohort),
+    }
+
+
+def manifest(start: Start, device: torch.device, args: PatientArgs, names: str) -> dict[str, Any]:
+    """What makes designs what they are, with the flags of these names."""
+    return {
+        "format": SCHEMA,
+        "hydrogel_gym": hydrogel_gym.__version__,
+        **origin(start.path, start.cohort),
+        "env_id": start.saved["training_config"]["env_id"],
+        "device type": device.type,
+        **{name: getattr(args, name) for name in names.split()},
+        "resolution": list(RESOLUTION),
+    }
 
 
 def run(args: Args) -> Path:
@@ -482,35 +500,21 @@ def run(args: Args) -> Path:
         UsageError: it cannot be done as asked.
         OSError: a file cannot be written; what was complete before is.
     """
-    args.check()
+    ppo_hybrid.check_ranges(
+        args,
+        ("num_candidates top_k", "1 or more", lambda x: x >= 1),
+        ("temperature", "above 0", lambda x: 0.0 < x < math.inf),
+        ("explore", "0 to 1", lambda x: 0.0 <= x <= 1.0),
+    )
     world = ppo_hybrid.world_from_environment()
-    path = policy_path(args.policy)
     device = ppo_hybrid.resolve_device(args.device, world)
-    agent, saved = ppo_hybrid.load_policy(path, device)
-    trained = saved["training_config"]
-    cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
-    rows = rows_of(args.patient, cohort)
-    envs = environments(trained, cohort, device)
-    problem = envs.unwrapped.problem
-    obs = first_observations(envs, agent, path)
-    output_dir = args.output_dir or path.parent / "designs"
-    manifest = {
-        "format": SCHEMA,
-        "hydrogel_gym": hydrogel_gym.__version__,
-        "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        "patients": ppo_hybrid.digest(cohort),
-        "env_id": trained["env_id"],
-        "device type": device.type,
-        **{
-            name: getattr(args, name)
-            for name in ("num_candidates", "temperature", "explore", "top_k", "top_only", "seed")
-        },
-        "resolution": list(RESOLUTION),
-    }
-    store = Store(output_dir, manifest, args.top_only)
-    mine = [
-        row for row in rows[world.rank :: world.size] if not store.is_done(cohort.patient_ids[row])
-    ]
+    start = begin(args, device)
+    agent, cohort, problem, obs = start.agent, start.cohort, start.problem, start.obs
+    output_dir = args.output_dir or start.path.parent / "designs"
+    flags = "num_candidates temperature explore top_k top_only seed"
+    store = Store(output_dir, manifest(start, device, args, flags), args.top_only)
+    rows = start.rows[world.rank :: world.size]
+    mine = [row for row in rows if not store.is_done(cohort.patient_ids[row])]
     warn_of_space(output_dir, args, len(mine))
     patients = problem.params.patients.float()
 
@@ -542,7 +546,7 @@ def run(args: Args) -> Path:
         finally:
             store.writers.shutdown()
     if args.show:
-        for row in rows[world.rank :: world.size]:
+        for row in rows:
             show(output_dir, cohort.patient_ids[row], problem.params.reward_config)
     return output_dir
 

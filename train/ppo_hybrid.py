@@ -2065,6 +2065,23 @@ class Signals:
         self._warnings += 1
 
 
+def check_ranges(args: Any, *ranges: tuple[str, str, Callable[[Any], bool]]) -> None:
+    """Refuse a flag whose value is out of its range.
+
+    Args:
+        args: of a script.
+        ranges: names of flags, what is allowed in words, and whether a value is.
+
+    Raises:
+        UsageError: names the flag, its value and what is allowed.
+    """
+    for names, allowed, holds in ranges:
+        for name in names.split():
+            if not holds(value := getattr(args, name)):
+                flag = name.replace("_", "-")
+                raise UsageError(f"--{flag} is {value}; allowed: {allowed}")
+
+
 def check_args(args: Args, world: World) -> None:
     """Refuse, before anything is done, what cannot be carried out.
 
@@ -2080,17 +2097,14 @@ def check_args(args: Args, world: World) -> None:
     if args.policy not in get_args(Policy):
         raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
     sizes = "horizon num_envs num_steps num_iterations num_epochs minibatch_size hidden_dim"
-    for names, allowed, holds in (
+    check_ranges(
+        args,
         (f"{sizes} keep_checkpoints", "1 or more", lambda x: x >= 1),
         ("seed checkpoint_interval", "0 or more", lambda x: x >= 0),
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
         ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
-    ):
-        for name in names.split():
-            if not holds(value := getattr(args, name)):
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {value}; allowed: {allowed}")
+    )
     if args.num_envs % world.size:
         below = args.num_envs // world.size * world.size
         near = [count for count in (below, below + world.size) if count]

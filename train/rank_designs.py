@@ -11,7 +11,6 @@ are predictions of the reward model for virtual patients, and no clinical fact.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import sys
@@ -93,7 +92,6 @@ def ranked(designs: pd.DataFrame, cohort: Any, problem: Any) -> pd.DataFrame:
     polymers, mechanistic = hydrogel_gym.load_polymers(), MechanisticModel()
     tables = []
     for patient_id, table in tqdm(designs.groupby("patient_id", sort=False), unit="patient"):
-        table = table.sort_values("reward", ascending=False, kind="stable", ignore_index=True)
         design = Design(
             torch.tensor(table["polymer_id"].to_numpy(), dtype=torch.int64),
             torch.tensor(table[list(FORMULATION_COLUMNS)].to_numpy()),
@@ -163,10 +161,7 @@ def rank(args: Args) -> list[Path]:
         designs = load_designs(args.designs)
     except (OSError, ValueError) as error:
         raise UsageError(f"{args.designs}: {ppo_hybrid.reason(error)}") from error
-    here = {
-        "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        "patients": ppo_hybrid.digest(cohort),
-    }
+    here = generate_candidates.origin(path, cohort)
     if differing := ppo_hybrid.differences({name: manifest.get(name) for name in here}, here):
         differing = differing.replace("in the checkpoint", "there")
         raise UsageError(f"{args.designs} is of another policy or cohort ({differing})")

@@ -22,28 +22,24 @@ References:
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import generate_candidates
 import gymnasium as gym
 import ppo_hybrid
 import torch
-from generate_candidates import Store, block_seed, environments
+from generate_candidates import PatientArgs, Store, block_seed
 from ppo_hybrid import HybridAction, Noise, SquashedNormal, UsageError
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import hydrogel_gym
 from hydrogel_gym.designs import (
-    RESOLUTION,
     REWARD,
-    SCHEMA,
     BestDesigns,
     file_name,
     numbers_of,
@@ -60,15 +56,9 @@ BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass
-class Args:
+class Args(PatientArgs):
     """Fine-tune a policy for each patient and keep the best designs found on the way."""
 
-    policy: Path = Path("runs/quick-s1")
-    """the policy for all: a run directory, or a `stage2_policy.pt`"""
-    patient: tuple[str, ...] = ()
-    """one patient or several; everybody by default"""
-    cohort: Path | None = None
-    """whose patients; those that the policy was trained on by default"""
     num_copies: int = 500
     """designs per patient and iteration; the source's"""
     num_iterations: int = 50
@@ -77,28 +67,6 @@ class Args:
     """of Adam; the source's"""
     max_kl: float = 1.0
     """how far, in nats, a patient's policy may be from the one for all"""
-    top_k: int = 100
-    """how many of a patient's best designs to keep, all unlike each other"""
-    seed: int = 1
-    """of everything drawn"""
-    output_dir: Path | None = None
-    """where to; `refined` beside the policy by default"""
-    device: str = "auto"
-    """`cpu`, `cuda`, ...; `auto` takes a GPU if there is one"""
-
-    def check(self) -> None:
-        """Raise a UsageError that names the flag, its value and what is allowed."""
-        allowed = {
-            "num_copies": (self.num_copies >= 2, "2 or more"),
-            "num_iterations": (self.num_iterations >= 1, "1 or more"),
-            "learning_rate": (0.0 < self.learning_rate < math.inf, "above 0"),
-            "max_kl": (0.0 < self.max_kl, "above 0"),
-            "top_k": (self.top_k >= 1, "1 or more"),
-        }
-        for name, (is_allowed, what) in allowed.items():
-            if not is_allowed:
-                flag = name.replace("_", "-")
-                raise UsageError(f"--{flag} is {getattr(self, name)}; allowed: {what}")
 
 
 class Choices(NamedTuple):
@@ -267,11 +235,7 @@ class Tuner:
         )
 
     def step(self, noise: Noise) -> Judged:
-        """Draw, judge and learn once; returns what was drawn.
-
-        Raises:
-            FloatingPointError: an outcome is not finite.
-        """
+        """Draw, judge and learn once; returns what was drawn."""
         with torch.no_grad():
             action = sample(self.choices(self.weights, self.inputs), noise)
         judged = self.judge(action)
@@ -388,54 +352,35 @@ def run(args: Args) -> dict[str, float]:
         UsageError: it cannot be done as asked.
         OSError: a file cannot be written; what was complete before is.
     """
-    args.check()
+    ppo_hybrid.check_ranges(
+        args,
+        ("num_copies", "2 or more", lambda x: x >= 2),
+        ("num_iterations top_k", "1 or more", lambda x: x >= 1),
+        ("learning_rate", "above 0", lambda x: 0.0 < x < math.inf),
+        ("max_kl", "above 0", lambda x: x > 0.0),
+    )
     world = ppo_hybrid.world_from_environment()
-    path = generate_candidates.policy_path(args.policy)
     device = ppo_hybrid.resolve_device(args.device, world)
-    agent, saved = ppo_hybrid.load_policy(path, device)
-    agent = agent.float()
-    trained = saved["training_config"]
-    cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
-    rows = generate_candidates.rows_of(args.patient, cohort)
-    envs = environments(trained, cohort, device)
-    problem = envs.unwrapped.problem
-    obs = generate_candidates.first_observations(envs, agent, path).float()
-    patients = problem.params.patients.float()
+    start = generate_candidates.begin(args, device)
+    agent, cohort, problem = start.agent.float(), start.cohort, start.problem
+    obs, patients = start.obs.float(), problem.params.patients.float()
+    trained = start.saved["training_config"]
     learner_config = problem.params.reward_config.stricter(
         trained["limit_margin"], trained["penalty_scale"]
     )
-    output_dir = args.output_dir or path.parent / "refined"
-    manifest = {
-        "format": SCHEMA,
-        "hydrogel_gym": hydrogel_gym.__version__,
-        "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
-        "patients": ppo_hybrid.digest(cohort),
-        "env_id": trained["env_id"],
-        "device type": device.type,
-        **{
-            name: getattr(args, name)
-            for name in (
-                "num_copies",
-                "num_iterations",
-                "learning_rate",
-                "max_kl",
-                "top_k",
-                "seed",
-            )
-        },
-        "resolution": list(RESOLUTION),
-    }
+    output_dir = args.output_dir or start.path.parent / "refined"
+    flags = "num_copies num_iterations learning_rate max_kl top_k seed"
+    manifest = generate_candidates.manifest(start, device, args, flags)
     store = Store(output_dir, manifest, top_only=True)
     (output_dir / POLICIES).mkdir(exist_ok=True)
-    mine = [
-        row for row in rows[world.rank :: world.size] if not store.is_done(cohort.patient_ids[row])
-    ]
+    rows = start.rows[world.rank :: world.size]
+    mine = [row for row in rows if not store.is_done(cohort.patient_ids[row])]
     totals = {"base": 0.0, "policy": 0.0, "design": 0.0}
     done = 0
     with tqdm(total=len(mine), unit="patient", desc="refining", disable=world.rank > 0) as bar:
         try:
-            for start in range(0, len(mine), AT_ONCE):
-                chunk = mine[start : start + AT_ONCE]
+            for first in range(0, len(mine), AT_ONCE):
+                chunk = mine[first : first + AT_ONCE]
                 ids = [cohort.patient_ids[row] for row in chunk]
                 tuner = Tuner(agent, obs[chunk], patients[chunk], problem, learner_config, args)
                 refined = refine(tuner, ids)
@@ -444,7 +389,7 @@ def run(args: Args) -> dict[str, float]:
                     name = file_name(patient_id)
                     write_atomically(
                         output_dir / POLICIES / f"{name}.pt",
-                        policy_file(saved, weights, patient_id),
+                        policy_file(start.saved, weights, patient_id),
                     )
                     generate_candidates.write_best(
                         store, patient_id, refined.best[i], refined.diverse[i]
