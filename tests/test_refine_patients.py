@@ -47,11 +47,18 @@ def settings(refiner, trained, **changes):
 
 
 @pytest.fixture
-def tuner(ppo, generator, refiner, trained):
-    """Tuner of three patients, its agent and their observations."""
+def base(ppo, generator, trained):
+    """The policy for all, its patients, their environments and its reward for each."""
     agent, saved = ppo.load_policy(trained / "stage2_policy.pt", "cpu")
     cohort = hydrogel_gym.load_cohort(saved["training_config"]["cohort"])
     envs = generator.environments(saved["training_config"], cohort, torch.device("cpu"))
+    return agent, cohort, envs, ppo.policy_designs(agent, envs)["reward"]
+
+
+@pytest.fixture
+def tuner(refiner, trained, base):
+    """Tuner of three patients, its agent and their observations."""
+    agent, cohort, envs, _ = base
     problem = envs.unwrapped.problem
     rows = [cohort.index(patient_id) for patient_id in PATIENTS]
     obs = envs.reset()[0][rows]
@@ -134,7 +141,7 @@ def test_divergence_is_the_mean_log_ratio_of_samples(refiner, tuner):
 def test_no_policy_leaves_the_base_by_more_than_is_allowed(refiner, tuner):
     tuner, _, _ = tuner
     tuner.args.max_kl = 0.02
-    tuner.args.learning_rate = 0.05
+    tuner.optimizer.param_groups[0]["lr"] = 0.05
     torch.manual_seed(4)
     for _ in range(5):
         noise = refiner.Noise(torch.rand(3, 64, 2), torch.randn(3, 64, 4))
@@ -157,13 +164,8 @@ def test_tuning_raises_the_mean_reward(refiner, tuner):
     assert (torch.stack(rewards[-5:]).mean(0) > torch.stack(rewards[:5]).mean(0) + 1.0).all()
 
 
-def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(
-    ppo, generator, trained, refined
-):
-    base, saved = ppo.load_policy(trained / "stage2_policy.pt", "cpu")
-    cohort = hydrogel_gym.load_cohort(saved["training_config"]["cohort"])
-    envs = generator.environments(saved["training_config"], cohort, torch.device("cpu"))
-    before = ppo.policy_designs(base, envs)["reward"]
+def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(ppo, base, refined):
+    agent, cohort, envs, before = base
     gains = []
     for patient_id in PATIENTS:
         own, content = ppo.load_policy(refined / "patient_policies" / f"{patient_id}.pt", "cpu")
@@ -173,7 +175,7 @@ def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(
         same = {
             name
             for name, weight in own.state_dict().items()
-            if weight.equal(base.state_dict()[name])
+            if weight.equal(agent.state_dict()[name])
         }
         assert {"encoder.0.weight", "trunk.0.weight", "hidden.weight", "critic.out.bias"} <= same
     # What is compared in tuning is on the grid that designs are made on.
@@ -181,13 +183,8 @@ def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(
     assert max(gains) > 0.1
 
 
-def test_designs_are_unlike_each_other_and_no_worse_than_what_the_policies_do(
-    ppo, generator, trained, refined
-):
-    base, saved = ppo.load_policy(trained / "stage2_policy.pt", "cpu")
-    cohort = hydrogel_gym.load_cohort(saved["training_config"]["cohort"])
-    envs = generator.environments(saved["training_config"], cohort, torch.device("cpu"))
-    before = ppo.policy_designs(base, envs)["reward"]
+def test_designs_are_unlike_each_other_and_no_worse_than_what_the_policies_do(base, refined):
+    _, cohort, _, before = base
     for patient_id in PATIENTS:
         top = load_designs(refined, patient_id)
         assert len(top) == 12

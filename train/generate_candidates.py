@@ -58,6 +58,7 @@ from hydrogel_gym.designs import (
 from hydrogel_gym.dynamics import RewardConfig, RewardFunction, compute_reward
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import keep_freed_memory
+from hydrogel_gym.ranking import safety_margins
 from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
 
 # Random numbers are drawn, and designs evaluated, so many at a time, whatever else is asked for: in
@@ -624,13 +625,10 @@ def show(output_dir: Path, patient_id: str, config: RewardConfig) -> None:
         "stress, %": shown["predicted_stress_reduction"].map("{:.1f}".format),
         "P(optimal)": shown["optimal_probability"].map("{:.3f}".format),
         "reward": shown["reward"].map("{:.3f}".format),
-        # Positive on the safe side of each limit.
-        "toxicity margin": (config.toxicity_limit - shown["toxicity_risk"]).map("{:+.4f}".format),
-        "integrity margin": (shown["structural_integrity"] - config.integrity_limit).map(
-            "{:+.4f}".format
-        ),
-        "fibrosis margin": (config.fibrosis_limit - shown["fibrosis_risk"]).map("{:+.4f}".format),
     }
+    # The columns of risks have the names of the outcomes.
+    for name, margin in safety_margins(shown, config).items():
+        table[name.replace("_", " ")] = margin.map("{:+.4f}".format)
     frame = pd.DataFrame(table)
     frame.index += 1
     print(frame.to_string())

@@ -52,7 +52,6 @@ from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
 POLICIES = "patient_policies"
 # Patients tuned at once: their heads, gradients and moments take 0.6 MB each.
 AT_ONCE = 100
-BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass
@@ -161,8 +160,12 @@ class Judged(NamedTuple):
 
     cell: Tensor  # (P, N) uint8
     numbers: Tensor  # (11, P, N) `designs.NUMBERS`
-    reward: Tensor  # (P, N)
     learnt_from: Tensor  # (P, N) reward under the learner's stricter limits
+
+    @property
+    def reward(self) -> Tensor:
+        """(P, N)."""
+        return self.numbers[REWARD]
 
 
 class Tuner:
@@ -194,10 +197,8 @@ class Tuner:
         base = self.heads.tuned()
         self.base = {name: w.expand(len(obs), *w.shape) for name, w in base.items()}
         self.weights = {name: w.clone() for name, w in self.base.items()}
-        self.moments = {
-            name: (torch.zeros_like(w), torch.zeros_like(w)) for name, w in self.weights.items()
-        }
-        self.steps = 0
+        # By element, and so by patient.
+        self.optimizer = torch.optim.Adam(self.weights.values(), lr=args.learning_rate)
         self.choices = torch.func.vmap(self._choices)
         self.gradients = torch.func.vmap(torch.func.grad(self._loss))
         with torch.no_grad():
@@ -230,7 +231,6 @@ class Tuner:
         return Judged(
             (polymer * len(COVERAGES) + coverage).to(torch.uint8),
             numbers_of(formulation, outcomes, reward).unflatten(1, shape),
-            reward.view(shape),
             compute_reward(outcomes, config=self.learner_config).view(shape),
         )
 
@@ -242,22 +242,11 @@ class Tuner:
         std, mean = torch.std_mean(judged.learnt_from, -1, keepdim=True)
         advantage = (judged.learnt_from - mean) / (std + 1e-8)
         gradients = self.gradients(self.weights, self.inputs, action, advantage)
-        self.descend(gradients)
+        for name, gradient in gradients.items():
+            self.weights[name].grad = gradient
+        self.optimizer.step()
         self.bound()
         return judged
-
-    @torch.no_grad()
-    def descend(self, gradients: dict[str, Tensor]) -> None:
-        """A step of Adam, by element and so by patient."""
-        self.steps += 1
-        beta1, beta2 = BETAS
-        rate = self.args.learning_rate / (1.0 - beta1**self.steps)
-        for name, gradient in gradients.items():
-            mean, square = self.moments[name]
-            mean.lerp_(gradient, 1.0 - beta1)
-            square.lerp_(gradient.square(), 1.0 - beta2)
-            root = (square / (1.0 - beta2**self.steps)).sqrt_().add_(EPS)
-            self.weights[name].addcdiv_(mean, root, value=-rate)
 
     @torch.no_grad()
     def bound(self) -> Tensor:
