@@ -14,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from trainers.launch import ROOT, machine
+from trainers.launch import ROOT, machine, resources
 
 from hydrogel_gym.files import write_atomically
 
@@ -71,35 +69,19 @@ def process(flags: list[str], folder: Path) -> Measured:
     path = folder / "measured.json"
     with tempfile.TemporaryDirectory(dir=folder) as output:
         command = [sys.executable, __file__, "--measure", str(path), "--", *flags]
-        child = subprocess.Popen(
-            [*command, "--compile", "on", "--output-dir", f"{output}/designs"],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"error: {' '.join(command)} ended with {child.returncode}")
+        _, megabytes = resources([*command, "--compile", "on", "--output-dir", f"{output}/designs"])
     seconds, written = json.loads(path.read_text())
-    return Measured(seconds, usage.ru_maxrss / 1e3, written)
-
-
-def problem_of(policy: Path) -> tuple[Any, torch.Tensor, Any]:
-    """The policy, first observations and the design problem."""
-    agent, saved = ppo_hybrid.load_policy(policy / "stage2_policy.pt", "cpu")
-    config = saved["training_config"]
-    cohort = ppo_hybrid.hydrogel_gym.load_cohort(config["cohort"])
-    envs = ppo_hybrid.make_envs(ppo_hybrid.Args(**config), cohort, torch.device("cpu"))
-    return agent, envs.reset()[0], envs.unwrapped.problem
+    return Measured(seconds, megabytes, written)
 
 
 def arithmetic(policy: Path, threads: int, rounds: int) -> list[float]:
     """Designs per second of the compiled graph alone, on numbers drawn once."""
-    agent, obs, problem = problem_of(policy)
-    args = generator.Args(compile="on")
-    row = problem.cohort.index(PATIENT)
+    args = generator.Args(policy=policy, patient=(PATIENT,), compile="on")
+    start = generator.begin(args, torch.device("cpu"))
+    (row,), problem = start.rows, start.problem
     torch.set_num_threads(1)
-    sampler = generator.make_sampler(agent, obs[row], problem.params.patients[row], args)
+    patient = problem.params.patients[row]
+    sampler = generator.make_sampler(start.agent, start.obs[row], patient, args)
     call = generator.evaluator(problem, sampler, args, WHOLE)
     numbers = torch.rand(generator.BLOCK), torch.randn(generator.BLOCK, 4)
     blocks = 40
@@ -112,9 +94,9 @@ def arithmetic(policy: Path, threads: int, rounds: int) -> list[float]:
     rates = []
     with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for _ in range(rounds):
-            start = time.perf_counter()
+            began = time.perf_counter()
             list(pool.map(work, range(threads)))
-            rates.append(threads * blocks * generator.BLOCK / (time.perf_counter() - start))
+            rates.append(threads * blocks * generator.BLOCK / (time.perf_counter() - began))
     torch.set_num_threads(threads)
     return rates
 
@@ -123,9 +105,10 @@ def sketch(policy: Path, threads: int) -> tuple[float, float]:
     """Designs per second of the source's sketch, and bytes of a design in its list."""
     import tracemalloc
 
-    agent, obs, problem = problem_of(policy)
+    args = generator.Args(policy=policy, patient=(PATIENT,))
+    start = generator.begin(args, torch.device("cpu"))
+    (row,), agent, obs, problem = start.rows, start.agent, start.obs, start.problem
     torch.set_num_threads(threads)
-    row = problem.cohort.index(PATIENT)
     batch_size = 10_000
     names = ppo_hybrid.hydrogel_gym.load_polymers().names
     random = torch.Generator().manual_seed(0)
@@ -160,9 +143,9 @@ def sketch(policy: Path, threads: int) -> tuple[float, float]:
                 )
         return every
 
-    start = time.perf_counter()
+    began = time.perf_counter()
     generator.pd.DataFrame(batches(SKETCHED))
-    rate = SKETCHED / (time.perf_counter() - start)
+    rate = SKETCHED / (time.perf_counter() - began)
     tracemalloc.start()
     kept = batches(batch_size)
     size = tracemalloc.get_traced_memory()[0] / len(kept)

@@ -12,16 +12,13 @@ and so is the best of as many designs drawn from the policy for all, without any
 from __future__ import annotations
 
 import argparse
-import os
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from baselines.policy import load_trainer
-from trainers.launch import ROOT, machine
+from trainers.launch import ROOT, machine, resources
 
 from hydrogel_gym import load_cohort
 from hydrogel_gym.designs import load_designs
@@ -35,17 +32,7 @@ COPIES, ITERATIONS = 500, 50
 
 def process(script: str, flags: list[str]) -> tuple[float, float]:
     """Seconds and peak megabytes of a script of `train/`."""
-    start = time.perf_counter()
-    child = subprocess.Popen(
-        [sys.executable, str(ROOT / "train" / script), *flags],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"error: {script} {' '.join(flags)} ended with {child.returncode}")
-    return time.perf_counter() - start, usage.ru_maxrss / 1e3
+    return resources([sys.executable, str(ROOT / "train" / script), *flags])
 
 
 def main() -> None:

@@ -75,6 +75,21 @@ def read_iterations(path: Path, needed: Iterable[str], launched: float) -> pd.Da
     return table
 
 
+def resources(command: list[str]) -> tuple[float, float]:
+    """Seconds that a process took, and its peak memory in megabytes.
+
+    Raises:
+        TrainerError: it failed.
+    """
+    start = time.perf_counter()
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise TrainerError(f"{shlex.join(command)} ended with {child.returncode}")
+    return time.perf_counter() - start, usage.ru_maxrss / 1e3
+
+
 def train(
     name: str, command: str, needed: Iterable[str], threads: int, **values: object
 ) -> pd.DataFrame:
