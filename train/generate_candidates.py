@@ -145,6 +145,34 @@ def alias_table(probability: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return keep, other  # what is left over by rounding keeps itself
 
 
+class Choices(NamedTuple):
+    """Everything that a policy may choose for one patient."""
+
+    polymer_logp: Tensor  # (24,)
+    coverage_logp: Tensor  # (24, 4), by polymer
+    mean: Tensor  # (24, 4) of the formulation before squashing
+    log_std: Tensor  # (24, 4)
+
+
+def choices_of(
+    agent: ppo_hybrid.Agent, polymer_in: Tensor, formulation_in: Tensor, coverage_in: Tensor
+) -> Choices:
+    """Ask the heads for every polymer, given their (128,), (128,) and (64,) pre-activations."""
+    polymers = torch.arange(NUM_POLYMERS, device=polymer_in.device)
+    coverage = agent.coverage_head(coverage_in.expand(NUM_POLYMERS, -1), polymers)
+    formulation = agent.formulation_distribution(
+        formulation_in.expand(NUM_POLYMERS, -1),
+        polymers,
+        torch.zeros_like(polymers),  # no head of the formulation looks at the coverage
+    )
+    return Choices(
+        agent.polymer_head(polymer_in[None])[0].log_softmax(-1),
+        coverage.log_softmax(-1).expand(NUM_POLYMERS, -1),
+        formulation.mean,
+        formulation.log_std,
+    )
+
+
 @torch.no_grad()
 def make_sampler(agent: ppo_hybrid.Agent, obs: Tensor, patient: Tensor, args: Args) -> Sampler:
     """Ask the policy once for every polymer.
@@ -155,23 +183,19 @@ def make_sampler(agent: ppo_hybrid.Agent, obs: Tensor, patient: Tensor, args: Ar
         patient: (11,).
         args: for temperature and exploration.
     """
-    polymers = torch.arange(NUM_POLYMERS, device=obs.device)
-    polymer_in, formulation_in, coverage_in, _ = agent.head_inputs(obs.expand(NUM_POLYMERS, -1))
+    choices = choices_of(agent, *(part[0] for part in agent.head_inputs(obs[None])[:3]))
 
-    def cooled(logits: Tensor) -> Tensor:
-        return (logits.double() / args.temperature).softmax(-1)
+    def cooled(logp: Tensor) -> Tensor:
+        return (logp.double() / args.temperature).softmax(-1)
 
-    polymer = cooled(agent.polymer_head(polymer_in)[0])
-    coverage = cooled(agent.coverage_head(coverage_in, polymers))
-    # No head of the formulation looks at the coverage.
-    normal = agent.formulation_distribution(formulation_in, polymers, torch.zeros_like(polymers))
+    polymer, coverage = cooled(choices.polymer_logp), cooled(choices.coverage_logp)
     chosen = (polymer[:, None] * coverage).flatten().cpu().numpy()
     even = np.full(NUM_CELLS, 1.0 / NUM_CELLS)
     slots = np.concatenate([(1.0 - args.explore) * chosen, args.explore * even])
     keep, other = (torch.from_numpy(x).to(obs.device) for x in alias_table(slots))
     # A normal density to the power 1 / T is one of T times the variance.
-    std = normal.log_std.exp() * math.sqrt(args.temperature)
-    return Sampler(patient, normal.mean.float(), std.float(), keep.float(), other)
+    std = choices.log_std.exp() * math.sqrt(args.temperature)
+    return Sampler(patient, choices.mean.float(), std.float(), keep.float(), other)
 
 
 def draw(sampler: Sampler, uniform: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ import generate_candidates
 import gymnasium as gym
 import ppo_hybrid
 import torch
-from generate_candidates import PatientArgs, Store, block_seed
+from generate_candidates import Choices, PatientArgs, Store, block_seed, choices_of
 from ppo_hybrid import HybridAction, Noise, SquashedNormal, UsageError
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -47,7 +47,7 @@ from hydrogel_gym.designs import (
 )
 from hydrogel_gym.dynamics import RewardConfig, compute_reward
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
+from hydrogel_gym.spaces import COVERAGES
 
 POLICIES = "patient_policies"
 # Patients tuned at once: their heads, gradients and moments take 0.6 MB each.
@@ -68,22 +68,12 @@ class Args(PatientArgs):
     """how far, in nats, a patient's policy may be from the one for all"""
 
 
-class Choices(NamedTuple):
-    """Everything that a policy may choose for one patient."""
-
-    polymer_logp: Tensor  # (24,)
-    coverage_logp: Tensor  # (24, 4), by polymer
-    mean: Tensor  # (24, 4) of the formulation before squashing
-    log_std: Tensor  # (24, 4)
-
-
 class Heads(nn.Module):
-    """The three heads of an agent as a function of what they see, for every polymer at once."""
+    """`choices_of` an agent, as a function of the weights of its heads too."""
 
     def __init__(self, agent: ppo_hybrid.Agent) -> None:
         super().__init__()
         self.agent = agent
-        self.register_buffer("polymers", torch.arange(NUM_POLYMERS))
 
     def tuned(self) -> dict[str, Tensor]:
         """The parameters that choose: those of the three heads."""
@@ -94,19 +84,9 @@ class Heads(nn.Module):
             if name.split(".")[1] in heads
         }
 
-    def forward(self, polymer_in: Tensor, formulation_in: Tensor, coverage_in: Tensor) -> Choices:
-        """The choices, from the (128,), (128,) and (64,) pre-activations of the heads."""
-        agent, count = self.agent, len(self.polymers)
-        coverage = agent.coverage_head(coverage_in.expand(count, -1), self.polymers)
-        formulation = agent.formulation_distribution(
-            formulation_in.expand(count, -1), self.polymers, torch.zeros_like(self.polymers)
-        )
-        return Choices(
-            agent.polymer_head(polymer_in[None])[0].log_softmax(-1),
-            coverage.log_softmax(-1).expand(count, -1),
-            formulation.mean,
-            formulation.log_std,
-        )
+    def forward(self, *inputs: Tensor) -> Choices:
+        """The choices for what the heads see of one patient."""
+        return choices_of(self.agent, *inputs)
 
 
 def log_prob(choices: Choices, action: HybridAction, nodes: Tensor) -> Tensor:
