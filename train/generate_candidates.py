@@ -625,8 +625,8 @@ def warn_of_space(output_dir: Path, args: Args, num_patients: int) -> None:
     free = shutil.disk_usage(output_dir).free
     if needed > free:
         print(
-            f"warning: the candidates will take about {needed / 1e9:,.0f} GB and {output_dir} has "
-            f"{free / 1e9:,.0f} GB left; --top-only keeps the best alone",
+            f"warning: the candidates will take about {needed / 1e9:,.1f} GB and {output_dir} has "
+            f"{free / 1e9:,.1f} GB left; --top-only keeps the best alone",
             file=sys.stderr,
         )
 
