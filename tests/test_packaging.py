@@ -77,7 +77,7 @@ def test_dynamics_needs_nothing_but_torch():
 @pytest.mark.parametrize("module", MODULES)
 def test_module_imports_neither_trainer_nor_generator(module):
     parts = {part for name in imports(parse(MODULES[module])) for part in name.split(".")}
-    assert not parts & {"train", "ppo_hybrid", "patients", "generate"}
+    assert not parts & {"train", "ppo_hybrid", "patients", "generate", "make_outcomes"}
 
 
 def test_trainer_imports_few_public_names_and_figures_only_inside_functions():
@@ -112,15 +112,27 @@ def test_report_imports_few_public_names_and_the_trainer():
     assert private == ["__future__.annotations"]
 
 
-def test_patient_folder_is_data_with_one_generator():
+def test_patient_folder_is_data_and_the_scripts_that_make_it():
     assert [type(node) for node in parse(CHECKOUT / "patients" / "__init__.py").body] == [ast.Expr]
     assert {path.name for path in (CHECKOUT / "patients").glob("*.py")} == {
         "__init__.py",
         "generate.py",
+        "make_outcomes.py",
     }
-    schema = ("hydrogel_gym.cohort.", "hydrogel_gym.spaces.")
-    used = imports(parse(CHECKOUT / "patients" / "generate.py"))
-    assert all(name.startswith(schema) for name in used if name.startswith("hydrogel_gym"))
+
+
+@pytest.mark.parametrize(
+    ("script", "modules"),
+    {
+        "generate.py": {"cohort", "spaces"},
+        "make_outcomes.py": {"cohort", "files", "mechanistic", "polymers", "spaces"},
+    }.items(),
+)
+def test_script_for_patients_imports_public_names_of_few_modules(script, modules):
+    names = imports(parse(CHECKOUT / "patients" / script))
+    ours = [name.split(".") for name in names if name.startswith("hydrogel_gym")]
+    assert {module for _, module, _ in ours} == modules
+    assert not any(name.startswith("_") for *_, name in ours)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,405 @@
+"""The made-up table of Stage-1 outcomes: its plan, its noise, its faults and its files."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from hydrogel_gym import load_cohort
+from hydrogel_gym.cohort import FEATURE_COLUMNS
+from hydrogel_gym.polymers import load_polymers
+from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS, PATIENT_FIELDS
+
+PATIENTS = Path(__file__).parents[1] / "patients"
+PAIR = ["patient_id", "polymer_name"]
+SMALL = {"patients": 4, "rows": 4 * NUM_POLYMERS * 40 + 10}
+CLEAN = {"outlier_share": 0.0, "missing_share": 0.0}
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("make_outcomes", PATIENTS / "make_outcomes.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def table(script):
+    return script.make_outcomes(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def residuals(script):
+    """Noise of a clean table in units of its stated deviation, beside the noiseless outcomes."""
+    clean = script.make_outcomes(patients=4, rows=40_000, **CLEAN)
+    truth = script.noiseless(clean)
+    return pd.DataFrame(
+        {
+            name: (clean[name] - truth[name]) / noise.sd(truth[name], truth["feasibility"])
+            for name, noise in script.NOISE.items()
+        }
+    ), truth
+
+
+@pytest.fixture
+def command(script, capsys):
+    """Runs the command line in process: exit status, standard output, standard error."""
+
+    def run(*flags):
+        status = script.main([str(flag) for flag in flags])
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_columns_are_patient_then_design_then_outcomes(table):
+    assert list(table.columns) == [
+        "patient_id",
+        *(field.name for field in PATIENT_FIELDS),
+        "polymer_name",
+        *(field.name for field in FORMULATION_FIELDS),
+        "coverage",
+        "delta_ef_pct",
+        "stress_reduction_pct",
+        "is_optimal",
+        "toxicity_risk",
+        "structural_integrity",
+        "fibrosis_risk",
+    ]
+    texts = table.columns[table.dtypes == "category"]
+    assert list(texts) == ["patient_id", "polymer_name", "coverage"]
+    assert (table.drop(columns=texts).dtypes == np.float32).all()
+
+
+def test_every_pair_has_as_many_rows_or_one_more(table):
+    sizes = table.groupby(PAIR, observed=True).size()
+    assert len(sizes) == 4 * NUM_POLYMERS
+    assert sizes.value_counts().to_dict() == {40: 4 * NUM_POLYMERS - 10, 41: 10}
+    assert set(table["polymer_name"]) == set(load_polymers().names)
+
+
+def test_default_is_sixty_patients_with_a_thousand_and_eighty_pairs_of_one_more(script):
+    defaults = script.make_outcomes.__kwdefaults__
+    pairs = defaults["patients"] * NUM_POLYMERS
+    assert divmod(defaults["rows"], pairs) == (310, 1080)
+
+
+def test_pair_has_one_formulation_in_every_part_of_every_range(table):
+    for _, group in table.groupby(PAIR, observed=True):
+        for field in FORMULATION_FIELDS:
+            share = (group[field.name].to_numpy(np.float64) - field.low) / (field.high - field.low)
+            assert sorted((share * len(group)).astype(int)) == list(range(len(group)))
+
+
+def test_pair_has_every_coverage_equally_often(table):
+    counts = table.groupby([*PAIR, "coverage"], observed=True).size().unstack()
+    assert set(counts.columns) == set(COVERAGES)
+    assert (counts.max(axis=1) - counts.min(axis=1)).max() <= 2
+
+
+def test_no_two_pairs_share_a_hypercube(table):
+    names = [field.name for field in FORMULATION_FIELDS]
+    assert not table.duplicated(names).any()
+
+
+def test_patients_are_members_of_the_training_cohort(table):
+    cohort = load_cohort()
+    rows = [cohort.index(patient_id) for patient_id in table["patient_id"]]
+    np.testing.assert_array_equal(
+        table[FEATURE_COLUMNS], cohort.features.numpy().astype(np.float32)[rows]
+    )
+
+
+@pytest.mark.parametrize("count", [1, 2, 60, 2000])
+def test_as_many_different_patients_are_chosen_as_asked_for(script, count):
+    features = load_cohort().features.numpy()
+    chosen = script.choose_patients(features, count, np.random.default_rng(0))
+    assert len(np.unique(chosen)) == count
+    assert np.array_equal(chosen, np.sort(chosen))
+
+
+def test_chosen_patients_are_nearer_to_the_cohort_than_random_ones(script):
+    features = load_cohort().features.numpy()
+    z = (features - features.mean(0)) / features.std(0)
+
+    def distance(rows):
+        return np.linalg.norm(z[:, None] - z[rows], axis=-1).min(axis=1).mean()
+
+    rng = np.random.default_rng(0)
+    random = [distance(rng.choice(len(z), 60, replace=False)) for _ in range(10)]
+    assert distance(script.choose_patients(features, 60, rng)) < 0.95 * min(random)
+
+
+def test_chosen_patients_reach_both_tails_of_every_feature(script):
+    features = load_cohort().features.numpy()
+    chosen = features[script.choose_patients(features, 60, np.random.default_rng(1))]
+    assert ((chosen <= np.quantile(features, 0.1, axis=0)).sum(axis=0) >= 2).all()
+    assert ((chosen >= np.quantile(features, 0.9, axis=0)).sum(axis=0) >= 2).all()
+
+
+def test_same_arguments_give_the_same_table_and_another_seed_another(script, table):
+    pd.testing.assert_frame_equal(script.make_outcomes(**SMALL), table, check_exact=True)
+    other = script.make_outcomes(**SMALL, seed=2)
+    assert not np.isin(other["thickness_mm"], table["thickness_mm"]).all()
+
+
+def test_same_table_comes_from_another_process(script, table, tmp_path):
+    path = tmp_path / "outcomes.parquet"
+    flags = [str(part) for name, value in SMALL.items() for part in (f"--{name}", value)]
+    subprocess.run(
+        [sys.executable, PATIENTS / "make_outcomes.py", "--output", path, *flags],
+        check=True,
+        capture_output=True,
+    )
+    pd.testing.assert_frame_equal(pd.read_parquet(path), table, check_exact=True)
+
+
+def test_noise_and_faults_leave_the_designs_as_they_are(script, table):
+    clean = script.make_outcomes(**SMALL, **CLEAN, noise_scale=0.0, outcome_scale="literature")
+    designs = list(table.columns[:18])
+    pd.testing.assert_frame_equal(clean[designs], table[designs], check_exact=True)
+
+
+@pytest.mark.parametrize("outcome_scale", ["source", "literature"])
+def test_without_noise_the_outcomes_are_the_model_s(script, outcome_scale):
+    clean = script.make_outcomes(
+        patients=1, rows=480, noise_scale=0.0, outcome_scale=outcome_scale, **CLEAN
+    )
+    truth = script.noiseless(clean, outcome_scale)
+    for name in script.NOISE:
+        np.testing.assert_allclose(clean[name], truth[name], rtol=1e-6)
+    ceiling = script.noise_ceiling(clean, outcome_scale)
+    assert ceiling["delta_ef_pct"]["mae"] == pytest.approx(0.0, abs=1e-6)
+    assert ceiling["delta_ef_pct"]["r2"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", ["delta_ef_pct", "stress_reduction_pct"])
+@pytest.mark.parametrize("cause", ["size", "feasibility"])
+def test_noise_grows_as_stated(residuals, script, name, cause):
+    z, truth = residuals
+    by = truth[name].abs() if cause == "size" else truth["feasibility"]
+    # Of n normals the deviation varies by 1 / sqrt(2 n); 5,000 in each of eight parts: 1 %.
+    for _, part in z[name].groupby(pd.qcut(by, 8)):
+        assert part.std() == pytest.approx(1.0, abs=0.04)
+        assert part.mean() == pytest.approx(0.0, abs=0.06)
+    noise = script.NOISE[name]
+    assert noise.sd(np.array(-10.0), np.array(1.0)) == noise.floor + 10.0 * noise.per_size
+    assert noise.sd(np.array(0.0), np.array(0.0)) == noise.floor + noise.per_infeasibility
+
+
+def test_noise_of_risks_is_as_stated_away_from_the_limits(residuals, script):
+    z, truth = residuals
+    for name in ("toxicity_risk", "structural_integrity", "fibrosis_risk"):
+        inside = truth[name].between(0.1, 0.8)
+        assert inside.sum() > 4_000
+        assert z[name][inside].std() == pytest.approx(1.0, abs=0.04)
+
+
+def test_noise_of_one_outcome_tells_nothing_of_another(residuals):
+    r = residuals[0].corr().to_numpy() - np.eye(5)
+    assert abs(r).max() < 0.03
+
+
+def test_noise_scale_multiplies_the_noise(script):
+    sizes = {"patients": 1, "rows": 2_400, **CLEAN}
+    once, twice = (script.make_outcomes(**sizes, noise_scale=scale) for scale in (1.0, 2.0))
+    truth = script.noiseless(once)["delta_ef_pct"]
+    np.testing.assert_allclose(
+        twice["delta_ef_pct"] - truth, 2.0 * (once["delta_ef_pct"] - truth), atol=1e-5
+    )
+
+
+def test_outcomes_stay_in_their_physical_range(script):
+    wild = script.make_outcomes(patients=2, rows=4_800, noise_scale=50.0, outlier_share=0.5)
+    for name in script.NOISE:
+        low, high = script.LIMITS[name]
+        assert wild[name].dropna().between(low, high).all()
+
+
+def test_outliers_are_one_wrong_outcome_in_the_stated_share_of_rows(script):
+    settings = {"patients": 2, "rows": 24_000, "missing_share": 0.0}
+    clean = script.make_outcomes(**settings, outlier_share=0.0)
+    faulty = script.make_outcomes(**settings, outlier_share=0.1)
+    names = list(script.NOISE)
+    differs = clean[names].to_numpy() != faulty[names].to_numpy()
+    assert differs.sum(axis=1).max() == 1
+    # 2,400 +- 46 rows are expected, and a fifth of them, 480 +- 22, for each outcome.
+    assert differs.any(axis=1).mean() == pytest.approx(0.1, abs=0.008)
+    assert differs.mean(axis=0) == pytest.approx(0.02, abs=0.004)
+    for i, name in enumerate(names):
+        low, high = script.LIMITS[name]
+        before, after = (
+            frame[name].to_numpy(np.float64)[differs[:, i]] for frame in (clean, faulty)
+        )
+        tripled = np.isclose(after, np.clip(3.0 * before, low, high), atol=1e-5)
+        mirrored = np.isclose(after, low + high - before, atol=1e-5)
+        assert (tripled | mirrored).all()
+        assert mirrored.mean() == pytest.approx(0.5, abs=0.12)
+
+
+def test_outcomes_are_missing_in_the_stated_share(script):
+    gappy = script.make_outcomes(patients=2, rows=24_000, missing_share=0.05)
+    shares = gappy[list(script.NOISE)].isna().mean()
+    assert shares.to_numpy() == pytest.approx(0.05, abs=0.008)  # +- 0.0014 is one deviation
+    assert gappy.drop(columns=script.OUTCOME_COLUMNS).notna().all(axis=None)
+
+
+def test_label_is_of_the_outcomes_in_the_table(table):
+    delta_ef, relief, label = (
+        table[name].to_numpy() for name in ("delta_ef_pct", "stress_reduction_pct", "is_optimal")
+    )
+    unknown = np.isnan(delta_ef) | np.isnan(relief)
+    assert unknown.any()
+    assert np.array_equal(np.isnan(label), unknown)
+    expected = (delta_ef >= 3.0) & (relief >= 15.0)
+    assert np.array_equal(label[~unknown], expected[~unknown].astype(np.float32))
+    assert 0.1 < expected.mean() < 0.5
+
+
+def test_threshold_itself_is_optimal(script):
+    rows = pd.DataFrame({"delta_ef_pct": [3.0, 2.99, 3.0], "stress_reduction_pct": [15, 15, 14.99]})
+    assert script.is_optimal(rows).tolist() == [1.0, 0.0, 0.0]
+
+
+def test_noise_ceiling_is_by_hand(script):
+    clean = script.make_outcomes(patients=1, rows=24, noise_scale=0.0, **CLEAN)
+    clean["delta_ef_pct"] += np.float32(2.0) * np.tile([1, -1], 12).astype(np.float32)
+    clean.loc[0, "toxicity_risk"] = np.nan
+    ceiling = script.noise_ceiling(clean)
+    assert ceiling["delta_ef_pct"]["mae"] == pytest.approx(2.0, rel=1e-6)
+    assert ceiling["delta_ef_pct"]["rmse"] == pytest.approx(2.0, rel=1e-6)
+    variance = clean["delta_ef_pct"].astype(float).var(ddof=0)
+    assert ceiling["delta_ef_pct"]["r2"] == pytest.approx(1.0 - 4.0 / variance)
+    assert ceiling["toxicity_risk"]["mae"] == pytest.approx(0.0, abs=1e-7)
+
+
+def test_noise_ceiling_leaves_room_for_a_network(script):
+    ceiling = script.noise_ceiling(script.make_outcomes(patients=30, rows=30 * NUM_POLYMERS * 30))
+    assert ceiling["delta_ef_pct"]["mae"] < 0.6
+    assert ceiling["delta_ef_pct"]["r2"] > 0.93
+    assert ceiling["is_optimal"]["auroc"] > 0.98
+    assert ceiling["is_optimal"]["f1"] > 0.88
+
+
+def test_noise_ceiling_of_nothing_known_is_not_a_number(script):
+    empty = script.make_outcomes(patients=1, rows=24, missing_share=1.0)
+    figures = [value for of in script.noise_ceiling(empty).values() for value in of.values()]
+    assert all(math.isnan(value) for value in figures)
+
+
+def test_parquet_gives_the_table_back_and_csv_the_same_numbers(command, script, table, tmp_path):
+    flags = [part for name, value in SMALL.items() for part in (f"--{name}", value)]
+    for suffix in (".parquet", ".csv"):
+        status, out, err = command("--output", tmp_path / f"outcomes{suffix}", *flags)
+        assert (status, err) == (0, "")
+        assert out.startswith("3,850 synthetic rows of 4 patients and 24 polymers: ")
+        assert all(name in out for name in (*script.NOISE, "AUROC", "R2"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["outcomes.csv", "outcomes.parquet"]
+
+    columnar = pd.read_parquet(tmp_path / "outcomes.parquet")
+    pd.testing.assert_frame_equal(columnar, table, check_exact=True)
+    numbers = dict.fromkeys(table.columns[table.dtypes == np.float32], np.float32)
+    text = pd.read_csv(tmp_path / "outcomes.csv", dtype=numbers)
+    pd.testing.assert_frame_equal(
+        text, table.astype(dict.fromkeys((*PAIR, "coverage"), "str")), check_exact=True
+    )
+
+
+def test_parquet_has_nulls_dictionaries_and_how_it_was_made(script, table):
+    content = script.parquet(table, {"seed": 1, "outcome_scale": "source"})
+    file = pq.ParquetFile(io.BytesIO(content))
+    arrow = file.read()
+    assert json.loads(arrow.schema.metadata[b"hydrogel_gym"]) == {
+        "made_by": "patients/make_outcomes.py",
+        "synthetic": True,
+        "truth": "mechanistic",
+        "seed": 1,
+        "outcome_scale": "source",
+    }
+    assert file.metadata.row_group(0).column(0).compression == "ZSTD"
+    for name in (*PAIR, "coverage"):
+        assert pa.types.is_dictionary(arrow.schema.field(name).type)
+    for name in script.OUTCOME_COLUMNS:
+        assert arrow.schema.field(name).type == pa.float32()
+        assert arrow[name].null_count == table[name].isna().sum() > 0
+
+
+def test_metadata_has_every_argument(command, script, tmp_path):
+    path = tmp_path / "outcomes.parquet"
+    assert command("--output", path, "--patients", 1, "--rows", 24, "--seed", 7)[0] == 0
+    made = json.loads(pq.read_schema(path).metadata[b"hydrogel_gym"])
+    arguments = script.make_outcomes.__kwdefaults__ | {"patients": 1, "rows": 24, "seed": 7}
+    assert arguments.items() <= made.items()
+    assert set(made) - set(arguments) == {"made_by", "synthetic", "truth"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--rows", 0], "--rows is 0; allowed: 1440 or more, one per patient and polymer"),
+        (["--rows", 1439], "--rows is 1439; allowed: 1440 or more"),
+        (["--patients", 0], "--patients is 0; allowed: 1 to 2000"),
+        (["--patients", 2001], "--patients is 2001; allowed: 1 to 2000, the cohort"),
+        (["--seed", -1], "--seed is -1; allowed: 0 or more"),
+        (["--outlier-share", 1.1], "--outlier-share is 1.1; allowed: 0 to 1"),
+        (["--missing-share", "nan"], "--missing-share is nan; allowed: 0 to 1"),
+        (["--noise-scale", "inf"], "--noise-scale is inf; allowed: a finite number, 0 or more"),
+        (["--noise-scale", -1], "--noise-scale is -1.0; allowed: a finite number"),
+        (["--outcome-scale", "mine"], "--outcome-scale is mine; allowed: source, literature"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_argument_out_of_range_is_refused_in_one_line(command, tmp_path, flags, told):
+    status, out, err = command("--output", tmp_path / "outcomes.csv", *flags)
+    assert (status, out) == (2, "")
+    assert err.startswith(f"error: {told}")
+    assert err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_of_another_kind_or_in_no_folder_is_refused(command, tmp_path):
+    text = tmp_path / "outcomes.txt"
+    told = f"error: --output is {text}; allowed: a name in .csv or .parquet\n"
+    assert command("--output", text) == (2, "", told)
+    lost = tmp_path / "nowhere" / "outcomes.csv"
+    told = f"error: --output is {lost}; allowed: a file in a folder that exists\n"
+    assert command("--output", lost) == (2, "", told)
+
+
+def test_failed_write_leaves_the_old_table(command, script, tmp_path, monkeypatch):
+    path = tmp_path / "outcomes.csv"
+    path.write_bytes(b"old")
+
+    def full(descriptor):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("hydrogel_gym.files.os.fsync", full)
+    status, out, err = command("--output", path, "--patients", 1, "--rows", 24)
+    assert (status, out, err) == (1, "", "error: disk full\n")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_data_card_describes_every_column_and_its_noise(script):
+    card = (PATIENTS / "README.md").read_text("utf-8")
+    section = card.partition("## Made-up outcomes\n")[2].partition("\n## ")[0]
+    described = {line.split("`")[1]: line for line in section.splitlines() if line[:3] == "| `"}
+    wanted = [*script.COLUMNS[12:18], *script.OUTCOME_COLUMNS]
+    assert set(wanted) <= set(described)
+    rows = [line for line in section.splitlines() if " noise of SD " in line]
+    for (name, noise), row in zip(script.NOISE.items(), rows, strict=True):
+        stated = row.partition(" noise of SD ")[2].replace("\\|x\\|", "").replace("(1 - F)", "")
+        assert row.startswith(f"| `{name}`")
+        assert tuple(float(part) for part in stated.partition("|")[0].split("+")) == noise
