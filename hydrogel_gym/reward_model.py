@@ -7,6 +7,7 @@ tensors. It is frozen: evaluation mode, no gradients to its parameters.
 from __future__ import annotations
 
 import importlib
+import os
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -20,6 +21,7 @@ from hydrogel_gym.spaces import (
     PATIENT_FIELDS,
     Outcomes,
 )
+from hydrogel_gym.stage1 import load_stage1
 
 
 @runtime_checkable
@@ -52,6 +54,8 @@ def load_reward_model(
     device: str | torch.device = "cpu",
     *,
     outcome_scale: str = "source",
+    pessimism: float | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> RewardModel:
     """Load, freeze and check a Stage-1 model.
 
@@ -60,6 +64,8 @@ def load_reward_model(
             that returns a model; or a model.
         device: where it will run.
         outcome_scale: `"source"` or `"literature"`, for the built-in model only.
+        pessimism: for a checkpoint only, see `stage1.Stage1Ensemble`; None is its own.
+        compute_dtype: for a checkpoint only, of its products; None is float32.
 
     Returns:
         The model; an `nn.Module` is put into evaluation mode, on `device` and without trainable
@@ -69,7 +75,20 @@ def load_reward_model(
         RewardModelError: it cannot be loaded, or its outcomes for a two-row batch are not the six
             fields of `Outcomes` with the batch's shape, dtype and device, finite and in range.
     """
-    model = _load(spec, outcome_scale) if isinstance(spec, str) else spec
+    ensemble_only = {"pessimism": pessimism, "compute_dtype": compute_dtype}
+    if isinstance(spec, str) and os.path.splitext(spec)[1] == ".pt":
+        try:
+            model = load_stage1(spec, **ensemble_only)
+        except ValueError as error:
+            raise RewardModelError(f"reward_model {spec!r}: {error}") from error
+    else:
+        for argument, value in ensemble_only.items():
+            if value is not None:
+                raise RewardModelError(
+                    f"{argument} is {value!r}, but only a Stage-1 checkpoint (.pt) has an ensemble "
+                    f"to apply it to; reward_model is {spec!r}"
+                )
+        model = _load(spec, outcome_scale) if isinstance(spec, str) else spec
     if isinstance(model, nn.Module):
         model.eval().requires_grad_(False).to(device)
     name = f"reward_model {spec!r}" if isinstance(spec, str) else "reward_model"

@@ -121,6 +121,12 @@ def generator(ppo):
 
 
 @pytest.fixture(scope="session")
+def fitter(ppo):
+    """The script that fits Stage-1 models."""
+    return script_beside_the_trainer("fit_stage1", ppo)
+
+
+@pytest.fixture(scope="session")
 def ranker(ppo, generator):
     """The script that ranks designs for Stage 3."""
     with pytest.MonkeyPatch.context() as patch:

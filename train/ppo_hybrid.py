@@ -91,6 +91,8 @@ CHECKPOINTS = "checkpoints"  # a folder of the run directory
 CHECKPOINT_FORMAT = "hydrogel_gym.checkpoint.v2"
 
 COHORTS = ("train", "holdout")
+BUILT_IN = "mechanistic"
+TRUE = "true_"  # before the names of figures by --true-reward-model
 YARDSTICK = ("regret", "regret_p95", "fraction_of_oracle")
 SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
 # What the logit of `is_optimal` tells is told by its term of the reward.
@@ -106,9 +108,14 @@ NAMESPACES = {
     ).split(),
     "reward": [*RewardTerms._fields, *(f"mean_{name}" for name in OUTCOMES_LOGGED)],
     "eval": [
-        f"{cohort}_{name}" for cohort in COHORTS for name in ("deterministic_reward", *YARDSTICK)
+        f"{prefix}{cohort}_{name}"
+        for prefix in ("", TRUE)
+        for cohort in COHORTS
+        for name in ("deterministic_reward", *YARDSTICK)
     ],
-    "perf": "rollout_seconds update_seconds wall_seconds samples_per_second".split(),
+    "perf": (
+        "rollout_seconds reward_model_seconds update_seconds wall_seconds samples_per_second"
+    ).split(),
     "charts": (
         "iteration mean_reward max_reward optimal_rate learning_rate "
         + " ".join(f"{name}_breach_rate" for name in SAFETY_LIMITS)
@@ -118,8 +125,13 @@ NAMESPACES = {
 # be a number there, so fractions of the oracle are among the rest.
 BEST_IS = {
     "max": ["charts/mean_reward", "charts/max_reward", "charts/optimal_rate"]
-    + [f"eval/{cohort}_deterministic_reward" for cohort in COHORTS],
-    "min": [f"eval/{cohort}_{name}" for cohort in COHORTS for name in ("regret", "regret_p95")],
+    + [f"eval/{p}{cohort}_deterministic_reward" for p in ("", TRUE) for cohort in COHORTS],
+    "min": [
+        f"eval/{prefix}{cohort}_{name}"
+        for prefix in ("", TRUE)
+        for cohort in COHORTS
+        for name in ("regret", "regret_p95")
+    ],
 }
 NUM_TOP_DESIGNS = 20  # of W&B's table
 # Settings of W&B where the environment has none ($WANDB_CONSOLE and so on). The console would be
@@ -202,6 +214,17 @@ class Args:
     cohort"""
     patient_assignment: Literal["fixed", "random"] = "fixed"
     """whether an environment keeps its patient or draws one at each reset"""
+    reward_model: str = BUILT_IN
+    """frozen Stage-1 model that rewards: mechanistic, a checkpoint of `train/fit_stage1.py` (.pt),
+    a program of torch.export (.pt2), or module:factory"""
+    pessimism: float | None = None
+    """standard deviations of a checkpoint's ensemble below its mean that are rewarded; default the
+    checkpoint's own"""
+    reward_precision: Literal["fp32", "bf16"] = "fp32"
+    """of a checkpoint's matrix products"""
+    true_reward_model: str | None = None
+    """where the truth behind the reward model is known: judge by this one too, whose oracle is then
+    the yardstick"""
 
     limit_margin: float = 0.01
     """learn from safety limits tighter by this; what is reported keeps the true ones"""
@@ -1591,7 +1614,7 @@ def checkpoint_to_resume(args: Args, output_dir: Path) -> bytes | None:
 # A run may go on with other values of these. Cohorts are compared by what they hold.
 MAY_CHANGE = (
     "output_dir overwrite evaluate resume checkpoint_interval keep_checkpoints device compile "
-    "cohort holdout_cohort track wandb_project wandb_entity tensorboard"
+    "cohort holdout_cohort reward_model track wandb_project wandb_entity tensorboard"
 ).split()
 
 
@@ -1601,11 +1624,20 @@ def digest(cohort: Any) -> str:
     return hashlib.sha256(ids + cohort.features.numpy().tobytes()).hexdigest()[:16]
 
 
+def content_of(reward_model: str) -> str:
+    """Short hash of the file of a reward model, or its name where it is no file."""
+    path = Path(reward_model)
+    if not path.is_file():
+        return reward_model
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def identity(args: Args, cohorts: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """What has to be the same for a run to go on as if it had never stopped."""
     return {
         **{name: value for name, value in plain_config(args).items() if name not in MAY_CHANGE},
         **{f"patients of the {name} cohort": digest(cohort) for name, cohort in cohorts.items()},
+        "reward model": content_of(args.reward_model),
         "device type": device.type,
         "hydrogel_gym": versions()["hydrogel_gym"],
     }
@@ -2088,6 +2120,8 @@ def check_args(args: Args, world: World) -> None:
     Raises:
         UsageError: names the flag, its value and what is allowed.
     """
+    if args.pessimism is not None:
+        check_ranges(args, ("pessimism", "0 or more", lambda x: 0.0 <= x < math.inf))
     for flag, asked, package in (
         ("--track", args.track, "wandb"),
         ("--tensorboard", args.tensorboard, "tensorboard"),
@@ -2362,6 +2396,7 @@ def make_envs(
     *,
     num_envs: int | None = None,
     compile: bool = False,
+    true_reward: bool = False,
 ) -> gym.vector.VectorEnv:
     """Batched environments that return tensors.
 
@@ -2371,7 +2406,22 @@ def make_envs(
         device: where.
         num_envs: so many to train in; None makes one per patient, to judge.
         compile: their step.
+        true_reward: reward by `--true-reward-model`.
+
+    Raises:
+        hydrogel_gym.RewardModelError: the reward model cannot be used.
     """
+    reward_model = args.true_reward_model if true_reward else args.reward_model
+    given: dict[str, Any] = {}
+    if true_reward or (reward_model, args.pessimism) != (BUILT_IN, None):
+        given["reward_model"] = hydrogel_gym.load_reward_model(
+            reward_model,
+            device,
+            pessimism=None if true_reward else args.pessimism,
+            compute_dtype=torch.bfloat16
+            if args.reward_precision == "bf16" and not true_reward
+            else None,
+        )
     return gym.make_vec(
         args.env_id,
         num_envs=num_envs or len(cohort),
@@ -2383,6 +2433,7 @@ def make_envs(
         autoreset_mode="SameStep",
         **({"compile": True} if compile else {}),
         **({"dtype": "float64"} if args.precision == "fp64" else {}),
+        **given,
     )
 
 
@@ -2400,18 +2451,59 @@ def observation_statistics(envs: gym.vector.VectorEnv, args: Args) -> tuple[Tens
     return stacked.mean(0), torch.where(std > 0, std, torch.ones_like(std))
 
 
-def judged(args: Args, cohort: Any, device: torch.device, runs_dir: Path) -> Judged:
-    """A cohort to judge a policy on; the oracle's results are kept in `runs_dir`/oracle."""
-    envs = make_envs(args, cohort, device)
-    return Judged(envs, best_scores(envs, args, runs_dir / "oracle"))
+def judged(
+    args: Args, cohorts: dict[str, Any], device: torch.device, runs_dir: Path
+) -> dict[str, Judged]:
+    """Cohorts to judge a policy on, by name; those of the true reward model have `TRUE` before it.
+
+    The oracle's results are kept in `runs_dir`/oracle. Where the truth is known, it is the oracle
+    of the truth alone that counts: what a fitted model holds for the best is its own mistake.
+    """
+    result = {}
+    for name, cohort in cohorts.items():
+        envs = make_envs(args, cohort, device)
+        best = best_scores(envs, args, runs_dir / "oracle") if not args.true_reward_model else None
+        result[name] = Judged(envs, best)
+    if args.true_reward_model:
+        for name, cohort in cohorts.items():
+            envs = make_envs(args, cohort, device, true_reward=True)
+            result[TRUE + name] = Judged(envs, best_scores(envs, args, runs_dir / "oracle"))
+    return result
+
+
+@torch.no_grad()
+def reward_model_seconds(envs: gym.vector.VectorEnv) -> float | None:
+    """Time of the frozen model alone for one step of all environments, not compiled.
+
+    Called once more for it, since within a compiled step or on a GPU it cannot be told apart. None
+    for environments of another make.
+    """
+    problem = getattr(envs.unwrapped, "problem", None)
+    if problem is None:
+        return None
+    rows = torch.arange(envs.num_envs, device=problem.device)
+    patient = problem.params.patients[rows % problem.params.num_patients]
+    middle = [(field.low + field.high) / 2 for field in FORMULATION_FIELDS]
+    formulation = patient.new_tensor(middle).expand(envs.num_envs, -1)
+    design = (rows % len(hydrogel_gym.load_polymers()), formulation, rows % len(COVERAGES))
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize(problem.device)
+    began = time.perf_counter()
+    outcomes = problem.reward_model(patient, *design)
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize(problem.device)
+    del outcomes
+    return time.perf_counter() - began
 
 
 def shown_regret(figures: dict[str, Any]) -> dict[str, str]:
     """What the progress bar tells of the yardstick: training / held-out cohort."""
-    if figures["holdout_regret"] is None:
+    true = TRUE if f"{TRUE}holdout_regret" in figures else ""
+    if figures[f"{true}holdout_regret"] is None:
         return {}
-    pairs = {name: [figures[f"{cohort}_{name}"] for cohort in COHORTS] for name in YARDSTICK}
-    return {
+    pairs = {name: [figures[f"{true}{cohort}_{name}"] for cohort in COHORTS] for name in YARDSTICK}
+    told = {"truly": f"{figures['true_holdout_deterministic_reward']:.2f}"} if true else {}
+    return told | {
         "regret": " / ".join(f"{value:.2f}" for value in pairs["regret"]),
         "p95": " / ".join(f"{value:.2f}" for value in pairs["regret_p95"]),
         "of oracle": " / ".join(f"{100 * x:.1f} %" for x in pairs["fraction_of_oracle"]),
@@ -2515,6 +2607,8 @@ def train(args: Args) -> dict[str, Any]:
     """
     world = world_from_environment()
     check_args(args, world)
+    if Path(args.reward_model).is_file():  # what reads the policy may be started elsewhere
+        args = dataclasses.replace(args, reward_model=str(Path(args.reward_model).absolute()))
     device = resolve_device(args.device, world)
     check_precision(args, device)
     check_memory(args, device, world)
@@ -2561,10 +2655,7 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
         if saved and (differing := differences(saved["surroundings"], here)):
             print(f"warning: may go on with other rounding: {differing}", file=sys.stderr)
         write_json(output_dir / "config.json", plain_config(args))
-        judged_on = {
-            name: judged(args, patients, device, output_dir.parent)
-            for name, patients in cohorts.items()
-        }
+        judged_on = judged(args, cohorts, device, output_dir.parent)
     generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
     rows: list[dict[str, Any]] = []
     began_at, seconds_before = time.time(), 0.0
@@ -2658,6 +2749,8 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
                     row[f"{name}_deterministic_reward"] = result["mean_reward"]
                     row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
             row["rollout_seconds"] = rolled_out - began
+            model_seconds = reward_model_seconds(envs)
+            row["reward_model_seconds"] = model_seconds and args.num_steps * model_seconds
             row["update_seconds"] = updated - rolled_out
             row["wall_seconds"] = time.perf_counter() - start
             row["samples_per_second"] = row["global_step"] / row["wall_seconds"]
@@ -2770,17 +2863,18 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     device = resolve_device(args.device)
     agent, saved = load_policy(args.evaluate, device)
     config = saved["training_config"]
-    args = dataclasses.replace(args, horizon=config["horizon"], env_id=config["env_id"])
+    problem = {name: config[name] for name in ("horizon", "env_id")}
+    if args.reward_model == BUILT_IN:  # the one it was trained on, unless another is asked for
+        names = ("reward_model", "pessimism", "reward_precision")
+        problem |= {name: config[name] for name in names if name in config}
+    args = dataclasses.replace(args, **problem)
     cohort = hydrogel_gym.load_cohort(args.cohort)
     name = "shipped" if args.cohort is None else args.cohort.stem
     path = (args.output_dir or args.evaluate.parent) / f"evaluation-{name}.json"
     cohorts = {"train": cohort}
     if args.cohort is None or args.holdout_cohort is not None:
         cohorts["holdout"] = hydrogel_gym.load_cohort(args.holdout_cohort or "holdout")
-    judged_on = {
-        name: judged(args, patients, device, path.parent.parent)
-        for name, patients in cohorts.items()
-    }
+    judged_on = judged(args, cohorts, device, path.parent.parent)
     generator = torch.Generator(device).manual_seed(args.seed)
     with fast_float32(device):  # as in training, whose figures this repeats
         figures = final_figures(agent, judged_on, args, generator)
@@ -2885,7 +2979,12 @@ def main(argv: list[str] | None = None) -> int:
             summary = evaluate_saved(args)
         else:
             summary = train(args)
-    except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
+    except (
+        UsageError,
+        hydrogel_gym.CohortError,
+        hydrogel_gym.RewardModelError,
+        gym.error.Error,
+    ) as error:
         print(f"{who}error: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError, RankLostError) as error:
@@ -2908,6 +3007,10 @@ def main(argv: list[str] | None = None) -> int:
         "holdout_regret",
         "holdout_fraction_of_oracle",
         "holdout_deterministic_limit_breach_rate",
+        "true_holdout_deterministic_reward",
+        "true_holdout_regret",
+        "true_holdout_fraction_of_oracle",
+        "true_holdout_deterministic_limit_breach_rate",
     )
     for name in shown:
         if summary.get(name) is not None:

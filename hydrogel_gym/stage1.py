@@ -1,0 +1,476 @@
+"""The project's own Stage-1 network: an ensemble that predicts outcomes, and knows where it cannot.
+
+The shape follows the Stage-1 network of HYDRA-BERT: an adapter on a polymer embedding, an encoder
+of the numeric features, an embedding of the polymer's category, a trunk that joins the three, and
+one head per outcome. What is added is a second opinion: the members of an ensemble, each fitted
+without some of the patients. A policy finds whatever a reward model overrates, so the outcomes that
+are rewarded can be pessimistic: the mean of the members, moved to the worse side by a number of
+their standard deviations, and further outside what was fitted.
+
+`train/fit_stage1.py` fits one; nothing that is needed there alone is needed here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import os
+import zipfile
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.polymers import load_polymers
+from hydrogel_gym.spaces import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    NUM_POLYMERS,
+    OUTCOME_FIELDS,
+    PATIENT_FIELDS,
+    Outcomes,
+)
+
+FORMAT = "hydrogel_gym.stage1.v1"
+NUM_PATIENT_FIELDS, NUM_FORMULATION_FIELDS = len(PATIENT_FIELDS), len(FORMULATION_FIELDS)
+# Order of the numeric features: 19, as in the source.
+NUMERIC_FIELDS = (
+    *(item.name for item in PATIENT_FIELDS),
+    *(item.name for item in FORMULATION_FIELDS),
+    *(f"coverage_{name}" for name in COVERAGES),
+)
+# Positive, and wrong by factors rather than by differences.
+LOG_FIELDS = ("edv_ml", "esv_ml", "youngs_modulus_kpa", "half_life_days")
+OPTIMAL = Outcomes._fields.index("optimal_logit")
+
+# Which way is worse: down for what is rewarded, up for what is a risk.
+WORSE = Outcomes(-1.0, -1.0, -1.0, 1.0, -1.0, 1.0)
+# A standard deviation per outcome says nothing of a logit; this takes 95 % to even odds.
+OPTIMAL_LOGIT_SPREAD = 3.0
+DEFAULT_PESSIMISM = 1.0  # `benchmark/overoptimisation.py`
+
+
+class Stage1Error(ValueError):
+    """A Stage-1 checkpoint that cannot be used."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Sizes of a `Stage1Network`.
+
+    `polymer_dim` is the width of the polymer embedding, `num_categories` the number of polymer
+    categories; the rest are numbers of units.
+    """
+
+    polymer_dim: int
+    num_categories: int
+    num_members: int = 5
+    adapter_dim: int = 32
+    category_dim: int = 8
+    encoder_dim: int = 128
+    trunk_dim: int = 128
+    head_dim: int = 16
+
+
+class MemberLinear(nn.Module):
+    """One linear layer per member, computed in one product.
+
+    Args:
+        num_members: K.
+        in_features: of each.
+        out_features: of each.
+    """
+
+    def __init__(self, num_members: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(in_features)  # as `nn.Linear`
+        self.weight = nn.Parameter(
+            torch.empty(num_members, in_features, out_features).uniform_(-bound, bound)
+        )
+        self.bias = nn.Parameter(torch.empty(num_members, 1, out_features).uniform_(-bound, bound))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(K, B, in) or (B, in), for all members alike, to (K, B, out)."""
+        if x.dim() == 2:
+            x = x.expand(self.weight.shape[0], -1, -1)
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class Stage1Network(nn.Module):
+    """K members of the same shape with weights of their own.
+
+    Predictions are standardised, but for the logit; `Stage1Ensemble` puts them into units.
+
+    Args:
+        architecture: the sizes.
+        polymer_embedding: (24, polymer_dim), standardised, in the order of the polymer table.
+        polymer_category: (24,) int64, below `num_categories`.
+    """
+
+    def __init__(
+        self, architecture: Architecture, polymer_embedding: Tensor, polymer_category: Tensor
+    ) -> None:
+        super().__init__()
+        a = self.architecture = architecture
+        K = a.num_members
+        self.register_buffer("polymer_embedding", polymer_embedding)
+        self.register_buffer("polymer_category", polymer_category)
+        self.adapter = MemberLinear(K, a.polymer_dim, a.adapter_dim)
+        self.category = nn.Parameter(0.1 * torch.randn(K, a.num_categories, a.category_dim))
+        self.encoder = nn.ModuleList(
+            [
+                MemberLinear(K, len(NUMERIC_FIELDS), a.encoder_dim),
+                MemberLinear(K, a.encoder_dim, a.encoder_dim),
+            ]
+        )
+        # The first layer of the trunk in two parts, so that the one of the polymer is a table.
+        self.join_numeric = MemberLinear(K, a.encoder_dim, a.trunk_dim)
+        self.join_polymer = MemberLinear(K, a.adapter_dim + a.category_dim, a.trunk_dim)
+        self.trunk = MemberLinear(K, a.trunk_dim, a.trunk_dim)
+        self.heads = MemberLinear(K, a.trunk_dim, len(Outcomes._fields) * a.head_dim)
+        self.out = nn.Parameter(torch.randn(K, 1, len(Outcomes._fields), a.head_dim) / a.head_dim)
+        self.out_bias = nn.Parameter(torch.zeros(K, 1, len(Outcomes._fields)))
+
+    def polymer_table(self) -> Tensor:
+        """(K, 24, trunk_dim): all that depends on the polymer alone."""
+        adapted = silu(self.adapter(self.polymer_embedding))
+        category = self.category[:, self.polymer_category]
+        return self.join_polymer(torch.cat([adapted, category], -1))
+
+    def forward(
+        self, numeric: Tensor, polymer_id: Tensor, polymer_table: Tensor | None = None
+    ) -> Tensor:
+        """Standardised predictions.
+
+        Args:
+            numeric: (B, 19) or (K, B, 19), standardised, in the order of `NUMERIC_FIELDS`.
+            polymer_id: (B,) or (K, B) int64.
+            polymer_table: what `polymer_table` returns, of a network that is frozen.
+
+        Returns:
+            (K, B, 6) in the order of `Outcomes`.
+        """
+        table = self.polymer_table() if polymer_table is None else polymer_table
+        if polymer_id.dim() == 1:
+            polymer = table[:, polymer_id]
+        else:
+            polymer = torch.stack([rows[i] for rows, i in zip(table, polymer_id, strict=True)])
+        x = numeric
+        for layer in self.encoder:
+            x = silu(layer(x))
+        x = silu(self.join_numeric(x) + polymer)
+        x = x + silu(self.trunk(x))
+        x = silu(self.heads(x)).unflatten(-1, self.out.shape[-2:])
+        return (x * self.out).sum(-1) + self.out_bias
+
+
+class Scaling(NamedTuple):
+    """What the numbers of a table are divided by; from the rows that were fitted."""
+
+    numeric_mean: Tensor  # (19,), of the logarithm for `LOG_FIELDS`
+    numeric_std: Tensor  # (19,)
+    outcome_mean: Tensor  # (6,), 0 for the logit
+    outcome_std: Tensor  # (6,), 1 for the logit
+
+
+class FittedRange(NamedTuple):
+    """Where there was something to fit, in physical units."""
+
+    patient_low: Tensor  # (11,)
+    patient_high: Tensor  # (11,)
+    formulation_low: Tensor  # (24, 4), per polymer
+    formulation_high: Tensor  # (24, 4)
+    seen: Tensor  # (24, 4) float, 1 where a polymer was tried with a coverage
+
+
+class Prediction(NamedTuple):
+    """What an ensemble says of a batch of designs; the fields have `Outcomes` of (B,) tensors."""
+
+    mean: Outcomes
+    std: Outcomes  # among the members
+    distance: Tensor  # (B,), outside what was fitted, in widths of the fitted range
+
+
+def raw_numeric(patient: Tensor, formulation: Tensor, coverage: Tensor) -> Tensor:
+    """(B, 19) in the order of `NUMERIC_FIELDS`, in physical units or their logarithm.
+
+    Args:
+        patient: (B, 11) in the order and units of `PATIENT_FIELDS`.
+        formulation: (B, 4) in the order and units of `FORMULATION_FIELDS`.
+        coverage: (B,) int64 index into `COVERAGES`.
+    """
+    levels = [(coverage == level).to(patient.dtype) for level in range(len(COVERAGES))]
+    columns = [*patient.unbind(-1), *formulation.unbind(-1), *levels]
+    named = zip(NUMERIC_FIELDS, columns, strict=True)
+    return torch.stack([x.log() if name in LOG_FIELDS else x for name, x in named], -1)
+
+
+class Stage1Ensemble(nn.Module):
+    """A frozen `Stage1Network` in physical units: a `RewardModel`.
+
+    Args:
+        network: the members.
+        scaling: of features and outcomes.
+        fitted: the range of the table.
+        pessimism: standard deviations by which each outcome is worse than the members' mean. The
+            reward falls with every outcome that gets worse, so it is no more than that of the mean.
+        compute_dtype: of the products; None is float32.
+    """
+
+    def __init__(
+        self,
+        network: Stage1Network,
+        scaling: Scaling,
+        fitted: FittedRange,
+        *,
+        pessimism: float = DEFAULT_PESSIMISM,
+        compute_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if not (math.isfinite(pessimism) and pessimism >= 0.0):
+            raise ValueError(f"pessimism is {pessimism!r}; allowed: a finite number, at least 0")
+        self.network = network
+        self.pessimism = float(pessimism)
+        self.compute_dtype = compute_dtype or torch.float32
+        for name, value in {**scaling._asdict(), **fitted._asdict()}.items():
+            self.register_buffer(name, value.to(torch.float32))
+        worse, spread = torch.tensor(WORSE), self.outcome_std.clone()
+        spread[OPTIMAL] = OPTIMAL_LOGIT_SPREAD
+        low = torch.tensor([item.low for item in OUTCOME_FIELDS])
+        high = torch.tensor([item.high for item in OUTCOME_FIELDS])
+        for name, value in (("worse", worse), ("spread", spread), ("low", low), ("high", high)):
+            self.register_buffer(name, value, persistent=False)
+        self.register_buffer("polymer_table", torch.empty(0), persistent=False)
+        self.freeze()
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Compute what depends on the polymer alone, once."""
+        self.eval().requires_grad_(False)
+        self.network.to(torch.float32)
+        self.polymer_table = self.network.polymer_table().to(self.compute_dtype)
+        self.network.to(self.compute_dtype)
+
+    def members(
+        self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+    ) -> Tensor:
+        """(K, B, 6): what each member says, in the units of `OUTCOME_FIELDS` and not clipped.
+
+        Args:
+            patient: (B, 11) float32 in the order and units of `PATIENT_FIELDS`.
+            polymer_id: (B,) int64.
+            formulation: (B, 4) float32 in the order and units of `FORMULATION_FIELDS`.
+            coverage: (B,) int64.
+        """
+        numeric = raw_numeric(patient, formulation, coverage)
+        numeric = ((numeric - self.numeric_mean) / self.numeric_std).to(self.compute_dtype)
+        z = self.network(numeric, polymer_id, self.polymer_table).to(torch.float32)
+        return self.outcome_mean + self.outcome_std * z
+
+    def distance(
+        self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+    ) -> Tensor:
+        """(B,): how far a design is outside what was fitted.
+
+        The sum over features of the distance in widths of the fitted range, and 1 for a polymer
+        that was never tried with the coverage.
+        """
+
+        def outside(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+            width = (high - low).clamp(min=1e-6)
+            return (((low - x).clamp(min=0.0) + (x - high).clamp(min=0.0)) / width).sum(-1)
+
+        low, high = self.formulation_low[polymer_id], self.formulation_high[polymer_id]
+        return (
+            outside(patient, self.patient_low, self.patient_high)
+            + outside(formulation, low, high)
+            + (1.0 - self.seen[polymer_id, coverage])
+        )
+
+    def _flat(self, *design: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
+        """The batch shape, and the design with one batch dimension, in float32."""
+        patient, polymer_id, formulation, coverage = design
+        shape = torch.broadcast_shapes(
+            patient.shape[:-1], polymer_id.shape, formulation.shape[:-1], coverage.shape
+        )
+        patient, formulation = (
+            x.to(torch.float32).expand(*shape, -1).reshape(-1, x.shape[-1])
+            for x in (patient, formulation)
+        )
+        polymer_id, coverage = (x.expand(shape).reshape(-1) for x in (polymer_id, coverage))
+        return shape, [patient, polymer_id, formulation, coverage]
+
+    def predict(
+        self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+    ) -> Prediction:
+        """Mean and spread of the members, without pessimism.
+
+        Args:
+            patient: (..., 11) in the order and units of `PATIENT_FIELDS`.
+            polymer_id: (...) int64 row of the polymer table.
+            formulation: (..., 4) in the order and units of `FORMULATION_FIELDS`.
+            coverage: (...) int64 index into `COVERAGES`.
+
+        Returns:
+            Of the broadcast batch shape, in the dtype of `patient`.
+        """
+        shape, flat = self._flat(patient, polymer_id, formulation, coverage)
+        members = self.members(*flat)
+
+        def shaped(x: Tensor) -> Outcomes:
+            return Outcomes(*(part.reshape(shape).to(patient.dtype) for part in x.unbind(-1)))
+
+        mean = members.mean(0).clamp(self.low, self.high)
+        std = members.std(0, correction=0)
+        distance = self.distance(*flat).reshape(shape).to(patient.dtype)
+        return Prediction(shaped(mean), shaped(std), distance)
+
+    def forward(
+        self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+    ) -> Outcomes:
+        """Outcomes, each worse than the mean of the members by `pessimism` standard deviations.
+
+        Outside what was fitted the members agree on what none of them knows, so the standard
+        deviation grows there by that of the outcome in the table for each width of the range.
+
+        Args:
+            patient: (..., 11) in the order and units of `PATIENT_FIELDS`.
+            polymer_id: (...) int64 row of the polymer table.
+            formulation: (..., 4) in the order and units of `FORMULATION_FIELDS`.
+            coverage: (...) int64 index into `COVERAGES`.
+
+        Returns:
+            Outcomes of the broadcast batch shape, in the dtype of `patient`.
+        """
+        shape, flat = self._flat(patient, polymer_id, formulation, coverage)
+        members = self.members(*flat)
+        outcomes = members.mean(0)
+        if self.pessimism > 0.0:
+            std = members.std(0, correction=0) + self.distance(*flat).unsqueeze(-1) * self.spread
+            outcomes = outcomes + self.pessimism * self.worse * std
+        outcomes = outcomes.clamp(self.low, self.high)
+        return Outcomes(*(part.reshape(shape).to(patient.dtype) for part in outcomes.unbind(-1)))
+
+
+def save_stage1(
+    path: str | os.PathLike[str], ensemble: Stage1Ensemble, fit: dict[str, Any]
+) -> None:
+    """Write a checkpoint: weights and plain types only.
+
+    Args:
+        path: where; its folder must exist.
+        ensemble: float32.
+        fit: how it was fitted and how good it is, of plain types.
+    """
+    state = {name: value.detach().cpu() for name, value in ensemble.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(
+        {
+            "format": FORMAT,
+            "architecture": dataclasses.asdict(ensemble.network.architecture),
+            "state_dict": state,
+            "numeric_fields": list(NUMERIC_FIELDS),
+            "outcomes": list(Outcomes._fields),
+            "polymers": list(load_polymers().names),
+            "pessimism": ensemble.pessimism,
+            "fit": fit,
+        },
+        buffer,
+    )
+    write_atomically(path, buffer.getvalue())
+
+
+def read_stage1(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The content of a checkpoint, checked.
+
+    Raises:
+        Stage1Error: it is missing, damaged, of another format or of other features or polymers.
+    """
+
+    def fail(cause: str) -> Stage1Error:
+        return Stage1Error(f"Stage-1 checkpoint {os.fspath(path)}: {cause}")
+
+    if not os.path.isfile(path):
+        raise fail("no such file")
+    if not zipfile.is_zipfile(path):
+        raise fail("it is cut off, or is no checkpoint")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever the reader raises of a damaged or malicious file
+        first_line = str(error).partition("\n")[0]
+        raise fail(f"it cannot be read: {type(error).__name__}: {first_line}") from error
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
+        raise fail(f"its format is {found!r}; expected {FORMAT!r}, as train/fit_stage1.py writes")
+    for key, here in (
+        ("numeric_fields", NUMERIC_FIELDS),
+        ("outcomes", Outcomes._fields),
+        ("polymers", load_polymers().names),
+    ):
+        there = saved.get(key) if isinstance(saved.get(key), list) else []
+        if there != list(here):
+            differing = [
+                f"{i} is {a!r}, here {b!r}"
+                for i, (a, b) in enumerate(zip(there, here, strict=False))
+                if a != b
+            ]
+            told = differing[0] if differing else f"there are {len(there)}, here {len(here)}"
+            raise fail(f"{key} differ from this version's: {told}; fit it again")
+    return saved
+
+
+def load_stage1(
+    path: str | os.PathLike[str],
+    *,
+    pessimism: float | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Stage1Ensemble:
+    """The frozen ensemble of a checkpoint.
+
+    Args:
+        path: what `train/fit_stage1.py` wrote.
+        pessimism: see `Stage1Ensemble`; None is the checkpoint's own.
+        compute_dtype: of the products; None is float32.
+
+    Raises:
+        Stage1Error: see `read_stage1`; also if the weights do not fit or are not finite.
+        ValueError: `pessimism` is out of range.
+    """
+    saved = read_stage1(path)
+    try:
+        state = saved["state_dict"]
+        network = Stage1Network(
+            Architecture(**saved["architecture"]),
+            torch.zeros_like(state["network.polymer_embedding"]),
+            torch.zeros(NUM_POLYMERS, dtype=torch.int64),
+        )
+        scaling, fitted = (
+            kind(*(state[name] for name in kind._fields)) for kind in (Scaling, FittedRange)
+        )
+        network.load_state_dict(
+            {
+                name.removeprefix("network."): value
+                for name, value in state.items()
+                if name.startswith("network.")
+            }
+        )
+        broken = [name for name, value in state.items() if not value.isfinite().all()]
+        if broken:
+            raise ValueError(f"{broken[0]} is not finite")
+    except Exception as error:  # whatever a file of the right format can lack
+        first_line = str(error).partition("\n")[0]
+        raise Stage1Error(
+            f"Stage-1 checkpoint {os.fspath(path)}: it does not fit: "
+            f"{type(error).__name__}: {first_line}"
+        ) from error
+    return Stage1Ensemble(
+        network,
+        scaling,
+        fitted,
+        pessimism=saved["pessimism"] if pessimism is None else pessimism,
+        compute_dtype=compute_dtype,
+    )

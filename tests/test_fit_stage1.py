@@ -1,0 +1,386 @@
+"""Fitting a Stage-1 model: what is learned, what leaks, and which tables are refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from hydrogel_gym import load_polymers
+from hydrogel_gym.mechanistic import MechanisticModel
+from hydrogel_gym.stage1 import load_stage1
+
+ROWS = 24 * 12 * 10
+SMALL = ["--num-epochs", "2", "--num-members", "3", "--batch-size", "128", "--trunk-dim", "32"]
+
+
+@pytest.fixture(scope="session")
+def embedding_file(tmp_path_factory) -> Path:
+    """A vector of six numbers per polymer: a stand-in for a language model's 600."""
+    path = tmp_path_factory.mktemp("embeddings") / "embeddings.csv"
+    vectors = np.random.default_rng(0).normal(size=(24, 6))
+    frame = pd.DataFrame(vectors, columns=[f"e{i}" for i in range(6)])
+    frame.insert(0, "name", load_polymers().names)
+    frame.sample(frac=1.0, random_state=0).to_csv(path, index=False)
+    return path
+
+
+@pytest.fixture(scope="session")
+def made_up() -> pd.DataFrame:
+    """Outcomes of 12 patients, without noise."""
+    path = Path(__file__).parents[1] / "patients" / "make_outcomes.py"
+    spec = importlib.util.spec_from_file_location("make_outcomes_for_fitting", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.make_outcomes(
+        patients=12,
+        rows=ROWS,
+        seed=3,
+        outlier_share=0.0,
+        missing_share=0.0,
+        noise_scale=0.0,
+        outcome_scale="source",
+    )
+
+
+@pytest.fixture
+def table(made_up):
+    """A copy of the outcomes that a test may spoil."""
+    return made_up.copy()
+
+
+@pytest.fixture(scope="session")
+def fitted(fitter, made_up, embedding_file, tmp_path_factory):
+    """A run directory of a model fitted as far as a few seconds allow, and its report."""
+    folder = tmp_path_factory.mktemp("stage1")
+    made_up.to_parquet(folder / "outcomes.parquet")
+    code = fitter.main(
+        [
+            str(folder / "outcomes.parquet"),
+            "--output-dir",
+            str(folder / "run"),
+            "--polymer-embeddings",
+            str(embedding_file),
+            "--truth",
+            "mechanistic",
+            *SMALL,
+            "--num-epochs",
+            "25",
+        ]
+    )
+    assert code == 0
+    return folder / "run", json.loads((folder / "run" / "metrics.json").read_text())
+
+
+def refuse(fitter, capsys, tmp_path, frame: pd.DataFrame, *flags: str) -> str:
+    """Fit a table that must be refused before anything is written; returns the message."""
+    frame.to_csv(tmp_path / "outcomes.csv", index=False)
+    arguments = [str(tmp_path / "outcomes.csv"), "--output-dir", str(tmp_path / "run"), *flags]
+    assert fitter.main(arguments) == 2
+    assert not (tmp_path / "run").exists()
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    return message
+
+
+def test_model_predicts_patients_it_has_not_seen(fitted):
+    _, report = fitted
+    assert report["held_out_patients"] == 3
+    assert report["held_out"]["delta_ef_pct"]["r2"] > 0.4
+    assert report["held_out"]["stress_reduction_pct"]["r2"] > 0.6
+    assert report["held_out"]["is_optimal"]["auroc"] > 0.85
+
+
+def test_report_is_of_the_mean_and_not_of_what_is_rewarded(fitted, fitter, made_up):
+    run, report = fitted
+    frame = made_up
+    split = fitter.split_patients(
+        fitter.read_table(run.parent / "outcomes.parquet").group,
+        holdout_share=0.2,
+        num_members=3,
+        seed=1,
+    )
+    table = fitter.read_table(run.parent / "outcomes.parquet").rows(split.test)
+    model = load_stage1(run / "stage1.pt")
+    assert model.pessimism > 0.0
+    prediction = model.predict(table.patient, table.polymer_id, table.formulation, table.coverage)
+    error = (prediction.mean.delta_ef_pct - table.outcome[:, 0]).abs().mean().item()
+    assert report["held_out"]["delta_ef_pct"]["mae"] == pytest.approx(error, rel=1e-4)
+    assert len(frame) == report["rows"]
+
+
+def test_without_noise_the_ceiling_is_the_truth_itself(fitted):
+    _, report = fitted
+    ceiling = report["ceiling"]["delta_ef_pct"]
+    assert ceiling["mae"] == pytest.approx(0.0, abs=1e-4)
+    assert ceiling["r2"] == pytest.approx(1.0, abs=1e-5)
+    truth, table = report["against_truth"]["delta_ef_pct"], report["held_out"]["delta_ef_pct"]
+    assert truth["mae"] == pytest.approx(table["mae"], abs=1e-3)
+
+
+def test_run_directory_has_the_model_its_report_and_pictures(fitted):
+    run, _ = fitted
+    assert {path.name for path in run.iterdir()} == {
+        "stage1.pt",
+        "metrics.json",
+        "history.csv",
+        "reliability.png",
+        "predictions.png",
+    }
+    history = pd.read_csv(run / "history.csv")
+    best = history["best_validation_loss"]
+    assert (best.diff().dropna() <= 1e-9).all()
+    assert best.iloc[-1] <= history["validation_loss"].min() + 1e-6
+
+
+def test_fitting_is_the_same_for_the_same_seed(fitter, table, embedding_file, tmp_path):
+    table.to_csv(tmp_path / "outcomes.csv", index=False)
+    states = []
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        flags = ["--seed", seed, "--polymer-embeddings", str(embedding_file), *SMALL]
+        output = str(tmp_path / name)
+        assert fitter.main([str(tmp_path / "outcomes.csv"), "--output-dir", output, *flags]) == 0
+        states.append(load_stage1(tmp_path / name / "stage1.pt").state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert not torch.equal(states[0]["network.trunk.weight"], states[2]["network.trunk.weight"])
+
+
+def test_no_patient_is_on_two_sides_of_a_split(fitter):
+    group = np.repeat(np.arange(30), 7)[np.random.default_rng(0).permutation(210)]
+    split = fitter.split_patients(group, holdout_share=0.2, num_members=5, seed=1)
+    test = set(group[split.test])
+    assert len(test) == 6
+    seen_by_someone = set()
+    for train, validation in zip(split.train, split.validation, strict=True):
+        fit, stop = set(group[train]), set(group[validation])
+        assert fit.isdisjoint(stop | test)
+        assert stop.isdisjoint(test)
+        assert fit | stop | test == set(range(30))
+        seen_by_someone |= stop
+    assert seen_by_someone == set(range(30)) - test  # every patient stops one member
+
+
+def test_one_patient_of_two_names_is_one_patient(fitter, table, tmp_path):
+    rows = table["patient_id"] == table["patient_id"].iloc[0]
+    table["patient_id"] = table["patient_id"].astype(str)
+    table.loc[table.index[rows][::2], "patient_id"] = "twin"
+    table.to_parquet(tmp_path / "outcomes.parquet")
+    group = fitter.read_table(tmp_path / "outcomes.parquet").group
+    assert len(np.unique(group)) == 12
+
+
+def test_a_missing_outcome_is_not_learned_from(fitter):
+    prediction = torch.randn(2, 5, 6, requires_grad=True)
+    target = torch.rand(2, 5, 6).round()
+    complete = fitter.task_losses(prediction, target)
+    target[0, 1, 3] = torch.nan
+    losses = fitter.task_losses(prediction, target)
+    assert losses.isfinite().all()
+    assert torch.equal(losses[1], complete[1])
+    losses.sum().backward()
+    assert prediction.grad[0, 1, 3] == 0.0
+    assert (prediction.grad != 0.0).sum() == prediction.numel() - 1
+
+
+def test_a_row_gone_wrong_pulls_no_harder_than_a_noisy_one(fitter):
+    target = torch.zeros(1, 2, 6)
+    target[0, 0, 0], target[0, 1, 0] = 1.0, 50.0
+    prediction = torch.zeros(1, 2, 6, requires_grad=True)
+    fitter.task_losses(prediction, target)[0, 0].backward()
+    assert prediction.grad[0, 0, 0] == prediction.grad[0, 1, 0] != 0.0
+
+
+def test_learned_weights_settle_at_the_inverse_of_the_loss(fitter):
+    losses = torch.tensor([[0.5, 0.02, 1.0, 0.1, 0.2, 3.0]])
+    log_variance = torch.zeros(1, 6, requires_grad=True)
+    optimizer = torch.optim.Adam([log_variance], lr=0.05)
+    for _ in range(400):
+        optimizer.zero_grad()
+        fitter.weighted(losses, log_variance).backward()
+        optimizer.step()
+    torch.testing.assert_close(log_variance.exp(), 2.0 * losses, rtol=1e-2, atol=1e-3)
+
+
+def test_scaling_is_not_moved_by_a_few_wrong_rows(fitter, table, tmp_path):
+    table.to_parquet(tmp_path / "clean.parquet")
+    table.loc[:5, "delta_ef_pct"] = 99.0
+    table.to_parquet(tmp_path / "wrong.parquet")
+    clean, wrong = (
+        fitter.scaling_of(fitter.read_table(tmp_path / f"{name}.parquet"))
+        for name in ("clean", "wrong")
+    )
+    torch.testing.assert_close(clean.outcome_std, wrong.outcome_std, rtol=0.02, atol=0.0)
+    torch.testing.assert_close(clean.outcome_mean, wrong.outcome_mean, rtol=0.05, atol=0.01)
+
+
+def test_calibration_error_of_a_calibrated_prediction_is_small(fitter):
+    pick = np.random.default_rng(0)
+    probability = pick.uniform(size=20_000).astype(np.float32)
+    observed = np.zeros((20_000, 6), np.float32)
+    observed[:, 2] = pick.uniform(size=20_000) < probability
+    predicted = np.zeros((20_000, 6), np.float32)
+    for share, error in ((1.0, 0.0), (0.5, 0.25)):
+        predicted[:, 2] = share * probability
+        figures = fitter.quality(predicted, observed)["is_optimal"]
+        assert figures["calibration_error"] == pytest.approx(error, abs=0.02)
+        assert figures["auroc"] == pytest.approx(5 / 6, abs=0.01)
+
+
+def test_default_embedding_tells_all_polymers_apart(fitter):
+    pytest.importorskip("rdkit")
+    embedding, origin = fitter.polymer_embedding(None)
+    assert "RDKit" in origin
+    assert (len(embedding), embedding.dtype) == (24, np.float32)
+    assert np.isfinite(embedding).all()
+    assert len(np.unique(embedding.round(4), axis=0)) == 24
+    like, unlike = embedding[0] @ embedding[1], embedding[0] @ embedding[10]  # GelMA, PEGDA
+    assert like > unlike
+
+
+def test_embedding_of_a_file_is_taken_by_name(fitter, embedding_file, tmp_path):
+    shuffled, _ = fitter.polymer_embedding(embedding_file)
+    frame = pd.read_csv(embedding_file).set_index("name").loc[list(load_polymers().names)]
+    np.save(tmp_path / "e.npy", frame.to_numpy())
+    ordered, _ = fitter.polymer_embedding(tmp_path / "e.npy")
+    np.testing.assert_allclose(shuffled, ordered, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda f: f.iloc[:-1], r"no row for "),
+        (lambda f: pd.concat([f, f.iloc[:1]]), r"two rows for "),
+        (lambda f: f.assign(e0=np.nan), r" is not finite"),
+        (lambda f: f.assign(e0="a"), r"not all numbers"),
+        (lambda f: f.drop(columns="name"), r"no column `name`"),
+    ],
+    ids=["missing", "twice", "nan", "text", "unnamed"],
+)
+def test_embedding_file_that_lacks_something_is_refused(
+    fitter, embedding_file, tmp_path, spoil, message
+):
+    path = tmp_path / "spoilt.csv"
+    spoil(pd.read_csv(embedding_file)).to_csv(path, index=False)
+    with pytest.raises(fitter.UsageError, match=rf"--polymer-embeddings {path}: .*{message}"):
+        fitter.polymer_embedding(path)
+
+
+def put(column: str, value, rows=slice(0, 1)):
+    """A change of a table: the same value in some rows of a column."""
+
+    def change(frame: pd.DataFrame) -> pd.DataFrame:
+        if isinstance(value, str):
+            frame[column] = frame[column].astype(object)
+        frame.loc[frame.index[rows], column] = value
+        return frame
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (put("polymer_name", "GelMA_rG0"), r"'GelMA_rG0' is unknown; nearest: GelMA_rGO"),
+        (put("coverage", "all"), r"row 1, coverage: 'all' is unknown; allowed: scar_only, "),
+        (
+            lambda f: f.assign(youngs_modulus_kpa=1000.0 * f["youngs_modulus_kpa"]),
+            r"youngs_modulus_kpa: .*allowed: 5 to 30 .*of 2880; is it in another unit\? 0\.001 ti",
+        ),
+        (
+            lambda f: f.assign(half_life_days=24.0 * f["half_life_days"]),
+            r"half_life_days: .*is it in another unit\? 0\.0416667 times",
+        ),
+        (
+            lambda f: f.assign(lvef_pct=f["lvef_pct"] / 100.0),
+            r"lvef_pct: 0\.\d+; allowed: 15 to 55 .*\? 100 times the values would fit",
+        ),
+        (put("toxicity_risk", 1.5), r"row 1, toxicity_risk: 1\.5; allowed: 0 to 1"),
+        (put("is_optimal", 0.5), r"row 1, is_optimal: 0\.5; allowed: 0, 1 or empty"),
+        (put("thickness_mm", np.nan), r"row 1, thickness_mm: empty; only outcomes may be"),
+        (put("edv_ml", "large"), r"row 1, edv_ml: 'large'; expected a number"),
+        (put("fibrosis_risk", 0.1, slice(None)), r"fibrosis_risk is 0\.1 in every row; there is"),
+        (put("delta_ef_pct", np.nan, slice(None)), r"delta_ef_pct is empty in every row"),
+        (lambda f: f.drop(columns="gls_pct"), r"missing columns: gls_pct; columns found: pat"),
+        (lambda f: f.iloc[:0], r"no rows, only a header"),
+        (put("gls_pct", -5.0), r"patient '.*' has 2 different sets of features; expected one"),
+        (
+            lambda f: f[f["patient_id"].isin(f["patient_id"].unique()[:4])],
+            r"the table has 4 patients; needed: 10, so that some can be held out",
+        ),
+    ],
+    ids=[
+        "polymer",
+        "coverage",
+        "pascal",
+        "hours",
+        "fraction",
+        "risk",
+        "label",
+        "empty",
+        "text",
+        "constant",
+        "no outcome",
+        "column",
+        "header",
+        "features",
+        "patients",
+    ],
+)
+def test_table_that_cannot_be_fitted_is_refused_before_anything_is_done(
+    fitter, capsys, tmp_path, table, embedding_file, spoil, message
+):
+    for name in ("polymer_name", "coverage", "patient_id"):
+        table[name] = table[name].astype(object)
+    flags = ["--polymer-embeddings", str(embedding_file)]
+    told = refuse(fitter, capsys, tmp_path, spoil(table), *flags)
+    assert pd.Series([told]).str.contains(message).all(), told
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--num-members", "0"], "--num-members is 0; allowed: 1 or more"),
+        (["--holdout-share", "1.0"], "--holdout-share is 1.0; allowed: above 0, below 1"),
+        (["--pessimism", "-1"], "--pessimism is -1.0; allowed: a finite number, at least 0"),
+        (["--truth", "mechanical"], "--truth: reward_model is 'mechanical'"),
+        (["--polymer-embeddings", "no.csv"], "--polymer-embeddings no.csv: no such file"),
+    ],
+)
+def test_flag_out_of_range_is_refused(fitter, capsys, tmp_path, table, flags, message):
+    assert message in refuse(fitter, capsys, tmp_path, table, *flags)
+
+
+@pytest.mark.parametrize("name", ["outcomes.xlsx", "missing.csv"])
+def test_file_that_is_no_table_is_refused(fitter, capsys, tmp_path, embedding_file, name):
+    arguments = [str(tmp_path / name), "--polymer-embeddings", str(embedding_file)]
+    assert fitter.main(arguments) == 2
+    assert name in capsys.readouterr().err
+
+
+def test_fitted_model_is_not_overwritten_unasked(fitter, fitted, capsys):
+    run, _ = fitted
+    before = (run / "stage1.pt").read_bytes()
+    assert fitter.main([str(run.parent / "outcomes.parquet"), "--output-dir", str(run)]) == 2
+    assert "exists; pass --overwrite" in capsys.readouterr().err
+    assert (run / "stage1.pt").read_bytes() == before
+
+
+def test_frozen_model_agrees_with_the_truth_better_than_a_constant(fitted, made_up):
+    """By the public contract alone, as the environment calls it."""
+    run, _ = fitted
+    model = load_stage1(run / "stage1.pt", pessimism=0.0)
+    patient = torch.tensor(made_up.iloc[:500, 1:12].to_numpy(np.float32))
+    polymer = torch.randint(24, (500,), generator=torch.Generator().manual_seed(0))
+    formulation = torch.tensor(made_up.iloc[:500, 13:17].to_numpy(np.float32))
+    coverage = torch.arange(500) % 4
+    truth = MechanisticModel()(patient, polymer, formulation, coverage).delta_ef_pct
+    error = model(patient, polymer, formulation, coverage).delta_ef_pct - truth
+    assert error.square().mean() < 0.5 * truth.var()
