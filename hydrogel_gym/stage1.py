@@ -51,7 +51,7 @@ OPTIMAL = Outcomes._fields.index("optimal_logit")
 WORSE = Outcomes(-1.0, -1.0, -1.0, 1.0, -1.0, 1.0)
 # A standard deviation per outcome says nothing of a logit; this takes 95 % to even odds.
 OPTIMAL_LOGIT_SPREAD = 3.0
-DEFAULT_PESSIMISM = 1.0  # `benchmark/overoptimisation.py`
+DEFAULT_PESSIMISM = 0.25  # `benchmark/overoptimisation.py`
 
 
 class Stage1Error(ValueError):
