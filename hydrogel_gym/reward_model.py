@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import importlib
 import os
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from hydrogel_gym.exported import INPUTS, ProgramError, load_program
 from hydrogel_gym.mechanistic import MechanisticModel
+from hydrogel_gym.polymers import load_polymers
 from hydrogel_gym.spaces import (
+    COVERAGES,
     FORMULATION_FIELDS,
     NUM_POLYMERS,
     OUTCOME_FIELDS,
@@ -50,7 +54,7 @@ class RewardModelError(ValueError):
 
 
 def load_reward_model(
-    spec: str | RewardModel,
+    spec: str | os.PathLike[str] | RewardModel,
     device: str | torch.device = "cpu",
     *,
     outcome_scale: str = "source",
@@ -60,8 +64,10 @@ def load_reward_model(
     """Load, freeze and check a Stage-1 model.
 
     Args:
-        spec: `"mechanistic"`, the built-in model; `"module:factory"`, a function without arguments
-            that returns a model; or a model.
+        spec: `"mechanistic"`, the built-in model; a path to a `.pt2` file, a program saved by
+            `torch.export.save` (see `exported.load_program`); a path to a `.pt` file, a checkpoint
+            of `train/fit_stage1.py`; `"module:factory"`, a function without arguments that returns
+            a model; or a model.
         device: where it will run.
         outcome_scale: `"source"` or `"literature"`, for the built-in model only.
         pessimism: for a checkpoint only, see `stage1.Stage1Ensemble`; None is its own.
@@ -72,21 +78,24 @@ def load_reward_model(
         parameters, in place.
 
     Raises:
-        RewardModelError: it cannot be loaded, or its outcomes for a two-row batch are not the six
-            fields of `Outcomes` with the batch's shape, dtype and device, finite and in range.
+        RewardModelError: it cannot be loaded, or its outcomes for one design of every polymer and
+            coverage are not the six fields of `Outcomes` with the batch's shape, dtype and device,
+            finite and in range.
     """
-    ensemble_only = {"pessimism": pessimism, "compute_dtype": compute_dtype}
-    if isinstance(spec, str) and os.path.splitext(spec)[1] == ".pt":
+    if isinstance(spec, os.PathLike):
+        spec = os.fspath(spec)
+    of_ensemble = {"pessimism": pessimism, "compute_dtype": compute_dtype}
+    if isinstance(spec, str) and Path(spec).suffix == ".pt":
         try:
-            model = load_stage1(spec, **ensemble_only)
+            model = load_stage1(spec, **of_ensemble)
         except ValueError as error:
             raise RewardModelError(f"reward_model {spec!r}: {error}") from error
     else:
-        for argument, value in ensemble_only.items():
+        for argument, value in of_ensemble.items():
             if value is not None:
                 raise RewardModelError(
-                    f"{argument} is {value!r}, but only a Stage-1 checkpoint (.pt) has an ensemble "
-                    f"to apply it to; reward_model is {spec!r}"
+                    f"{argument} is {value!r}; only a Stage-1 checkpoint (.pt) has an ensemble to "
+                    f"apply it to, and reward_model is {spec!r}"
                 )
         model = _load(spec, outcome_scale) if isinstance(spec, str) else spec
     if isinstance(model, nn.Module):
@@ -99,10 +108,18 @@ def load_reward_model(
 def _load(spec: str, outcome_scale: str) -> RewardModel:
     if spec == "mechanistic":
         return MechanisticModel(outcome_scale=outcome_scale)
+    # Before the colon is looked for: C:\stage1.pt2 has one too.
+    path = Path(spec)
+    if path.suffix == ".pt2":
+        try:
+            return load_program(path)
+        except ProgramError as error:
+            raise RewardModelError(str(error)) from error
     module_name, _, factory_name = spec.partition(":")
     if not factory_name:
         raise RewardModelError(
-            f"reward_model is {spec!r}; allowed: 'mechanistic' or 'module:factory'"
+            f"reward_model is {spec!r}; allowed: 'mechanistic', a path to a .pt2 program, "
+            "a path to a .pt Stage-1 checkpoint, or 'module:factory'"
         )
     try:
         return getattr(importlib.import_module(module_name), factory_name)()
@@ -116,7 +133,10 @@ def _load(spec: str, outcome_scale: str) -> RewardModel:
 def check_reward_model(
     model: RewardModel, device: str | torch.device = "cpu", *, name: str = "reward_model"
 ) -> None:
-    """Run a model once on two designs and compare what it returns with the contract.
+    """Run a model on every polymer with every coverage and compare the outcomes with the contract.
+
+    The patient and the formulation are in the middle of their ranges. The designs are given twice,
+    in one batch dimension and in two.
 
     Raises:
         RewardModelError: names the field, what was expected and what was got.
@@ -126,40 +146,67 @@ def check_reward_model(
             f"{name} is {model!r}; expected a callable, or a string that names one"
         )
     device = torch.device(device)
-    middle = [
-        [(f.low + f.high) / 2 for f in fields] for fields in (PATIENT_FIELDS, FORMULATION_FIELDS)
-    ]
+    num_designs = NUM_POLYMERS * len(COVERAGES)
     patient, formulation = (
-        torch.tensor([row, row], dtype=torch.float32, device=device) for row in middle
+        torch.tensor([(f.low + f.high) / 2 for f in fields], device=device).repeat(num_designs, 1)
+        for fields in (PATIENT_FIELDS, FORMULATION_FIELDS)
     )
-    polymer_id = torch.tensor([0, NUM_POLYMERS - 1], device=device)
-    coverage = torch.tensor([0, 1], device=device)
-    try:
-        outcomes = model(patient, polymer_id, formulation, coverage)
-    except Exception as error:
+    designs = torch.arange(num_designs, device=device)
+    coverage = designs % len(COVERAGES)
+    polymer_id = designs // len(COVERAGES)
+    inputs = (patient, polymer_id, formulation, coverage)
+    outcomes = _checked_outcomes(model, inputs, name)
+    _checked_outcomes(model, tuple(t.view(2, -1, *t.shape[1:]) for t in inputs), name)
+    if device.type == "meta":
+        return  # no values to look at
+    for value, item in zip(outcomes, OUTCOME_FIELDS, strict=True):
+        good = value.isfinite() & (value >= item.low) & (value <= item.high)
+        if good.all():
+            continue
+        bad = (~good).nonzero().flatten().tolist()
+        polymer, level = divmod(bad[0], len(COVERAGES))
+        others = f" (and for {len(bad) - 1} more of {num_designs} designs)" if bad[1:] else ""
         raise RewardModelError(
-            f"{name} failed on two designs (patient (2, 11) float32, polymer_id (2,) int64, "
-            f"formulation (2, 4) float32, coverage (2,) int64): {type(error).__name__}: {error}"
+            f"{name}: {item.name} is {value[bad[0]].item():g} for polymer {polymer} "
+            f"({load_polymers().names[polymer]}), coverage {COVERAGES[level]}{others}; "
+            f"expected finite values in [{item.low:g}, {item.high:g}]"
+        )
+
+
+def _checked_outcomes(model: RewardModel, inputs: tuple[Tensor, ...], name: str) -> Outcomes:
+    """Outcomes of a batch of any shape, after a look at their types, shapes, dtypes and devices."""
+    patient, shape = inputs[0], tuple(inputs[1].shape)
+    versions = [_num_writes(value) for value in inputs]
+    try:
+        outcomes = model(*inputs)
+    except Exception as error:
+        given = ", ".join(
+            f"{field} {tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+            for field, value in zip(INPUTS, inputs, strict=True)
+        )
+        raise RewardModelError(
+            f"{name} failed on {shape} designs ({given}): {type(error).__name__}: {error}"
         ) from error
+    for field, value, version in zip(INPUTS, inputs, versions, strict=True):
+        if _num_writes(value) != version:
+            raise RewardModelError(f"{name} writes to {field}; expected a model that only reads it")
     if getattr(outcomes, "_fields", None) != Outcomes._fields:
         raise RewardModelError(
             f"{name} returned {type(outcomes).__name__}; expected Outcomes{Outcomes._fields}"
         )
-    for value, item in zip(outcomes, OUTCOME_FIELDS, strict=True):
-        expected = f"a (2,) {patient.dtype} tensor on {patient.device}"
+    expected = f"a {shape} {patient.dtype} tensor on {patient.device}"
+    for field, value in outcomes._asdict().items():
         if not isinstance(value, Tensor):
             raise RewardModelError(
-                f"{name}: {item.name} is {type(value).__name__}; expected {expected}"
+                f"{name}: {field} is {type(value).__name__}; expected {expected}"
             )
-        if (value.shape, value.dtype, value.device) != ((2,), patient.dtype, patient.device):
+        if (value.shape, value.dtype, value.device) != (shape, patient.dtype, patient.device):
             raise RewardModelError(
-                f"{name}: {item.name} is a {tuple(value.shape)} {value.dtype} tensor on "
+                f"{name}: {field} is a {tuple(value.shape)} {value.dtype} tensor on "
                 f"{value.device}; expected {expected}"
             )
-        if device.type == "meta":
-            continue  # no values to look at
-        if not (value.isfinite() & (value >= item.low) & (value <= item.high)).all():
-            raise RewardModelError(
-                f"{name}: {item.name} is {value.tolist()}; expected finite values in "
-                f"[{item.low:g}, {item.high:g}]"
-            )
+    return outcomes
+
+
+def _num_writes(value: Tensor) -> int:
+    return 0 if value.is_inference() else value._version
