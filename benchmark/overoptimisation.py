@@ -5,11 +5,11 @@
 
 Two tables of synthetic outcomes, both by `patients/make_outcomes.py`, whose truth is the
 mechanistic model: `whole`, formulations from all over the action space, and `made`, of these the
-rows that ask of a polymer what it can be made with, as a laboratory's table would. An ensemble is fitted to each;
-policies are trained on nothing else, with several values of `--pessimism`, and on one network in
-place of the ensemble; and every iteration is judged by the truth on the held-out patients. Long
-runs have three times the iterations of the quick preset. Writes `results/overoptimisation.csv`,
-`.md` and `.png`; needs `pip install -e ".[train,stage1]"`.
+rows that ask of a polymer what it can be made with, as a laboratory's table would. An ensemble is
+fitted to each; policies are trained on nothing else, with several values of `--pessimism`, and on
+one network in place of the ensemble; and every iteration is judged by the truth on the held-out
+patients. Long runs have three times the iterations of the quick preset. Writes
+`results/overoptimisation.csv`, `.md` and `.png`; needs `pip install -e ".[train,stage1]"`.
 """
 
 from __future__ import annotations
@@ -134,13 +134,11 @@ def train(run: Run, folder: Path) -> pd.DataFrame:
 def table_of(results: pd.DataFrame) -> list[str]:
     """A row for each table, length and reward: how the last iteration is judged."""
     lines = [
-        "| table | samples | reward of | seeds | predicted reward, held out | true reward, held out "
-        "| of the true oracle | highest on the way | breaks a limit, truly |",
+        "| table | samples | reward of | seeds | predicted reward, held out | true reward, "
+        "held out | of the true oracle | highest on the way | breaks a limit, truly |",
         "|---" * 9 + "|",
     ]
-    for (table, _, reward), runs in results.groupby(
-        ["table", "iterations", "reward"], sort=False
-    ):
+    for (table, _, reward), runs in results.groupby(["table", "iterations", "reward"], sort=False):
         curves = runs.groupby("seed")
         last = curves.last()
         true = "true_holdout_deterministic_reward"

@@ -206,7 +206,7 @@ class HydrogelEnv(gym.Env):
     |---|---|---|---|
     | `horizon` | int | `1` | steps per episode |
     | `cohort` | None, path, `Cohort` | `None` | patients; None is the shipped 2,000 |
-    | `reward_model` | str, callable | `"mechanistic"` | Stage-1 model, `"module:factory"` |
+    | `reward_model` | str, path, callable | `"mechanistic"` | see `load_reward_model` |
     | `reward_config` | `RewardConfig` | `None` | weights and limits of the reward |
     | `action_format` | str | `"dict"` | `dict`, `tuple`, `box`, `multidiscrete` |
     | `obs_format` | str | `"box"` | `box`, `dict` |

@@ -459,7 +459,9 @@ def main(argv: list[str] | None = None) -> int:
         "--output", type=Path, required=True, help="table to write, .csv or .parquet"
     )
     parser.add_argument(
-        "--reward-model", default="mechanistic", help="mechanistic or module:factory"
+        "--reward-model",
+        default="mechanistic",
+        help="mechanistic, a .pt2 program, a .pt checkpoint or module:factory",
     )
     parser.add_argument("--seed", type=int, default=0, help="of the two searches")
     parser.add_argument("--device", default="cpu", help="torch device")

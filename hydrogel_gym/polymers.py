@@ -55,7 +55,8 @@ class PolymerTable:
     Attributes:
         names: unique name, as in [Potluri2026].
         categories: chemical family, as in [Potluri2026].
-        smiles: repeat unit or its mimic, as in [Potluri2026]; not used by the built-in model.
+        smiles: repeat unit or its mimic, as in [Potluri2026], whose string for PEDOT is corrected,
+            since it cannot be read; not used by the built-in model.
         sources: the evidence behind the row.
         confidences: grade of the windows, of the indices and of the order of the indices.
         youngs_modulus_kpa: (24, 2) lowest and highest stiffness it can be made with, kPa.

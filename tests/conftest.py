@@ -18,7 +18,8 @@ import torch
 from gymnasium.envs.registration import register, registry
 from torch import Tensor
 
-from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes
+from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes, stage1
+from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS, PATIENT_FIELDS
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -167,6 +168,44 @@ def small_run(ppo, tmp_path_factory):
             output_dir=output_dir,
         )
         return ppo.Args(**(paths | settings | changes))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_stage1():
+    """Makes ensembles of random weights, fitted, so they say, to all that can be designed."""
+
+    def bounds(fields):
+        return torch.tensor([f.low for f in fields]), torch.tensor([f.high for f in fields])
+
+    def make(seed: int = 0, *, network=None, **settings) -> stage1.Stage1Ensemble:
+        torch.manual_seed(seed)
+        if network is None:
+            architecture = stage1.Architecture(
+                polymer_dim=7,
+                num_categories=4,
+                num_members=3,
+                encoder_dim=16,
+                trunk_dim=16,
+                head_dim=4,
+            )
+            polymers = torch.randn(NUM_POLYMERS, 7), torch.arange(NUM_POLYMERS) % 4
+            network = stage1.Stage1Network(architecture, *polymers)
+        scaling = stage1.Scaling(
+            numeric_mean=torch.zeros(19),
+            numeric_std=torch.full((19,), 20.0),
+            outcome_mean=torch.tensor([5.0, 15.0, 0.0, 0.1, 0.8, 0.1]),
+            outcome_std=torch.tensor([3.0, 7.0, 1.0, 0.05, 0.1, 0.04]),
+        )
+        low, high = bounds(FORMULATION_FIELDS)
+        fitted = stage1.FittedRange(
+            *bounds(PATIENT_FIELDS),
+            low.repeat(NUM_POLYMERS, 1),
+            high.repeat(NUM_POLYMERS, 1),
+            torch.ones(NUM_POLYMERS, len(COVERAGES)),
+        )
+        return stage1.Stage1Ensemble(network, scaling, fitted, **settings)
 
     return make
 

@@ -2,13 +2,16 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_readme_example_runs_and_prints_what_it_looks_at(block, capsys):
+def test_readme_example_runs_and_prints_what_it_looks_at(block, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # one writes a file
+    torch.manual_seed(0)  # and has random weights
     exec(compile(block, "README.md", "exec"), {})
     reward, delta_ef, toxicity = map(float, capsys.readouterr().out.split())
     assert abs(reward - 3.0 * delta_ef) < 6.0  # the other terms of the reward

@@ -11,18 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hydrogel_gym import RewardConfig, compute_reward, load_polymers
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, OUTCOME_FIELDS, PATIENT_FIELDS
+from hydrogel_gym.spaces import FORMULATION_FIELDS, OUTCOME_FIELDS, PATIENT_FIELDS
 from hydrogel_gym.stage1 import (
     NUMERIC_FIELDS,
     OPTIMAL,
     WORSE,
-    Architecture,
-    FittedRange,
     MemberLinear,
-    Scaling,
-    Stage1Ensemble,
     Stage1Error,
-    Stage1Network,
     load_stage1,
     raw_numeric,
     read_stage1,
@@ -32,36 +27,20 @@ from hydrogel_gym.stage1 import (
 NUM_DESIGNS = 64
 
 
-def make_network(seed: int = 0, **sizes) -> Stage1Network:
-    torch.manual_seed(seed)
-    sizes = {"num_members": 3, "encoder_dim": 16, "trunk_dim": 16, "head_dim": 4} | sizes
-    architecture = Architecture(polymer_dim=7, num_categories=4, **sizes)
-    return Stage1Network(architecture, torch.randn(24, 7), torch.arange(24) % 4)
-
-
 def bounds(fields) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor([f.low for f in fields]), torch.tensor([f.high for f in fields])
 
 
-def make_ensemble(network: Stage1Network | None = None, **settings) -> Stage1Ensemble:
-    """Fitted, so it says, to everything that a design can be."""
-    (low, high), (formulation_low, formulation_high) = map(
-        bounds, (PATIENT_FIELDS, FORMULATION_FIELDS)
-    )
-    scaling = Scaling(
-        numeric_mean=torch.tensor([f in ("edv_ml", "esv_ml") and 5.0 for f in NUMERIC_FIELDS]),
-        numeric_std=torch.full((19,), 20.0),
-        outcome_mean=torch.tensor([5.0, 15.0, 0.0, 0.1, 0.8, 0.1]),
-        outcome_std=torch.tensor([3.0, 7.0, 1.0, 0.05, 0.1, 0.04]),
-    )
-    fitted = FittedRange(
-        low,
-        high,
-        formulation_low.repeat(24, 1),
-        formulation_high.repeat(24, 1),
-        torch.ones(24, len(COVERAGES)),
-    )
-    return Stage1Ensemble(network or make_network(), scaling, fitted, **settings)
+@pytest.fixture(scope="session")
+def make_network(make_stage1):
+    """Makes networks that are not frozen yet."""
+    return lambda seed=0: make_stage1(seed).network.requires_grad_(True)
+
+
+@pytest.fixture(scope="session")
+def make_ensemble(make_stage1):
+    """Makes ensembles, of a network if there is one."""
+    return lambda network=None, **settings: make_stage1(network=network, **settings)
 
 
 def designs(count: int = NUM_DESIGNS, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -87,7 +66,7 @@ def test_members_are_as_many_separate_networks():
     torch.testing.assert_close(layer(x[0]), layer(x[0].repeat(3, 1, 1)))
 
 
-def test_a_member_does_not_depend_on_the_others():
+def test_a_member_does_not_depend_on_the_others(make_network):
     network = make_network()
     numeric, polymer = torch.randn(3, 8, 19), torch.randint(24, (3, 8))
     before = network(numeric, polymer)
@@ -109,7 +88,7 @@ def test_there_are_nineteen_numeric_features_in_the_order_of_their_names():
     assert torch.equal(column["coverage_scar_bz50"], (coverage == 2).float())
 
 
-def test_frozen_polymers_are_a_table_that_is_not_computed_again(monkeypatch):
+def test_frozen_polymers_are_a_table_that_is_not_computed_again(make_ensemble, monkeypatch):
     ensemble = make_ensemble()
     expected = ensemble(*designs())
 
@@ -123,7 +102,7 @@ def test_frozen_polymers_are_a_table_that_is_not_computed_again(monkeypatch):
     assert not any(p.requires_grad for p in ensemble.parameters())
 
 
-def test_frozen_table_gives_what_the_network_gives():
+def test_frozen_table_gives_what_the_network_gives(make_network, make_ensemble):
     network = make_network()
     numeric, polymer = torch.randn(8, 19), torch.randint(24, (8,))
     expected = network(numeric, polymer)
@@ -131,7 +110,7 @@ def test_frozen_table_gives_what_the_network_gives():
     torch.testing.assert_close(network(numeric, polymer, ensemble.polymer_table), expected)
 
 
-def test_without_pessimism_the_outcomes_are_the_mean_of_the_members():
+def test_without_pessimism_the_outcomes_are_the_mean_of_the_members(make_ensemble):
     ensemble = make_ensemble(pessimism=0.0)
     prediction = ensemble.predict(*designs())
     assert all(map(torch.equal, ensemble(*designs()), prediction.mean))
@@ -141,7 +120,7 @@ def test_without_pessimism_the_outcomes_are_the_mean_of_the_members():
 
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 1000), low=st.floats(0.0, 3.0), more=st.floats(0.0, 3.0))
-def test_more_pessimism_is_never_rewarded_more(seed, low, more):
+def test_more_pessimism_is_never_rewarded_more(make_network, make_ensemble, seed, low, more):
     network = make_network(seed)
     design = designs(32, seed)
     rewards = [
@@ -151,7 +130,7 @@ def test_more_pessimism_is_never_rewarded_more(seed, low, more):
     assert (rewards[1] <= rewards[0] + 1e-4).all()
 
 
-def test_pessimism_is_so_many_standard_deviations_to_the_worse_side():
+def test_pessimism_is_so_many_standard_deviations_to_the_worse_side(make_network, make_ensemble):
     network = make_network()
     mean, std, _ = make_ensemble(network).predict(*designs())
     outcomes = make_ensemble(network, pessimism=0.5)(*designs())
@@ -172,7 +151,7 @@ def test_pessimism_is_so_many_standard_deviations_to_the_worse_side():
     ],
     ids=["inside", "patient", "formulation", "coverage"],
 )
-def test_distance_is_in_widths_of_what_was_fitted(change, distance):
+def test_distance_is_in_widths_of_what_was_fitted(make_ensemble, change, distance):
     ensemble = make_ensemble(pessimism=1.0)
     patient, polymer, formulation, coverage = designs(1)
     patient[0, 0], formulation[0, 3] = 40.0, 3.0
@@ -192,7 +171,7 @@ def test_distance_is_in_widths_of_what_was_fitted(change, distance):
     assert lost.item() == pytest.approx(3.0 * distance, abs=1e-3)  # of the outcome's deviation
 
 
-def test_any_batch_shape_and_float64_are_taken():
+def test_any_batch_shape_and_float64_are_taken(make_ensemble):
     ensemble = make_ensemble()
     patient, polymer, formulation, coverage = designs(6)
     flat = ensemble(patient, polymer, formulation, coverage)
@@ -206,7 +185,7 @@ def test_any_batch_shape_and_float64_are_taken():
     torch.testing.assert_close(one.delta_ef_pct, flat.delta_ef_pct[0])
 
 
-def test_bfloat16_changes_the_products_and_little_else():
+def test_bfloat16_changes_the_products_and_little_else(make_network, make_ensemble):
     network = make_network()
     exact = make_ensemble(network)(*designs())
     rough = make_ensemble(network, compute_dtype=torch.bfloat16)(*designs())
@@ -215,13 +194,13 @@ def test_bfloat16_changes_the_products_and_little_else():
     torch.testing.assert_close(rough.delta_ef_pct, exact.delta_ef_pct, atol=0.2, rtol=0.02)
 
 
-def test_the_ensemble_leaves_no_tensor_on_the_host():
+def test_the_ensemble_leaves_no_tensor_on_the_host(make_ensemble):
     ensemble = make_ensemble().to("meta")
     outcomes = ensemble(*(x.to("meta") for x in designs()))
     assert all(x.device.type == "meta" and x.shape == (NUM_DESIGNS,) for x in outcomes)
 
 
-def test_a_patient_that_is_not_a_number_gives_no_outcome_that_is_one():
+def test_a_patient_that_is_not_a_number_gives_no_outcome_that_is_one(make_ensemble):
     patient, *rest = designs(2)
     patient[0, 3] = torch.nan
     outcomes = make_ensemble()(patient, *rest)
@@ -229,12 +208,12 @@ def test_a_patient_that_is_not_a_number_gives_no_outcome_that_is_one():
 
 
 @pytest.mark.parametrize("pessimism", [-0.1, float("nan"), float("inf")])
-def test_pessimism_out_of_range_is_refused(pessimism):
+def test_pessimism_out_of_range_is_refused(make_ensemble, pessimism):
     with pytest.raises(ValueError, match=r"pessimism is .*; allowed: a finite number, at least 0"):
         make_ensemble(pessimism=pessimism)
 
 
-def test_checkpoint_holds_all_that_running_needs(tmp_path):
+def test_checkpoint_holds_all_that_running_needs(make_ensemble, tmp_path):
     ensemble = make_ensemble(pessimism=0.7)
     save_stage1(tmp_path / "m.pt", ensemble, {"rows": 3})
     loaded = load_stage1(tmp_path / "m.pt")
@@ -270,7 +249,7 @@ class Malicious:
     ],
     ids=["format", "order", "count", "polymers", "sizes", "members"],
 )
-def test_checkpoint_of_something_else_is_refused(tmp_path, change, message):
+def test_checkpoint_of_something_else_is_refused(make_ensemble, tmp_path, change, message):
     path = tmp_path / "m.pt"
     save_stage1(path, make_ensemble(), {})
     torch.save(torch.load(path, weights_only=True) | change, path)
@@ -278,7 +257,7 @@ def test_checkpoint_of_something_else_is_refused(tmp_path, change, message):
         load_stage1(path)
 
 
-def test_checkpoint_with_a_weight_that_is_not_a_number_is_refused(tmp_path):
+def test_checkpoint_with_a_weight_that_is_not_a_number_is_refused(make_ensemble, tmp_path):
     ensemble = make_ensemble()
     ensemble.network.trunk.bias[0, 0, 0] = torch.inf
     save_stage1(tmp_path / "m.pt", ensemble, {})
@@ -287,7 +266,9 @@ def test_checkpoint_with_a_weight_that_is_not_a_number_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["missing", "cut off", "text", "malicious"])
-def test_file_that_is_no_checkpoint_is_refused_and_runs_no_code(tmp_path, monkeypatch, kind):
+def test_file_that_is_no_checkpoint_is_refused_and_runs_no_code(
+    make_ensemble, tmp_path, monkeypatch, kind
+):
     path = tmp_path / "m.pt"
     save_stage1(path, make_ensemble(), {})
     if kind == "missing":

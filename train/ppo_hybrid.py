@@ -2411,16 +2411,15 @@ def make_envs(
     Raises:
         hydrogel_gym.RewardModelError: the reward model cannot be used.
     """
-    reward_model = args.true_reward_model if true_reward else args.reward_model
     given: dict[str, Any] = {}
-    if true_reward or (reward_model, args.pessimism) != (BUILT_IN, None):
+    if true_reward:
+        given["reward_model"] = hydrogel_gym.load_reward_model(args.true_reward_model, device)
+    elif (args.reward_model, args.pessimism, args.reward_precision) != (BUILT_IN, None, "fp32"):
         given["reward_model"] = hydrogel_gym.load_reward_model(
-            reward_model,
+            args.reward_model,
             device,
-            pessimism=None if true_reward else args.pessimism,
-            compute_dtype=torch.bfloat16
-            if args.reward_precision == "bf16" and not true_reward
-            else None,
+            pessimism=args.pessimism,
+            compute_dtype=torch.bfloat16 if args.reward_precision == "bf16" else None,
         )
     return gym.make_vec(
         args.env_id,
