@@ -268,8 +268,11 @@ def test_a_folder_of_something_else_is_refused(make, generator, tmp_path):
     assert [p.name for p in (tmp_path / "designs").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize(
+    ("outcome", "value"), [("delta_ef_pct", torch.nan), ("optimal_logit", torch.inf)]
+)
 def test_an_outcome_that_is_not_finite_ends_the_run_with_the_patient(
-    make, ppo, generator, monkeypatch
+    make, ppo, generator, monkeypatch, outcome, value
 ):
     make_envs = ppo.make_envs
 
@@ -279,8 +282,8 @@ def test_an_outcome_that_is_not_finite_ends_the_run_with_the_patient(
 
         def broken(patient, polymer_id, formulation, coverage):
             outcomes = model(patient, polymer_id, formulation, coverage)
-            hole = torch.where(polymer_id == 7, torch.nan, outcomes.delta_ef_pct)
-            return outcomes._replace(delta_ef_pct=hole)
+            hole = torch.where(polymer_id == 7, value, getattr(outcomes, outcome))
+            return outcomes._replace(**{outcome: hole})
 
         envs.unwrapped.problem.reward_model = broken
         return envs
@@ -361,15 +364,15 @@ def test_draws_and_judges_on_a_device_without_a_read_on_the_host(generator):
             torch.empty(192),
             torch.empty(192, dtype=torch.int64),
         )
-        cell, numbers, defect = generator.evaluate(
+        cell, numbers = generator.evaluate(
             sampler,
             torch.empty(BLOCK),
             torch.empty(BLOCK, 4),
             reward_model=model,
             reward_config=hydrogel_gym.RewardConfig(),
         )
-    assert (cell.shape, numbers.shape, defect.shape) == ((BLOCK,), (len(NUMBERS), BLOCK), (BLOCK,))
-    assert {x.device.type for x in (cell, numbers, defect)} == {"meta"}
+    assert (cell.shape, numbers.shape) == ((BLOCK,), (len(NUMBERS), BLOCK))
+    assert {x.device.type for x in (cell, numbers)} == {"meta"}
 
 
 @pytest.mark.slow

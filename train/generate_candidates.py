@@ -59,7 +59,7 @@ from hydrogel_gym.dynamics import RewardConfig, RewardFunction, compute_reward
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import keep_freed_memory
 from hydrogel_gym.ranking import safety_margins
-from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
+from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS, Outcomes
 
 # Random numbers are drawn, and designs evaluated, so many at a time, whatever else is asked for: in
 # other batches the same numbers would round differently.
@@ -225,19 +225,26 @@ def evaluate(
     *,
     reward_model: RewardFunction,
     reward_config: RewardConfig,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Draw and judge a block; pure, without a read on the host.
 
     Returns:
-        (B,) uint8 cells, (11, B) `designs.NUMBERS`, and (B,) 0 where all outcomes are finite.
+        (B,) uint8 cells and (11, B) `designs.NUMBERS`.
     """
     cell, formulation = draw(sampler, uniform, normal)
     polymer, coverage = cell // len(COVERAGES), cell % len(COVERAGES)
     patient = sampler.patient.expand(len(cell), -1)
     outcomes = reward_model(patient, polymer, formulation, coverage)
-    reward = compute_reward(outcomes, config=reward_config)
-    defect = sum(outcome * 0.0 for outcome in outcomes)
-    return cell.to(torch.uint8), numbers_of(formulation, outcomes, reward), defect
+    reward = checked_reward(outcomes, reward_config)
+    return cell.to(torch.uint8), numbers_of(formulation, outcomes, reward)
+
+
+def checked_reward(outcomes: Outcomes, config: RewardConfig) -> Tensor:
+    """Reward of designs; not a number where an outcome is not finite, as `check_finite` wants it.
+
+    The numbers that are kept would not tell: an infinite logit is a probability of 0 or 1.
+    """
+    return compute_reward(outcomes, config=config) + sum(outcome * 0.0 for outcome in outcomes)
 
 
 def block_seed(seed: int, patient_id: str, block: int) -> int:
@@ -301,12 +308,10 @@ class Patient:
         generator.manual_seed(block_seed(self.args.seed, self.patient_id, index))
         uniform = torch.rand(BLOCK, generator=generator, device=device)
         normal = torch.randn(BLOCK, 4, generator=generator, device=device)
-        cell, numbers, defect = (
-            x.cpu().numpy() for x in self.evaluate(self.sampler, uniform, normal)
-        )
+        cell, numbers = (x.cpu().numpy() for x in self.evaluate(self.sampler, uniform, normal))
         size = min(BLOCK, self.args.num_candidates - index * BLOCK)
-        cell, numbers, defect = cell[:size], numbers[:, :size], defect[:size]
-        if np.isnan(defect.sum()):
+        cell, numbers = cell[:size], numbers[:, :size]
+        if not np.isfinite(numbers[REWARD].sum()):
             check_finite(self.patient_id, cell, numbers)
         best = self.best.promising(cell, numbers[REWARD])
         diverse = self.diverse.promising(cell, numbers[REWARD])
@@ -657,12 +662,12 @@ def show(output_dir: Path, patient_id: str, config: RewardConfig) -> None:
     frame.index += 1
     print(frame.to_string())
     path = output_dir / f"{file_name(patient_id)}.png"
-    draw_designs(path, patient_id, designs)
+    draw_designs(path, patient_id, designs, load_designs(output_dir, patient_id, table="diverse"))
     print(f"drawn in {path}")
 
 
-def draw_designs(path: Path, patient_id: str, designs: Any) -> None:
-    """Parallel coordinates of a patient's best designs."""
+def draw_designs(path: Path, patient_id: str, designs: Any, diverse: Any) -> None:
+    """Parallel coordinates of a patient's best designs, before the best of every other kind."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -683,8 +688,9 @@ def draw_designs(path: Path, patient_id: str, designs: Any) -> None:
     figure = Figure(figsize=(14, 5), layout="constrained")
     axes = figure.subplots()
     heights = {}
+    both = pd.concat([designs, diverse], ignore_index=True)
     for place, (name, label) in enumerate(axes_of.items()):
-        column = designs[name]
+        column = both[name]
         if column.dtype == "category":
             present = [c for c in column.cat.categories if (column == c).any()]
             code = column.map({c: i for i, c in enumerate(present)}).astype(float)
@@ -700,12 +706,17 @@ def draw_designs(path: Path, patient_id: str, designs: Any) -> None:
             axes.annotate(text, (place, y), (3, 2), textcoords="offset points", fontsize=7)
         axes.text(place, -0.08, label, ha="center", va="top", fontsize=8)
     lines = np.stack(list(heights.values()), axis=1)
-    reward = heights["reward"]
+    for line in lines[len(designs) :]:
+        axes.plot(line, color="0.8", lw=0.7, zorder=1)
+    reward = lines[: len(designs), list(axes_of).index("reward")]
+    span = max(float(np.ptp(reward)), 1e-9)
     for i in np.argsort(reward):  # the best on top
-        axes.plot(lines[i], color=colormaps["viridis"](0.9 * reward[i]), lw=0.9, alpha=0.8)
+        color = colormaps["viridis"](0.9 * (reward[i] - reward.min()) / span)
+        axes.plot(lines[i], color=color, lw=0.9, alpha=0.8)
     axes.set(xlim=(-0.3, len(axes_of) - 0.3), ylim=(-0.05, 1.05), xticks=[], yticks=[])
     axes.set_title(
-        f"{patient_id}, a virtual patient: its {len(designs)} best designs, as predicted"
+        f"{patient_id}, a virtual patient: its {len(designs)} best designs, as predicted; "
+        "grey: the best of each polymer and coverage"
     )
     for side in axes.spines.values():
         side.set_visible(False)

@@ -207,7 +207,7 @@ class Tuner:
         outcomes = self.problem.reward_model(
             patients, polymer.flatten(), formulation, coverage.flatten()
         )
-        reward = compute_reward(outcomes, config=self.problem.params.reward_config)
+        reward = generate_candidates.checked_reward(outcomes, self.problem.params.reward_config)
         return Judged(
             (polymer * len(COVERAGES) + coverage).to(torch.uint8),
             numbers_of(formulation, outcomes, reward).unflatten(1, shape),
