@@ -176,6 +176,11 @@ def test_outcome_model_is_named_for_every_run_and_not_guessed(report, run, train
     both = report.about([run, mine])[-1]
     assert "the outcome model of Mine-v0" in both
     assert "the built-in outcome model" in both
+    config = {"env_id": "HydrogelDesign-v0", "reward_model": "mine.pt"}
+    fitted = report.Run(trained, config=config)
+    told = report.about([fitted])[-1]
+    assert "the outcome model mine.pt, whose mistakes" in told
+    assert "built-in" not in told
 
 
 def test_ticks_of_regret_are_whole_numbers(report):

@@ -1077,16 +1077,23 @@ def about(runs: list[Run]) -> list[str]:
             "The shipped patients are synthetic: drawn from published summary statistics; "
             "no row is a person."
         )
-    env_ids = {run.config.get("env_id") for run in runs}
-    builtin = "the built-in outcome model, an educational prior that was fitted to no patient"
-    model = " or ".join(
-        {None: "an outcome model that is not named", "HydrogelDesign-v0": builtin}.get(
-            env_id, f"the outcome model of {env_id}"
-        )
-        for env_id in sorted(env_ids, key=str)
-    )
+    model = " or ".join(sorted({outcome_model(run.config) for run in runs}))
     texts.append(f"Every outcome is predicted by {model}. Nothing here is clinical advice.")
     return texts
+
+
+def outcome_model(config: dict[str, Any]) -> str:
+    """What predicted the outcomes of a run, in words."""
+    env_id, reward_model = config.get("env_id"), config.get("reward_model")
+    if env_id is None:
+        return "an outcome model that is not named"
+    if reward_model not in (None, ppo_hybrid.BUILT_IN):
+        return (
+            f"the outcome model {reward_model}, whose mistakes the policy may have learned to use"
+        )
+    if env_id == "HydrogelDesign-v0":
+        return "the built-in outcome model, an educational prior that was fitted to no patient"
+    return f"the outcome model of {env_id}"
 
 
 def report(run: Run) -> bytes:
