@@ -358,6 +358,15 @@ def test_flag_out_of_range_is_refused(fitter, capsys, tmp_path, table, flags, me
     assert message in refuse(fitter, capsys, tmp_path, table, *flags)
 
 
+def test_outcome_that_only_one_patient_has_is_refused(
+    fitter, capsys, tmp_path, table, embedding_file
+):
+    table.loc[table["patient_id"] != table["patient_id"].iloc[0], "fibrosis_risk"] = np.nan
+    flags = ["--polymer-embeddings", str(embedding_file)]
+    told = refuse(fitter, capsys, tmp_path, table, *flags)
+    assert "fibrosis_risk is empty for all patients that would be" in told
+
+
 @pytest.mark.parametrize("name", ["outcomes.xlsx", "missing.csv"])
 def test_file_that_is_no_table_is_refused(fitter, capsys, tmp_path, embedding_file, name):
     arguments = [str(tmp_path / name), "--polymer-embeddings", str(embedding_file)]

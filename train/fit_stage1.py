@@ -299,6 +299,23 @@ def split_patients(
     return Split(test, [fitted[a] for a, _ in folds], [fitted[b] for _, b in folds])
 
 
+def check_split(table: Table, split: Split) -> None:
+    """Refuse a split of which one part knows nothing of an outcome.
+
+    Raises:
+        UsageError: names the outcome and the part.
+    """
+    parts = {"held out": [split.test], "fitted": split.train, "stopped by": split.validation}
+    for i, name in enumerate(OUTCOME_COLUMNS):
+        known = ~table.outcome[:, i].isnan().numpy()
+        for part, shares in parts.items():
+            if not all(known[rows].any() for rows in shares):
+                raise UsageError(
+                    f"{name} is empty for all patients that would be {part}; too few patients have "
+                    "it, or take another --seed"
+                )
+
+
 def polymer_embedding(path: Path | None) -> tuple[np.ndarray, str]:
     """A vector per polymer, standardised, and where it is from.
 
@@ -462,12 +479,15 @@ def fitted_range(table: Table) -> FittedRange:
     return FittedRange(table.patient.amin(0), table.patient.amax(0), low, high, seen)
 
 
-def fit(table: Table, split: Split, args: Args) -> tuple[Stage1Ensemble, list[dict[str, float]]]:
+def fit(
+    table: Table, split: Split, embedding: np.ndarray, args: Args
+) -> tuple[Stage1Ensemble, list[dict[str, float]]]:
     """Fit all members at once.
 
     Args:
         table: the outcomes.
         split: who is fitted to what.
+        embedding: (24, d) of the polymers.
         args: sizes and optimiser.
 
     Returns:
@@ -479,7 +499,6 @@ def fit(table: Table, split: Split, args: Args) -> tuple[Stage1Ensemble, list[di
     device = ppo_hybrid.resolve_device(args.device)
     used = np.unique(np.concatenate([*split.train, *split.validation]))
     scaling = scaling_of(table.rows(used))
-    embedding, _ = polymer_embedding(args.polymer_embeddings)
     categories = hydrogel_gym.load_polymers().categories
     names = sorted(set(categories))
     torch.manual_seed(args.seed)
@@ -589,18 +608,20 @@ def fit(table: Table, split: Split, args: Args) -> tuple[Stage1Ensemble, list[di
 BATCH_ROWS = 16_384  # predicted at a time
 
 
-def predictions(model: Any, table: Table, device: torch.device) -> np.ndarray:
-    """(N, 6) what a reward model says of the rows, the label's logit as a probability."""
+def in_batches(predict: Any, table: Table, device: torch.device) -> np.ndarray:
+    """(N, 6): the outcomes that a function of designs returns for the rows of a table."""
     parts = []
     for begin in range(0, len(table.group), BATCH_ROWS):
         rows = table.rows(slice(begin, begin + BATCH_ROWS))
         design = (rows.patient, rows.polymer_id, rows.formulation, rows.coverage)
         with torch.no_grad():
-            outcomes = model(*(x.to(device) for x in design))
-        columns = list(outcomes)
-        columns[OPTIMAL] = columns[OPTIMAL].sigmoid()
-        parts.append(torch.stack(columns, -1).cpu())
+            parts.append(torch.stack(list(predict(*(x.to(device) for x in design))), -1).cpu())
     return torch.cat(parts).numpy()
+
+
+def as_in_table(outcomes: Outcomes) -> Outcomes:
+    """Outcomes as a table has them, the label as a probability."""
+    return outcomes._replace(optimal_logit=outcomes.optimal_logit.sigmoid())
 
 
 def quality(predicted: np.ndarray, observed: np.ndarray) -> dict[str, dict[str, float]]:
@@ -719,7 +740,7 @@ def fit_table(args: Args) -> dict[str, Any]:
             truth = hydrogel_gym.load_reward_model(args.truth, device)
         except hydrogel_gym.RewardModelError as error:
             raise UsageError(f"--truth: {error}") from error
-    _, origin = polymer_embedding(args.polymer_embeddings)
+    embedding, origin = polymer_embedding(args.polymer_embeddings)
     table = read_table(args.table)
     split = split_patients(
         table.group,
@@ -727,16 +748,17 @@ def fit_table(args: Args) -> dict[str, Any]:
         num_members=args.num_members,
         seed=args.seed,
     )
+    check_split(table, split)
     args.output_dir.mkdir(parents=True, exist_ok=True)
 
     began = time.perf_counter()
-    ensemble, history = fit(table, split, args)
+    ensemble, history = fit(table, split, embedding, args)
     seconds = time.perf_counter() - began
     test = table.rows(split.test)
     observed = test.outcome.numpy()
-    ensemble.pessimism = 0.0  # it is the mean that is judged
-    predicted = predictions(ensemble, test, device)
-    ensemble.pessimism = args.pessimism
+    # It is the mean of the members that is judged, without pessimism.
+    predicted = in_batches(lambda *d: as_in_table(ensemble.predict(*d).mean), test, device)
+    spread = in_batches(lambda *d: ensemble.predict(*d).std, test, device).mean(0)
     report = {
         "table": str(args.table),
         "rows": len(table.group),
@@ -744,7 +766,7 @@ def fit_table(args: Args) -> dict[str, Any]:
         "held_out_rows": len(split.test),
         "held_out_patients": len(np.unique(test.group)),
         "held_out": quality(predicted, observed),
-        "members_std": members_std(ensemble, test, device),
+        "members_std": dict(zip(OUTCOME_COLUMNS, spread.tolist(), strict=True)),
         "epochs": len(history),
         "seconds": seconds,
         "polymer_embedding": origin,
@@ -752,7 +774,7 @@ def fit_table(args: Args) -> dict[str, Any]:
         "versions": ppo_hybrid.versions(),
     }
     if truth is not None:
-        exact = predictions(truth, test, device)
+        exact = in_batches(lambda *d: as_in_table(truth(*d)), test, device)
         report["ceiling"] = quality(exact, observed)
         report["against_truth"] = {
             name: {"mae": error, "members_std": report["members_std"][name]}
@@ -775,18 +797,6 @@ def fit_table(args: Args) -> dict[str, Any]:
         args.output_dir / "metrics.json", (json.dumps(report, indent=2) + "\n").encode()
     )
     return report
-
-
-def members_std(ensemble: Stage1Ensemble, table: Table, device: torch.device) -> dict[str, float]:
-    """Mean standard deviation among the members, by outcome; of the label that of its logit."""
-    parts = []
-    for begin in range(0, len(table.group), BATCH_ROWS):
-        rows = table.rows(slice(begin, begin + BATCH_ROWS))
-        design = (rows.patient, rows.polymer_id, rows.formulation, rows.coverage)
-        with torch.no_grad():
-            parts.append(torch.stack(ensemble.predict(*(x.to(device) for x in design)).std, -1))
-    means = torch.cat(parts).mean(0).tolist()
-    return dict(zip(OUTCOME_COLUMNS, means, strict=True))
 
 
 def show(report: dict[str, Any]) -> None:
