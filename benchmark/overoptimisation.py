@@ -44,7 +44,7 @@ TABLES = {
     "whole": "all over the action space",
     "made": "what the polymers can be made with",
 }
-PESSIMISM = (0.0, DEFAULT_PESSIMISM, 1.0, 2.0)
+PESSIMISM = (0.0, DEFAULT_PESSIMISM, 1.0)
 ONE_NETWORK = "one network"
 QUICK_ITERATIONS, LONG = 100, 3
 ASKED = 95.0  # % of the true oracle

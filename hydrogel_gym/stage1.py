@@ -209,6 +209,12 @@ def raw_numeric(patient: Tensor, formulation: Tensor, coverage: Tensor) -> Tenso
     return torch.stack([x.log() if name in LOG_FIELDS else x for name, x in named], -1)
 
 
+def _outside(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Sum over the last dimension of the distance to a range, in its widths."""
+    width = (high - low).clamp(min=1e-6)
+    return (((low - x).clamp(min=0.0) + (x - high).clamp(min=0.0)) / width).sum(-1)
+
+
 class Stage1Ensemble(nn.Module):
     """A frozen `Stage1Network` in physical units: a `RewardModel`.
 
@@ -271,25 +277,21 @@ class Stage1Ensemble(nn.Module):
         z = self.network(numeric, polymer_id, self.polymer_table).to(torch.float32)
         return self.outcome_mean + self.outcome_std * z
 
-    def distance(
-        self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
-    ) -> Tensor:
-        """(B,): how far a design is outside what was fitted.
+    def patient_distance(self, patient: Tensor) -> Tensor:
+        """(B,): how far a (B, 11) patient is outside those that were fitted, in widths of a range.
 
-        The sum over features of the distance in widths of the fitted range, and 1 for a polymer
-        that was never tried with the coverage.
+        The sum over the features.
         """
+        return _outside(patient, self.patient_low, self.patient_high)
 
-        def outside(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-            width = (high - low).clamp(min=1e-6)
-            return (((low - x).clamp(min=0.0) + (x - high).clamp(min=0.0)) / width).sum(-1)
+    def design_distance(self, polymer_id: Tensor, formulation: Tensor, coverage: Tensor) -> Tensor:
+        """(B,): how far a design is outside those that were fitted.
 
+        The sum over the formulation of the distance in widths of the polymer's fitted range, and 1
+        for a polymer that was never tried with the coverage.
+        """
         low, high = self.formulation_low[polymer_id], self.formulation_high[polymer_id]
-        return (
-            outside(patient, self.patient_low, self.patient_high)
-            + outside(formulation, low, high)
-            + (1.0 - self.seen[polymer_id, coverage])
-        )
+        return _outside(formulation, low, high) + (1.0 - self.seen[polymer_id, coverage])
 
     def _flat(self, *design: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
         """The batch shape, and the design with one batch dimension, in float32."""
@@ -326,8 +328,8 @@ class Stage1Ensemble(nn.Module):
 
         mean = members.mean(0).clamp(self.low, self.high)
         std = members.std(0, correction=0)
-        distance = self.distance(*flat).reshape(shape).to(patient.dtype)
-        return Prediction(shaped(mean), shaped(std), distance)
+        distance = self.patient_distance(flat[0]) + self.design_distance(*flat[1:])
+        return Prediction(shaped(mean), shaped(std), distance.reshape(shape).to(patient.dtype))
 
     def forward(
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
@@ -335,7 +337,8 @@ class Stage1Ensemble(nn.Module):
         """Outcomes, each worse than the mean of the members by `pessimism` standard deviations.
 
         Outside what was fitted the members agree on what none of them knows, so the standard
-        deviation grows there by that of the outcome in the table for each width of the range.
+        deviation grows there by that of the outcome in the table for each width of the range. That
+        is of the design alone: who the patient is, is not the policy's choice.
 
         Args:
             patient: (..., 11) in the order and units of `PATIENT_FIELDS`.
@@ -350,7 +353,8 @@ class Stage1Ensemble(nn.Module):
         members = self.members(*flat)
         outcomes = members.mean(0)
         if self.pessimism > 0.0:
-            std = members.std(0, correction=0) + self.distance(*flat).unsqueeze(-1) * self.spread
+            distance = self.design_distance(*flat[1:]).unsqueeze(-1)
+            std = members.std(0, correction=0) + distance * self.spread
             outcomes = outcomes + self.pessimism * self.worse * std
         outcomes = outcomes.clamp(self.low, self.high)
         return Outcomes(*(part.reshape(shape).to(patient.dtype) for part in outcomes.unbind(-1)))

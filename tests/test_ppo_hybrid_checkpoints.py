@@ -17,7 +17,8 @@ import torch
 
 import hydrogel_gym
 
-TIMING = ["rollout_seconds", "update_seconds", "wall_seconds", "samples_per_second"]
+TIMING = "rollout_seconds reward_model_seconds update_seconds wall_seconds".split()
+TIMING += ["samples_per_second"]
 
 
 @pytest.fixture(autouse=True)

@@ -23,7 +23,8 @@ import torch.distributed as dist
 
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
-TIMING = ["rollout_seconds", "update_seconds", "wall_seconds", "samples_per_second"]
+TIMING = "rollout_seconds reward_model_seconds update_seconds wall_seconds".split()
+TIMING += ["samples_per_second"]
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
