@@ -40,10 +40,10 @@ from baselines.objective import (  # noqa: E402
 
 regret = load("regret", BENCHMARK / "regret.py")
 
-# Odd numbers of calls, so that no method ends on a full batch of its own.
 # Searches take minutes, and the best of them a library that only benchmarks need.
 pytestmark = pytest.mark.slow
 
+# Odd numbers of calls, so that no method ends on a full batch of its own.
 SEARCHES = {
     "random_search": (None, 37),
     "sobol_search": (None, 37),
