@@ -6,15 +6,22 @@
 from __future__ import annotations
 
 import math
+import random
+import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
+import torch
+from gymnasium.error import DependencyNotInstalled, ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import RecordVideo
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from hydrogel_gym import RewardConfig, load_polymers
+from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv, RewardConfig, load_polymers
 from hydrogel_gym.rendering import (
     HEART_CENTRE_PX,
     HEART_RADIUS_PX,
@@ -35,6 +42,7 @@ from hydrogel_gym.spaces import (
     COVERAGE_FRACTIONS,
     COVERAGES,
     FORMULATION_FIELDS,
+    OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Field,
 )
@@ -270,6 +278,216 @@ def test_text_says_what_the_picture_shows():
         "Reward 13.52",
     ]
     assert describe(SCENES["patient"]).splitlines()[2:] == ["No design yet"]
+
+
+# The environments.
+
+
+def made(**kwargs) -> HydrogelEnv:
+    return HydrogelEnv(action_format="tuple", **kwargs)
+
+
+ACTION = (4, np.array([12.0, 60.0, 0.5, 3.0], np.float32), 3)
+
+
+def batch(num: int) -> tuple:
+    return np.full(num, 4), np.tile(ACTION[1], (num, 1)), np.full(num, 3)
+
+
+def same(one, other) -> bool:
+    return np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
+def test_design_is_shown_from_the_step_until_the_reset(mode):
+    env = made(render_mode=mode, horizon=2)
+    env.reset(seed=0, options={"patient_id": 3})
+    before = env.render()
+    env.step(ACTION)
+    first = env.render()
+    _, _, terminated, *_ = env.step(ACTION)
+    assert terminated
+    last = env.render()
+    assert same(env.render(), last)
+    env.reset(options={"patient_id": 3})
+    assert same(env.render(), before)
+    assert not same(before, first)
+    assert not same(first, last)  # the reward lacks the bonus of a new polymer
+
+
+def test_picture_holds_patient_design_outcomes_and_reward_of_the_step():
+    env = made(render_mode="rgb_array", horizon=3)
+    _, info = env.reset(seed=1)
+    patient_index = info["patient_index"]
+    patient_id = env.problem.cohort.patient_ids[patient_index]
+    patient = tuple(env.problem.cohort.features[patient_index].tolist())
+    assert same(env.render(), draw(Scene(patient_id, patient, horizon=3)))
+    _, reward, _, _, info = env.step(ACTION)
+    outcomes = tuple(float(info[field.name]) for field in OUTCOME_FIELDS)
+    evaluation = Evaluation("GelMA_BioIL", tuple(ACTION[1].tolist()), 3, outcomes, reward, 1)
+    shown = draw(Scene(patient_id, patient, horizon=3, evaluation=evaluation))
+    assert same(env.render(), shown)
+
+
+def test_formulation_is_shown_as_it_was_evaluated():
+    env = made(render_mode="ansi")
+    env.reset(seed=0)
+    env.step((4, np.array([99.0, 60.0, 0.5, 3.0]), 0))
+    assert "GelMA_BioIL, 30.0 kPa, half-life 60 days, 0.50 S/m, 3.0 mm thick" in env.render()
+    assert "Covered: scar only" in env.render()
+
+
+@pytest.mark.parametrize("env_class", [HydrogelEnv, HydrogelVectorEnv])
+def test_unknown_render_mode_is_refused_when_the_environment_is_made(env_class):
+    with pytest.raises(ValueError, match=r"render_mode is 'human'; allowed: \(None, 'rgb_array', "):
+        env_class(render_mode="human")
+
+
+@pytest.mark.parametrize("env_class", [HydrogelEnv, HydrogelVectorEnv])
+def test_render_needs_a_mode_and_a_patient(env_class):
+    with pytest.warns(UserWarning, match="draws nothing without a render_mode"):
+        assert env_class().render() is None
+    with pytest.raises(ResetNeeded, match="before render"):
+        env_class(render_mode="ansi").render()
+
+
+def test_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
+    env = made(render_mode="rgb_array")
+    env.reset(seed=0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DependencyNotInstalled, match=r'Pillow: pip install -e "\.\[render\]"'):
+        env.render()
+    text = made(render_mode="ansi")
+    text.reset(seed=0)
+    assert text.render().endswith("No design yet")
+
+
+def test_rendering_touches_no_generator_and_changes_no_step():
+    def trace(mode):
+        env = made(render_mode=mode, horizon=2)
+        trace = []
+        for step in range(6):
+            trace.append(env.reset(seed=None if step else 5) if step % 3 == 0 else env.step(ACTION))
+            if mode:
+                env.render()
+        return [str(entry) for entry in trace]
+
+    def states():
+        return (
+            random.getstate(),
+            str(np.random.get_state()),  # noqa: NPY002
+            torch.get_rng_state().tolist(),
+        )
+
+    before = states()
+    assert trace("rgb_array") == trace(None)
+    assert states() == before
+
+
+@pytest.mark.parametrize("mode", [None, "rgb_array", "ansi"])
+def test_checker_finds_nothing_wrong_with_rendering(mode):
+    env = gym.make("HydrogelDesignFlat-v0", render_mode=mode)
+    check_env(env.unwrapped, skip_render_check=False)  # a warning is an error here
+    assert env.metadata["render_modes"] == ["rgb_array", "ansi"]
+
+
+def test_list_of_pictures_and_video_can_be_had(tmp_path):
+    env = gym.make("HydrogelDesign-v0", render_mode="rgb_array_list", horizon=2)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    assert [frame.shape for frame in env.render()] == [(HEIGHT_PX, WIDTH_PX, 3)] * 2
+    pytest.importorskip("moviepy")
+    video = RecordVideo(
+        gym.make("HydrogelDesign-v0", render_mode="rgb_array", horizon=2), str(tmp_path / "new")
+    )
+    video.reset(seed=0)
+    for _ in range(2):
+        video.step(video.action_space.sample())
+    video.close()
+    (path,) = tmp_path.glob("new/*.mp4")
+    assert path.stat().st_size > 1000
+
+
+def vector(**kwargs) -> HydrogelVectorEnv:
+    return HydrogelVectorEnv(
+        **({"num_envs": 3, "render_mode": "ansi", "action_format": "tuple"} | kwargs)
+    )
+
+
+def designs(frames: tuple[str, ...]) -> list[str]:
+    """The line of each text that tells the design."""
+    return [frame.splitlines()[2].partition(":")[0] for frame in frames]
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_frames_of_a_vector_are_those_of_single_environments(mode, output):
+    envs = vector(render_mode=mode, horizon=2, output=output)
+    envs.reset(seed=0)
+    frames = [envs.render()]
+    action = batch(3)
+    envs.step(tuple(map(torch.from_numpy, action)) if output == "torch" else action)
+    action[1][:] = 0.0  # the caller's own array
+    frames.append(envs.render())
+    for row in range(3):
+        env = made(render_mode=mode, horizon=2)
+        env.reset(options={"patient_id": row})
+        assert same(frames[0][row], env.render())
+        env.step(ACTION)
+        assert same(frames[1][row], env.render())
+
+
+def test_vector_that_resets_in_the_same_step_shows_the_design_and_the_patient_it_was_for():
+    envs = vector(patient_assignment="random", output="torch")
+    envs.reset(seed=4)
+    patients = [frame.splitlines()[0] for frame in envs.render()]
+    _, _, terminated, _, _ = envs.step(tuple(map(torch.from_numpy, batch(3))))
+    assert terminated.all()
+    frames = envs.render()
+    assert designs(frames) == ["Design 1 of 1"] * 3
+    assert [frame.splitlines()[0] for frame in frames] == patients
+    envs.reset()
+    assert designs(envs.render()) == ["No design yet"] * 3
+    assert [frame.splitlines()[0] for frame in envs.render()] != patients
+
+
+def test_vector_shows_no_design_in_a_row_that_was_reset():
+    envs = vector(autoreset_mode="Disabled", horizon=2)
+    envs.reset(seed=0)
+    envs.step(batch(3))
+    envs.reset(options={"reset_mask": np.array([False, True, False])})
+    assert designs(envs.render()) == ["Design 1 of 2", "No design yet", "Design 1 of 2"]
+    envs.step(batch(3))
+    assert designs(envs.render()) == ["Design 2 of 2", "Design 1 of 2", "Design 2 of 2"]
+    envs.load_state_dict(envs.state_dict())
+    assert designs(envs.render()) == ["No design yet"] * 3
+
+
+def test_vector_that_resets_in_the_next_step_shows_the_new_patient_then():
+    envs = vector(autoreset_mode="NextStep")
+    envs.reset(seed=0)
+    seen = []
+    for _ in range(3):
+        envs.step(batch(3))
+        seen.append(designs(envs.render())[0])
+    assert seen == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
+
+
+def test_vector_shows_no_design_where_an_unchecked_action_is_not_allowed():
+    envs = vector(validate_actions=False)
+    envs.reset(seed=0)
+    polymers, *others = batch(3)
+    envs.step((polymers * [1, 99, 1], *others))
+    assert designs(envs.render()) == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
+
+
+def test_vector_made_by_gymnasium_renders():
+    envs = gym.make_vec("HydrogelDesignFlat-v0", 2, render_mode="rgb_array")
+    envs.reset(seed=0)
+    assert envs.metadata["render_modes"] == ["rgb_array", "ansi"]
+    frames = envs.render()
+    assert isinstance(frames, tuple)
+    assert [frame.shape for frame in frames] == [(HEIGHT_PX, WIDTH_PX, 3)] * 2
 
 
 if __name__ == "__main__":
