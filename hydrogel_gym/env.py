@@ -2,7 +2,7 @@
 
 Both classes hold a `State` of tensors, have `problem` turn what a user sends into a `Design` and
 apply it (`transition`, or `step` with the autoreset of a vector), and put the result into the shape
-that Gymnasium asks for. Nothing is computed here.
+that Gymnasium asks for. Nothing is computed here, nor drawn: `rendering` shows what a step told.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from typing import Any, Literal, NoReturn, get_args
 import gymnasium as gym
 import numpy as np
 import torch
-from gymnasium.error import ResetNeeded
+from gymnasium.error import DependencyNotInstalled, ResetNeeded
 from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, create_empty_array
 from torch import Tensor
 
-from hydrogel_gym import dynamics
+from hydrogel_gym import dynamics, rendering
 from hydrogel_gym.cohort import Cohort
 from hydrogel_gym.compiled import CompiledFunction
 from hydrogel_gym.dynamics import (
@@ -35,9 +35,11 @@ from hydrogel_gym.dynamics import (
     Transition,
 )
 from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, too_large
+from hydrogel_gym.polymers import load_polymers
 from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
+from hydrogel_gym.rendering import RENDER_FPS, RENDER_MODES, Evaluation, RenderMode, Scene
 from hydrogel_gym.reward_model import RewardModel
-from hydrogel_gym.spaces import ActionFormat, ObsFormat
+from hydrogel_gym.spaces import ActionFormat, Design, ObsFormat
 
 Output = Literal["numpy", "torch"]
 Dtype = Literal["float32", "float64"]
@@ -88,6 +90,53 @@ def _map(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _map(function, item) for key, item in value.items()}
     return function(value)
+
+
+def _evaluations(design: Design, result: Transition) -> list[Evaluation]:
+    """What was designed in every environment and what was predicted of it, read on the host."""
+    names = load_polymers().names
+    rows = zip(
+        design.polymer_id.tolist(),
+        result.formulation.tolist(),
+        design.coverage.tolist(),
+        torch.stack(result.outcomes, dim=-1).tolist(),
+        result.reward.tolist(),
+        result.state.iteration.tolist(),
+        strict=True,
+    )
+    return [
+        Evaluation(names[polymer], tuple(formulation), coverage, tuple(outcomes), reward, iteration)
+        for polymer, formulation, coverage, outcomes, reward, iteration in rows
+    ]
+
+
+def _scene(problem: DesignProblem, patient_index: int, evaluation: Evaluation | None) -> Scene:
+    return Scene(
+        patient_id=problem.cohort.patient_ids[patient_index],
+        patient=tuple(problem.cohort.features[patient_index].tolist()),
+        horizon=problem.params.horizon,
+        limits=problem.params.reward_config,
+        evaluation=evaluation,
+    )
+
+
+def _frames(mode: RenderMode | None, scenes: Sequence[Scene]) -> tuple[Any, ...]:
+    """One picture, or text, for each scene."""
+    if mode == "ansi":
+        return tuple(map(rendering.describe, scenes))
+    try:
+        return tuple(map(rendering.draw, scenes))
+    except ModuleNotFoundError as error:
+        raise DependencyNotInstalled(
+            'render_mode "rgb_array" needs Pillow: pip install -e ".[render]"'
+        ) from error
+
+
+def _warn_that_no_mode_was_chosen() -> None:
+    gym.logger.warn(
+        f"render() draws nothing without a render_mode; allowed: {RENDER_MODES}, when the "
+        "environment is made"
+    )
 
 
 def _explains_memory(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,13 +263,14 @@ class HydrogelEnv(gym.Env):
     | `reward_mode` | str | `"score"` | `score`, `improvement` |
     | `patient_assignment` | str | `"random"` | `random`, `fixed` |
     | `device` | str | `"cpu"` | where the model runs |
+    | `render_mode` | None, str | `None` | `rgb_array`, `ansi`; see `render` |
 
     ## Version History
 
     - v0: first version.
     """
 
-    metadata: dict[str, Any] = {"render_modes": []}
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": RENDER_FPS}
 
     def __init__(
         self,
@@ -235,7 +285,9 @@ class HydrogelEnv(gym.Env):
         observe_explored: bool = False,
         reward_mode: RewardMode = "score",
         patient_assignment: PatientAssignment = "random",
+        render_mode: RenderMode | None = None,
     ) -> None:
+        check_choice("render_mode", render_mode, (None, *RENDER_MODES))
         self.problem = DesignProblem(
             device=device,
             horizon=horizon,
@@ -251,8 +303,10 @@ class HydrogelEnv(gym.Env):
         )
         self.action_space = self.problem.action_space
         self.observation_space = self.problem.observation_space
+        self.render_mode = render_mode
         self._state: State | None = None
         self._terminated = False
+        self._last: tuple[Design, Transition] | None = None  # of this episode
 
     @torch.no_grad()
     def reset(
@@ -280,7 +334,7 @@ class HydrogelEnv(gym.Env):
             state = dynamics.next_episode(self._state, self.problem.params)
         if chosen is not None:
             state = state._replace(patient_index=chosen, home_index=chosen)
-        self._state, self._terminated = state, False
+        self._state, self._terminated, self._last = state, False, None
         return self._observation(), {"patient_index": int(state.patient_index)}
 
     @torch.no_grad()
@@ -297,8 +351,36 @@ class HydrogelEnv(gym.Env):
         design = self.problem.design(action, ())
         result = self.problem.transition(self._state, design)
         self._state, self._terminated = result.state, bool(result.terminated)
+        if self.render_mode is not None:
+            # The caller may write to its action.
+            self._last = Design(*(tensor.clone() for tensor in design)), result
         info = {key: self._unbatched(value) for key, value in _step_info(result).items()}
         return self._observation(), float(result.reward), self._terminated, False, info
+
+    def render(self) -> np.ndarray | str | None:
+        """Show the patient and, after a step, the last design, also once the episode has ended.
+
+        Short axis of the left ventricle at end-diastole, to scale: cavity, wall, scar, border zone
+        and the patch over what the design covers, with what was predicted; the same scale for all
+        patients. `rendering` says what is assumed: the cavity is a sphere of the end-diastolic
+        volume, and the site of the scar on the circumference is not known.
+
+        Returns:
+            For `"rgb_array"` a (480, 640, 3) uint8 array, for `"ansi"` a few lines of text. Without
+            a render mode None, with a warning.
+
+        Raises:
+            ResetNeeded: there is no patient before the first reset.
+            DependencyNotInstalled: `"rgb_array"` needs Pillow, which the extra `render` brings.
+        """
+        if self.render_mode is None:
+            _warn_that_no_mode_was_chosen()
+            return None
+        if self._state is None:
+            raise ResetNeeded("call reset() before render()")
+        evaluation = _evaluations(*self._last)[0] if self._last else None
+        scene = _scene(self.problem, int(self._state.patient_index), evaluation)
+        return _frames(self.render_mode, [scene])[0]
 
     def _observation(self) -> Any:
         return _map(lambda rows: rows[0].cpu().numpy(), self.problem.observe(self._state))
@@ -352,6 +434,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         dtype: `"float64"` computes in double precision, for `output="torch"` alone, since the
             spaces are of float32. It is there to compare runs by: vector instructions round a
             float32 number by its place in the batch.
+        render_mode: `"rgb_array"` or `"ansi"`, one frame per environment; see `render`.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
@@ -359,7 +442,11 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         CompileError: the step cannot be compiled, as a `RuntimeError`; names the cause.
     """
 
-    metadata: dict[str, Any] = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    metadata: dict[str, Any] = {
+        "render_modes": list(RENDER_MODES),
+        "render_fps": RENDER_FPS,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
 
     def __init__(
         self,
@@ -380,8 +467,10 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         validate_actions: bool | None = None,
         compile: bool = False,
         dtype: Dtype = "float32",
+        render_mode: RenderMode | None = None,
     ) -> None:
         check_count("num_envs", num_envs)
+        check_choice("render_mode", render_mode, (None, *RENDER_MODES))
         check_choice("output", output, get_args(Output))
         check_choice("dtype", dtype, get_args(Dtype) if output == "torch" else ("float32",))
         if not isinstance(autoreset_mode, AutoresetMode):
@@ -419,6 +508,10 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.single_observation_space = self.problem.observation_space
         self._state: State | None = None
         self._done: Tensor | None = None
+        # What `render` needs of the last step: the state before it, which environments were stepped
+        # and not reset since, and the action.
+        self.render_mode = render_mode
+        self._last: tuple[State, Tensor, tuple[Tensor, ...]] | None = None
         self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
             self.problem.step, autoreset=self.autoreset_mode.value
         )
@@ -475,6 +568,9 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self._state = fresh if mask is None else dynamics.select(mask, fresh, self._state)
         every = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
         self._done = ~every if mask is None else self._done & ~mask
+        if self._last is not None:
+            state, stepped, action = self._last
+            self._last = None if mask is None else (state, stepped & ~mask, action)
         mask = every if mask is None else mask.clone()
         patients = self._state.patient_index.masked_fill(~mask, 0)
         info = {"patient_index": patients, "_patient_index": mask}
@@ -539,7 +635,48 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         step, valid = self._step(self._state, self._done, action)
         if self.problem.validate and not valid:
             self._refuse(action)
+        if self.render_mode is not None:
+            skipped = self._done & (self.autoreset_mode is AutoresetMode.NEXT_STEP)
+            # The caller may write to its action.
+            self._last = self._state, ~skipped, tuple(tensor.clone() for tensor in action)
         return self._accept(step)
+
+    @torch.no_grad()
+    def render(self) -> tuple[Any, ...] | None:
+        """Show every environment's patient and what the last step did; see `HydrogelEnv.render`.
+
+        An environment whose episode ended in the last step still shows that step, in mode
+        `SameStep` as well, where it has begun another: with one design per episode nothing but
+        patients would be seen otherwise.
+
+        Returns:
+            B arrays or texts. An array takes some 20 ms and 0.9 MB. Without a render mode None,
+            with a warning.
+
+        Raises:
+            ResetNeeded: there are no patients before the first reset.
+            DependencyNotInstalled: `"rgb_array"` needs Pillow, which the extra `render` brings.
+        """
+        if self.render_mode is None:
+            _warn_that_no_mode_was_chosen()
+            return None
+        if self._state is None:
+            raise ResetNeeded("call reset() before render()")
+        patients, evaluations = self._state.patient_index, [None] * self.num_envs
+        if self._last is not None:
+            state, stepped, action = self._last
+            stepped = stepped & self.problem.allows(action)
+            design = self.problem.ignore(self.problem.decode(action), ~stepped)
+            result = self.problem.transition(state, design, skip=~stepped)
+            patients = torch.where(stepped, state.patient_index, patients)
+            evaluations = [
+                evaluation if shown else None
+                for evaluation, shown in zip(
+                    _evaluations(design, result), stepped.tolist(), strict=True
+                )
+            ]
+        pairs = zip(patients.tolist(), evaluations, strict=True)
+        return _frames(self.render_mode, [_scene(self.problem, *pair) for pair in pairs])
 
     def state_dict(self) -> dict[str, Tensor]:
         """What every later observation, reward and reset depends on, beside the actions.
@@ -587,7 +724,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
                 )
         copied = {name: state[name].to(self.device, copy=True) for name in expected}
         self._done = copied.pop("done")
-        self._state = State(**copied)
+        self._state, self._last = State(**copied), None
 
     def _refuse(self, action: tuple[Tensor, ...]) -> NoReturn:
         """Say what is wrong with a step, which was found only to be wrong somewhere."""

@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "oracle": LEAVES | {"dynamics", "reward_model", "files"},
     "ranking": LEAVES | {"dynamics"},
     "problem": LEAVES | {"dynamics", "reward_model"},
-    "env": LEAVES | {"dynamics", "reward_model", "problem", "compiled", "memory"},
+    "rendering": LEAVES | {"dynamics"},
+    "env": LEAVES | {"dynamics", "reward_model", "problem", "rendering", "compiled", "memory"},
     "__init__": set(MODULES) - {"__init__"},
 }
 
@@ -70,6 +71,14 @@ def test_only_the_environment_and_the_registration_import_more_of_gymnasium_than
         assert {name for name in used if not name.startswith("gymnasium.spaces")} == set()
     else:
         assert used != set()
+
+
+def test_drawing_library_is_imported_only_within_the_functions_that_draw():
+    tree = parse(MODULES["rendering"])
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    inside = {name for node in functions for name in imports(node)}
+    assert third_party(iter(inside)) == {"PIL"}
+    assert third_party(iter(set(imports(tree)) - inside)) == {"hydrogel_gym", "numpy"}
 
 
 def test_dynamics_needs_nothing_but_torch():

@@ -1,0 +1,497 @@
+"""What a picture shows, by numbers and beside stored pictures.
+
+`python tests/test_rendering.py` rewrites the stored pictures; look at them before they are kept.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.error import DependencyNotInstalled, ResetNeeded
+from gymnasium.utils.env_checker import check_env
+from gymnasium.wrappers import RecordVideo
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+
+from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv, RewardConfig, load_polymers
+from hydrogel_gym.rendering import (
+    HEART_CENTRE_PX,
+    HEART_RADIUS_PX,
+    HEIGHT_PX,
+    TISSUES,
+    WIDTH_PX,
+    Evaluation,
+    Scene,
+    cavity_radius_mm,
+    describe,
+    draw,
+    pixels_per_mm,
+    ring_sector,
+    scene_axis,
+    short_axis,
+)
+from hydrogel_gym.spaces import (
+    COVERAGE_FRACTIONS,
+    COVERAGES,
+    FORMULATION_FIELDS,
+    OUTCOME_FIELDS,
+    PATIENT_FIELDS,
+    Field,
+)
+
+REFERENCES = Path(__file__).parent / "references"
+TYPICAL = {
+    "lvef_pct": 36.4,
+    "gls_pct": -11.0,
+    "edv_ml": 208.0,
+    "esv_ml": 132.3,
+    "scar_fraction_pct": 21.0,
+    "bz_fraction_pct": 13.0,
+    "bz_stress_kpa": 34.2,
+    "healthy_stress_kpa": 18.0,
+    "stress_concentration": 1.9,
+    "transmurality": 0.54,
+    "wall_thickness_mm": 6.5,
+}
+SMALL = {"edv_ml": 90.0, "wall_thickness_mm": 4.0, "transmurality": 0.2}
+SMALL |= {"scar_fraction_pct": 5.0, "bz_fraction_pct": 4.0}
+LARGE = {"edv_ml": 400.0, "wall_thickness_mm": 13.0, "transmurality": 1.0}
+LARGE |= {"scar_fraction_pct": 45.0, "bz_fraction_pct": 28.0}
+THIN_PATCH, THICK_PATCH = (5.0, 7.0, 0.0, 1.0), (30.0, 180.0, 1.0, 5.0)
+GOOD = (4.2, 18.2, 1.6, 0.08, 0.91, 0.12)
+BAD = (-0.4, -12.2, -3.0, 0.183, 0.71, 0.223)
+WORST = (-100.0, -100.0, -500.0, 1.0, 0.0, 1.0)
+
+
+def scene(patient=None, design=None, **changes) -> Scene:
+    """A typical patient with changes, and a design if its changes are given."""
+    patient, evaluation = TYPICAL | (patient or {}), None
+    if design is not None:
+        evaluation = {
+            "polymer": "MeHA_photocrosslink",
+            "formulation": (12.3, 45.0, 0.2, 2.5),
+            "coverage": 2,
+            "outcomes": GOOD,
+            "reward": 13.52,
+            "iteration": 1,
+        }
+        evaluation = Evaluation(**(evaluation | design))
+    return Scene("P0042", tuple(patient.values()), evaluation=evaluation, **changes)
+
+
+SCENES = {
+    "patient": scene(),
+    "typical": scene(design={}),
+    "thin_scar_only": scene(
+        SMALL, {"coverage": 0, "formulation": THIN_PATCH, "outcomes": BAD, "reward": -3.2}
+    ),
+    "thick_full_coverage": scene(
+        LARGE,
+        {
+            "coverage": 3,
+            "formulation": THICK_PATCH,
+            "outcomes": WORST,
+            "reward": -303.2,
+            "iteration": 100,
+        },
+        horizon=100,
+    ),
+}
+
+
+def within(fields: tuple[Field, ...], name: str) -> st.SearchStrategy[float]:
+    field = next(field for field in fields if field.name == name)
+    return st.floats(field.low, field.high)
+
+
+PATIENTS = st.fixed_dictionaries({name: within(PATIENT_FIELDS, name) for name in LARGE})
+THICKNESSES = within(FORMULATION_FIELDS, "thickness_mm")
+
+
+@given(PATIENTS, THICKNESSES, st.sampled_from(COVERAGE_FRACTIONS))
+def test_patch_covers_the_scar_and_its_share_of_the_border_zone(patient, thickness_mm, share):
+    axis = short_axis(patient, thickness_mm, share)
+    covered_pct = patient["scar_fraction_pct"] + share * patient["bz_fraction_pct"]
+    assert 100.0 * axis.patch_rad / math.pi == pytest.approx(covered_pct)
+    assert axis.patch_mm - axis.epicardium_mm == pytest.approx(thickness_mm)
+    assert axis.scar_rad <= axis.patch_rad <= axis.border_rad <= 0.73 * math.pi + 1e-9
+
+
+@given(PATIENTS, THICKNESSES, st.sampled_from([None, *COVERAGE_FRACTIONS]))
+def test_radii_grow_from_the_cavity_to_the_patch_and_stay_within_the_picture(
+    patient, thickness_mm, share
+):
+    axis = short_axis(patient, thickness_mm, share)
+    assert 0.0 < axis.cavity_mm < axis.scar_mm <= axis.epicardium_mm <= axis.patch_mm
+    assert axis.epicardium_mm - axis.cavity_mm == pytest.approx(patient["wall_thickness_mm"])
+    radius_px = axis.patch_mm * pixels_per_mm(axis)
+    assert radius_px <= HEART_RADIUS_PX + 1e-9
+    for centre, size in zip(HEART_CENTRE_PX, (WIDTH_PX, HEIGHT_PX), strict=True):
+        assert 0.0 < centre - radius_px
+        assert centre + radius_px < size
+
+
+@given(st.floats(1.0, 5000.0), st.floats(0.0, 300.0), st.floats(0.0, 300.0))
+def test_ventricle_that_no_cohort_may_have_stays_within_circle_and_picture(edv_ml, scar, border):
+    patient = TYPICAL | {"edv_ml": edv_ml, "scar_fraction_pct": scar, "bz_fraction_pct": border}
+    axis = short_axis(patient, 5.0, 1.0)
+    assert 0.0 <= axis.scar_rad <= axis.patch_rad <= axis.border_rad <= math.pi
+    assert axis.patch_mm * pixels_per_mm(axis) <= HEART_RADIUS_PX + 1e-9
+
+
+def test_all_patients_of_a_cohort_are_drawn_to_one_scale():
+    assert pixels_per_mm(short_axis(TYPICAL | SMALL)) == pixels_per_mm(
+        short_axis(TYPICAL | LARGE, 5.0, 1.0)
+    )
+
+
+def test_cavity_is_the_sphere_of_the_end_diastolic_volume():
+    assert cavity_radius_mm(36.0 * math.pi) == pytest.approx(30.0)
+
+
+def test_ring_sector_lies_between_its_radii_and_angles_clockwise_from_the_top():
+    x, y = ring_sector(2.0, 3.0, -0.5, 2.5).T
+    radii, angles = np.hypot(x, y), np.arctan2(x, -y)
+    assert set(radii.round(9)) == {2.0, 3.0}
+    assert (angles.min(), angles.max()) == pytest.approx((-0.5, 2.5))
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_every_pixel_off_the_edges_has_the_colour_of_what_is_there(name):
+    axis = scene_axis(SCENES[name])
+    picture, scale = draw(SCENES[name]), pixels_per_mm(axis)
+    y, x = np.mgrid[:HEIGHT_PX, :WIDTH_PX] + 0.5
+    x, y = x - HEART_CENTRE_PX[0], y - HEART_CENTRE_PX[1]
+    radius, angle = np.hypot(x, y), np.abs(np.arctan2(x, -y))
+    cavity, scar, outside, patch = (scale * value for value in axis[:4])
+    is_wall = (radius > cavity) & (radius < outside)
+    is_scar = is_wall & (angle < axis.scar_rad) & (radius < scar)
+    is_border = is_wall & (angle > axis.scar_rad) & (angle < axis.border_rad)
+    is_patch = (radius > outside) & (radius < patch) & (angle < axis.patch_rad)
+    expected = {
+        "scar": is_scar,
+        "border": is_border,
+        "patch": is_patch,
+        "remote": is_wall & ~is_scar & ~is_border,
+    }
+    edges = [np.abs(radius - edge) for edge in np.array(axis[:4]) * scale]
+    edges += [radius * np.abs(angle - edge) for edge in axis[4:] if edge > 0.0]
+    # The line round the wall lies within it.
+    is_clear = np.min(edges, axis=0) > np.where(radius > outside, 1.15, 1.75)
+    for tissue, mask in expected.items():
+        color = list(bytes.fromhex(TISSUES[tissue][0][1:]))
+        assert (picture[mask & is_clear] == color).all(), tissue
+    assert (
+        picture[is_clear & (radius > outside) & (radius < patch + 5.0) & ~is_patch] == 255
+    ).all()
+    seen = {tissue for tissue, mask in expected.items() if (mask & is_clear).any()}
+    # The smallest scar is two pixels deep and so all edge.
+    missing = {"patient": {"patch"}, "thin_scar_only": {"scar"}}
+    assert seen == set(TISSUES) - missing.get(name, set())
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_picture_is_the_stored_one(name):
+    with Image.open(REFERENCES / f"{name}.png") as image:
+        stored = np.array(image.convert("RGB"), float)
+    picture = draw(SCENES[name])
+    assert picture.dtype == np.uint8
+    assert picture.shape == stored.shape == (HEIGHT_PX, WIDTH_PX, 3)
+    difference = np.abs(picture - stored)
+    assert difference.mean() < 0.5
+    # A patch that is missing would be no more than a twentieth of a grey level of the whole.
+    tiles = difference.reshape(HEIGHT_PX // 32, 32, WIDTH_PX // 32, 32, 3).mean((1, 3, 4))
+    assert tiles.max() < 5.0
+
+
+def texts_of(monkeypatch, *scenes: Scene) -> list[list[tuple[str, tuple]]]:
+    """Texts of each picture, with the box that each is written in."""
+    written = []
+
+    def record(canvas, xy, text, fill=None, font=None, anchor=None):
+        written.append((text, canvas.textbbox(xy, text, font=font, anchor=anchor)))
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
+    pages = []
+    for each in scenes:
+        draw(each)
+        pages.append(written.copy())
+        written.clear()
+    return pages
+
+
+def test_texts_are_whole_and_never_overlap_nor_leave_the_picture(monkeypatch):
+    extreme = {"formulation": THICK_PATCH, "outcomes": WORST, "iteration": 100, "reward": -303.2}
+    names = load_polymers().names
+    scenes = [
+        scene(LARGE, extreme | {"polymer": names[i], "coverage": i % len(COVERAGES)}, horizon=100)
+        for i in range(len(names))
+    ]
+    for texts in texts_of(monkeypatch, *scenes, *SCENES.values()):
+        boxes = [(*box, text) for text, box in texts if text]
+        for i, (left, top, right, bottom, text) in enumerate(boxes):
+            assert not text.endswith("...")
+            assert 0 <= left <= right <= WIDTH_PX, text
+            assert 0 <= top <= bottom <= HEIGHT_PX, text
+            for other in boxes[:i]:
+                apart = right <= other[0] or other[2] <= left
+                assert apart or bottom <= other[1] or other[3] <= top, (text, other[-1])
+
+
+def test_long_patient_id_is_shortened(monkeypatch):
+    ((title, (_, _, right, _)),) = (
+        entry
+        for entry in texts_of(monkeypatch, Scene("x" * 500, tuple(TYPICAL.values())))[0]
+        if "patient" in entry[0]
+    )
+    assert title.startswith("Virtual patient x")
+    assert title.endswith("x...")
+    assert right <= WIDTH_PX
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1], ids=["default limits", "stricter limits"])
+def test_broken_limit_is_told_in_picture_and_text(monkeypatch, margin):
+    outcomes = (4.2, 18.2, 1.6, 0.1, 0.85, 0.15)
+    told = scene(design={"outcomes": outcomes}, limits=RewardConfig().stricter(margin))
+    texts = [text for text, _ in texts_of(monkeypatch, told)[0]]
+    broken = ["0.100 > 0.050", "0.850 < 0.900", "0.150 > 0.100"]
+    assert [text for text in texts if ">" in text or "<" in text] == (broken if margin else [])
+    assert describe(told).count("(limit broken)") == (3 if margin else 0)
+
+
+def test_text_says_what_the_picture_shows():
+    assert describe(SCENES["typical"]).splitlines() == [
+        "Virtual patient P0042: LVEF 36.4 %, EDV 208 mL, wall 6.5 mm",
+        "Scar 21.0 % of the left ventricle, 54 % of the wall deep; border zone 13.0 %",
+        "Design 1 of 1: MeHA_photocrosslink, 12.3 kPa, half-life 45 days, 0.20 S/m, 2.5 mm thick",
+        "Covered: scar + 50 % of border zone, 27.5 % of the circumference",
+        "Predicted: LVEF change +4.2 points; Stress reduction 18.2 %; P(optimal) 0.83; "
+        "Toxicity risk 0.080; Integrity 0.910; Fibrosis risk 0.120",
+        "Reward 13.52",
+    ]
+    assert describe(SCENES["patient"]).splitlines()[2:] == ["No design yet"]
+
+
+# The environments.
+
+
+def made(**kwargs) -> HydrogelEnv:
+    return HydrogelEnv(action_format="tuple", **kwargs)
+
+
+ACTION = (4, np.array([12.0, 60.0, 0.5, 3.0], np.float32), 3)
+
+
+def batch(num: int) -> tuple:
+    return np.full(num, 4), np.tile(ACTION[1], (num, 1)), np.full(num, 3)
+
+
+def same(one, other) -> bool:
+    return np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
+def test_design_is_shown_from_the_step_until_the_reset(mode):
+    env = made(render_mode=mode, horizon=2)
+    env.reset(seed=0, options={"patient_id": 3})
+    before = env.render()
+    env.step(ACTION)
+    first = env.render()
+    _, _, terminated, *_ = env.step(ACTION)
+    assert terminated
+    last = env.render()
+    assert same(env.render(), last)
+    env.reset(options={"patient_id": 3})
+    assert same(env.render(), before)
+    assert not same(before, first)
+    assert not same(first, last)  # the reward lacks the bonus of a new polymer
+
+
+def test_picture_holds_patient_design_outcomes_and_reward_of_the_step():
+    env = made(render_mode="rgb_array", horizon=3)
+    _, info = env.reset(seed=1)
+    patient_index = info["patient_index"]
+    patient_id = env.problem.cohort.patient_ids[patient_index]
+    patient = tuple(env.problem.cohort.features[patient_index].tolist())
+    assert same(env.render(), draw(Scene(patient_id, patient, horizon=3)))
+    _, reward, _, _, info = env.step(ACTION)
+    outcomes = tuple(float(info[field.name]) for field in OUTCOME_FIELDS)
+    evaluation = Evaluation("GelMA_BioIL", tuple(ACTION[1].tolist()), 3, outcomes, reward, 1)
+    shown = draw(Scene(patient_id, patient, horizon=3, evaluation=evaluation))
+    assert same(env.render(), shown)
+
+
+def test_formulation_is_shown_as_it_was_evaluated():
+    env = made(render_mode="ansi")
+    env.reset(seed=0)
+    env.step((4, np.array([99.0, 60.0, 0.5, 3.0]), 0))
+    assert "GelMA_BioIL, 30.0 kPa, half-life 60 days, 0.50 S/m, 3.0 mm thick" in env.render()
+    assert "Covered: scar only" in env.render()
+
+
+@pytest.mark.parametrize("env_class", [HydrogelEnv, HydrogelVectorEnv])
+def test_unknown_render_mode_is_refused_when_the_environment_is_made(env_class):
+    with pytest.raises(ValueError, match=r"render_mode is 'human'; allowed: \(None, 'rgb_array', "):
+        env_class(render_mode="human")
+
+
+@pytest.mark.parametrize("env_class", [HydrogelEnv, HydrogelVectorEnv])
+def test_render_needs_a_mode_and_a_patient(env_class):
+    with pytest.warns(UserWarning, match="draws nothing without a render_mode"):
+        assert env_class().render() is None
+    with pytest.raises(ResetNeeded, match="before render"):
+        env_class(render_mode="ansi").render()
+
+
+def test_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
+    env = made(render_mode="rgb_array")
+    env.reset(seed=0)
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(DependencyNotInstalled, match=r'Pillow: pip install -e "\.\[render\]"'):
+        env.render()
+    text = made(render_mode="ansi")
+    text.reset(seed=0)
+    assert text.render().endswith("No design yet")
+
+
+def test_rendering_touches_no_generator_and_changes_no_step():
+    def trace(mode):
+        env = made(render_mode=mode, horizon=2)
+        trace = []
+        for step in range(6):
+            trace.append(env.reset(seed=None if step else 5) if step % 3 == 0 else env.step(ACTION))
+            if mode:
+                env.render()
+        return [str(entry) for entry in trace]
+
+    def states():
+        return (
+            random.getstate(),
+            str(np.random.get_state()),  # noqa: NPY002
+            torch.get_rng_state().tolist(),
+        )
+
+    before = states()
+    assert trace("rgb_array") == trace(None)
+    assert states() == before
+
+
+@pytest.mark.parametrize("mode", [None, "rgb_array", "ansi"])
+def test_checker_finds_nothing_wrong_with_rendering(mode):
+    env = gym.make("HydrogelDesignFlat-v0", render_mode=mode)
+    check_env(env.unwrapped, skip_render_check=False)  # a warning is an error here
+    assert env.metadata["render_modes"] == ["rgb_array", "ansi"]
+
+
+def test_list_of_pictures_and_video_can_be_had(tmp_path):
+    env = gym.make("HydrogelDesign-v0", render_mode="rgb_array_list", horizon=2)
+    env.reset(seed=0)
+    env.step(env.action_space.sample())
+    assert [frame.shape for frame in env.render()] == [(HEIGHT_PX, WIDTH_PX, 3)] * 2
+    pytest.importorskip("moviepy")
+    video = RecordVideo(
+        gym.make("HydrogelDesign-v0", render_mode="rgb_array", horizon=2), str(tmp_path / "new")
+    )
+    video.reset(seed=0)
+    for _ in range(2):
+        video.step(video.action_space.sample())
+    video.close()
+    (path,) = tmp_path.glob("new/*.mp4")
+    assert path.stat().st_size > 1000
+
+
+def vector(**kwargs) -> HydrogelVectorEnv:
+    return HydrogelVectorEnv(
+        **({"num_envs": 3, "render_mode": "ansi", "action_format": "tuple"} | kwargs)
+    )
+
+
+def designs(frames: tuple[str, ...]) -> list[str]:
+    """The line of each text that tells the design."""
+    return [frame.splitlines()[2].partition(":")[0] for frame in frames]
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+def test_frames_of_a_vector_are_those_of_single_environments(mode, output):
+    envs = vector(render_mode=mode, horizon=2, output=output)
+    envs.reset(seed=0)
+    frames = [envs.render()]
+    action = batch(3)
+    envs.step(tuple(map(torch.from_numpy, action)) if output == "torch" else action)
+    action[1][:] = 0.0  # the caller's own array
+    frames.append(envs.render())
+    for row in range(3):
+        env = made(render_mode=mode, horizon=2)
+        env.reset(options={"patient_id": row})
+        assert same(frames[0][row], env.render())
+        env.step(ACTION)
+        assert same(frames[1][row], env.render())
+
+
+def test_vector_that_resets_in_the_same_step_shows_the_design_and_the_patient_it_was_for():
+    envs = vector(patient_assignment="random", output="torch")
+    envs.reset(seed=4)
+    patients = [frame.splitlines()[0] for frame in envs.render()]
+    _, _, terminated, _, _ = envs.step(tuple(map(torch.from_numpy, batch(3))))
+    assert terminated.all()
+    frames = envs.render()
+    assert designs(frames) == ["Design 1 of 1"] * 3
+    assert [frame.splitlines()[0] for frame in frames] == patients
+    envs.reset()
+    assert designs(envs.render()) == ["No design yet"] * 3
+    assert [frame.splitlines()[0] for frame in envs.render()] != patients
+
+
+def test_vector_shows_no_design_in_a_row_that_was_reset():
+    envs = vector(autoreset_mode="Disabled", horizon=2)
+    envs.reset(seed=0)
+    envs.step(batch(3))
+    envs.reset(options={"reset_mask": np.array([False, True, False])})
+    assert designs(envs.render()) == ["Design 1 of 2", "No design yet", "Design 1 of 2"]
+    envs.step(batch(3))
+    assert designs(envs.render()) == ["Design 2 of 2", "Design 1 of 2", "Design 2 of 2"]
+    envs.load_state_dict(envs.state_dict())
+    assert designs(envs.render()) == ["No design yet"] * 3
+
+
+def test_vector_that_resets_in_the_next_step_shows_the_new_patient_then():
+    envs = vector(autoreset_mode="NextStep")
+    envs.reset(seed=0)
+    seen = []
+    for _ in range(3):
+        envs.step(batch(3))
+        seen.append(designs(envs.render())[0])
+    assert seen == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
+
+
+def test_vector_shows_no_design_where_an_unchecked_action_is_not_allowed():
+    envs = vector(validate_actions=False)
+    envs.reset(seed=0)
+    polymers, *others = batch(3)
+    envs.step((polymers * [1, 99, 1], *others))
+    assert designs(envs.render()) == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
+
+
+def test_vector_made_by_gymnasium_renders():
+    envs = gym.make_vec("HydrogelDesignFlat-v0", 2, render_mode="rgb_array")
+    envs.reset(seed=0)
+    assert envs.metadata["render_modes"] == ["rgb_array", "ansi"]
+    frames = envs.render()
+    assert isinstance(frames, tuple)
+    assert [frame.shape for frame in frames] == [(HEIGHT_PX, WIDTH_PX, 3)] * 2
+
+
+if __name__ == "__main__":
+    for _name, _scene in SCENES.items():
+        # A palette loses less than a tenth of a grey level and two thirds of the size.
+        _image = Image.fromarray(draw(_scene)).quantize(256, dither=Image.Dither.NONE)
+        _image.save(REFERENCES / f"{_name}.png", optimize=True)
