@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from hydrogel_gym.spaces import FORMULATION_FIELDS, PATIENT_FIELDS, Outcomes
+from hydrogel_gym.spaces import FORMULATION_FIELDS, PATIENT_FIELDS, Outcomes, flat_designs
 
 INPUTS = ("patient", "polymer_id", "formulation", "coverage")
 _SIGNATURE = (
@@ -132,24 +132,12 @@ class ExportedModel(nn.Module):
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
     ) -> Outcomes:
         """Predict the outcomes of a batch of designs; see `RewardModel`."""
-        shape = torch.broadcast_shapes(
-            patient.shape[:-1], polymer_id.shape, formulation.shape[:-1], coverage.shape
-        )
+        shape, design = flat_designs(patient, polymer_id, formulation, coverage)
         rows = math.prod(shape)
-
-        def flat(value: Tensor, dtype: torch.dtype, *columns: int) -> Tensor:
-            value = value.to(dtype).expand((*shape, *columns)).reshape(rows, *columns)
-            if rows < self._min_rows:
-                padding = value.new_zeros(self._min_rows - rows, *columns)
-                value = torch.cat([value, padding])
-            return value
-
-        outcomes = self.program(
-            flat(patient, torch.float32, len(PATIENT_FIELDS)),
-            flat(polymer_id, torch.int64),
-            flat(formulation, torch.float32, len(FORMULATION_FIELDS)),
-            flat(coverage, torch.int64),
-        )
+        if rows < self._min_rows:
+            missing = self._min_rows - rows
+            design = [torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) for x in design]
+        outcomes = self.program(*design)
         if isinstance(outcomes, dict):
             outcomes = [outcomes[name] for name in Outcomes._fields]
         return Outcomes(*(value[:rows].reshape(shape).to(patient.dtype) for value in outcomes))

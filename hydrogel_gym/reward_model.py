@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -85,19 +85,14 @@ def load_reward_model(
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
     of_ensemble = {"pessimism": pessimism, "compute_dtype": compute_dtype}
-    if isinstance(spec, str) and Path(spec).suffix == ".pt":
-        try:
-            model = load_stage1(spec, **of_ensemble)
-        except ValueError as error:
-            raise RewardModelError(f"reward_model {spec!r}: {error}") from error
-    else:
-        for argument, value in of_ensemble.items():
-            if value is not None:
-                raise RewardModelError(
-                    f"{argument} is {value!r}; only a Stage-1 checkpoint (.pt) has an ensemble to "
-                    f"apply it to, and reward_model is {spec!r}"
-                )
-        model = _load(spec, outcome_scale) if isinstance(spec, str) else spec
+    has_ensemble = isinstance(spec, str) and Path(spec).suffix == ".pt"
+    for argument, value in of_ensemble.items():
+        if value is not None and not has_ensemble:
+            raise RewardModelError(
+                f"{argument} is {value!r}; only a Stage-1 checkpoint (.pt) has an ensemble to "
+                f"apply it to, and reward_model is {spec!r}"
+            )
+    model = _load(spec, outcome_scale, of_ensemble) if isinstance(spec, str) else spec
     if isinstance(model, nn.Module):
         model.eval().requires_grad_(False).to(device)
     name = f"reward_model {spec!r}" if isinstance(spec, str) else "reward_model"
@@ -105,7 +100,7 @@ def load_reward_model(
     return model
 
 
-def _load(spec: str, outcome_scale: str) -> RewardModel:
+def _load(spec: str, outcome_scale: str, of_ensemble: dict[str, Any]) -> RewardModel:
     if spec == "mechanistic":
         return MechanisticModel(outcome_scale=outcome_scale)
     # Before the colon is looked for: C:\stage1.pt2 has one too.
@@ -115,6 +110,11 @@ def _load(spec: str, outcome_scale: str) -> RewardModel:
             return load_program(path)
         except ProgramError as error:
             raise RewardModelError(str(error)) from error
+    if path.suffix == ".pt":
+        try:
+            return load_stage1(path, **of_ensemble)
+        except ValueError as error:
+            raise RewardModelError(f"reward_model {spec!r}: {error}") from error
     module_name, _, factory_name = spec.partition(":")
     if not factory_name:
         raise RewardModelError(

@@ -8,6 +8,7 @@ document, section 2.1.
 
 from __future__ import annotations
 
+import math
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
@@ -93,6 +94,28 @@ class Design(NamedTuple):
     polymer_id: Tensor
     formulation: Tensor
     coverage: Tensor
+
+
+def flat_designs(
+    patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+) -> tuple[tuple[int, ...], list[Tensor]]:
+    """What a reward model is given, of any batch shapes that broadcast, in one batch dimension.
+
+    Returns:
+        The broadcast batch shape; and of its B designs patient (B, 11) and formulation (B, 4) in
+        float32, polymer_id (B,) and coverage (B,) in int64, in the order of the arguments.
+    """
+    shape = torch.broadcast_shapes(
+        patient.shape[:-1], polymer_id.shape, formulation.shape[:-1], coverage.shape
+    )
+    patient, formulation = (
+        x.to(torch.float32).expand(*shape, x.shape[-1]).reshape(math.prod(shape), x.shape[-1])
+        for x in (patient, formulation)
+    )
+    polymer_id, coverage = (
+        x.to(torch.int64).expand(shape).reshape(-1) for x in (polymer_id, coverage)
+    )
+    return tuple(shape), [patient, polymer_id, formulation, coverage]
 
 
 def _bounds(fields: tuple[Field, ...]) -> tuple[np.ndarray, np.ndarray]:

@@ -33,10 +33,10 @@ from hydrogel_gym.spaces import (
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Outcomes,
+    flat_designs,
 )
 
 FORMAT = "hydrogel_gym.stage1.v1"
-NUM_PATIENT_FIELDS, NUM_FORMULATION_FIELDS = len(PATIENT_FIELDS), len(FORMULATION_FIELDS)
 # Order of the numeric features: 19, as in the source.
 NUMERIC_FIELDS = (
     *(item.name for item in PATIENT_FIELDS),
@@ -293,43 +293,24 @@ class Stage1Ensemble(nn.Module):
         low, high = self.formulation_low[polymer_id], self.formulation_high[polymer_id]
         return _outside(formulation, low, high) + (1.0 - self.seen[polymer_id, coverage])
 
-    def _flat(self, *design: Tensor) -> tuple[tuple[int, ...], list[Tensor]]:
-        """The batch shape, and the design with one batch dimension, in float32."""
-        patient, polymer_id, formulation, coverage = design
-        shape = torch.broadcast_shapes(
-            patient.shape[:-1], polymer_id.shape, formulation.shape[:-1], coverage.shape
-        )
-        patient, formulation = (
-            x.to(torch.float32).expand(*shape, -1).reshape(-1, x.shape[-1])
-            for x in (patient, formulation)
-        )
-        polymer_id, coverage = (x.expand(shape).reshape(-1) for x in (polymer_id, coverage))
-        return shape, [patient, polymer_id, formulation, coverage]
-
     def predict(
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
     ) -> Prediction:
         """Mean and spread of the members, without pessimism.
 
-        Args:
-            patient: (..., 11) in the order and units of `PATIENT_FIELDS`.
-            polymer_id: (...) int64 row of the polymer table.
-            formulation: (..., 4) in the order and units of `FORMULATION_FIELDS`.
-            coverage: (...) int64 index into `COVERAGES`.
-
-        Returns:
-            Of the broadcast batch shape, in the dtype of `patient`.
+        Takes what `forward` takes, and answers in the broadcast batch shape and the dtype of
+        `patient`.
         """
-        shape, flat = self._flat(patient, polymer_id, formulation, coverage)
+        shape, flat = flat_designs(patient, polymer_id, formulation, coverage)
         members = self.members(*flat)
-
-        def shaped(x: Tensor) -> Outcomes:
-            return Outcomes(*(part.reshape(shape).to(patient.dtype) for part in x.unbind(-1)))
-
         mean = members.mean(0).clamp(self.low, self.high)
         std = members.std(0, correction=0)
         distance = self.patient_distance(flat[0]) + self.design_distance(*flat[1:])
-        return Prediction(shaped(mean), shaped(std), distance.reshape(shape).to(patient.dtype))
+        return Prediction(
+            _outcomes(mean, shape, patient.dtype),
+            _outcomes(std, shape, patient.dtype),
+            distance.reshape(shape).to(patient.dtype),
+        )
 
     def forward(
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
@@ -340,24 +321,21 @@ class Stage1Ensemble(nn.Module):
         deviation grows there by that of the outcome in the table for each width of the range. That
         is of the design alone: who the patient is, is not the policy's choice.
 
-        Args:
-            patient: (..., 11) in the order and units of `PATIENT_FIELDS`.
-            polymer_id: (...) int64 row of the polymer table.
-            formulation: (..., 4) in the order and units of `FORMULATION_FIELDS`.
-            coverage: (...) int64 index into `COVERAGES`.
-
-        Returns:
-            Outcomes of the broadcast batch shape, in the dtype of `patient`.
+        Arguments and result are those of a `RewardModel`, whose batch shapes may broadcast.
         """
-        shape, flat = self._flat(patient, polymer_id, formulation, coverage)
+        shape, flat = flat_designs(patient, polymer_id, formulation, coverage)
         members = self.members(*flat)
         outcomes = members.mean(0)
         if self.pessimism > 0.0:
             distance = self.design_distance(*flat[1:]).unsqueeze(-1)
             std = members.std(0, correction=0) + distance * self.spread
             outcomes = outcomes + self.pessimism * self.worse * std
-        outcomes = outcomes.clamp(self.low, self.high)
-        return Outcomes(*(part.reshape(shape).to(patient.dtype) for part in outcomes.unbind(-1)))
+        return _outcomes(outcomes.clamp(self.low, self.high), shape, patient.dtype)
+
+
+def _outcomes(columns: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Outcomes:
+    """Outcomes of (B, 6) columns, in the batch shape that was asked for."""
+    return Outcomes(*(column.reshape(shape).to(dtype) for column in columns.unbind(-1)))
 
 
 def save_stage1(
