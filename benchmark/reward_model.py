@@ -21,7 +21,7 @@ from trainers.launch import machine
 
 from hydrogel_gym import load_cohort, load_reward_model
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.spaces import FORMULATION_FIELDS
+from hydrogel_gym.spaces import FORMULATION_HIGH, FORMULATION_LOW
 
 RESULTS = Path(__file__).parent / "results"
 NUM_ENVS, CALLS = 2000, 20
@@ -30,8 +30,7 @@ NUM_ENVS, CALLS = 2000, 20
 def designs() -> tuple[torch.Tensor, ...]:
     """One random design for each patient."""
     generator = torch.Generator().manual_seed(0)
-    low = torch.tensor([f.low for f in FORMULATION_FIELDS])
-    high = torch.tensor([f.high for f in FORMULATION_FIELDS])
+    low, high = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH)
     return (
         load_cohort().features[:NUM_ENVS],
         torch.randint(24, (NUM_ENVS,), generator=generator),

@@ -89,8 +89,13 @@ def register_design():
 @pytest.fixture(scope="session")
 def ppo():
     """The trainer, which is a script, as a module."""
-    path = Path(__file__).parents[1] / "train" / "ppo_hybrid.py"
-    spec = importlib.util.spec_from_file_location("ppo_hybrid_under_test", path)
+    return load_script("train/ppo_hybrid.py")
+
+
+def load_script(path: str):
+    """A script of the checkout as a module, under a name of its own."""
+    path = Path(__file__).parents[1] / path
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
@@ -99,14 +104,15 @@ def ppo():
 
 def script_beside_the_trainer(name: str, ppo):
     """A script of `train/` as a module; its `ppo_hybrid` is the fixture `ppo`."""
-    path = Path(__file__).parents[1] / "train" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(f"{name}_under_test", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "ppo_hybrid", ppo)
-        spec.loader.exec_module(module)
-    return module
+        return load_script(f"train/{name}.py")
+
+
+@pytest.fixture(scope="session")
+def outcome_maker():
+    """The script that makes up Stage-1 outcomes."""
+    return load_script("patients/make_outcomes.py")
 
 
 @pytest.fixture(scope="session")

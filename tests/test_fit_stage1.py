@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -32,14 +30,9 @@ def embedding_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def made_up() -> pd.DataFrame:
+def made_up(outcome_maker) -> pd.DataFrame:
     """Outcomes of 12 patients, without noise."""
-    path = Path(__file__).parents[1] / "patients" / "make_outcomes.py"
-    spec = importlib.util.spec_from_file_location("make_outcomes_for_fitting", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.make_outcomes(
+    return outcome_maker.make_outcomes(
         patients=12,
         rows=ROWS,
         seed=3,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import math
@@ -28,11 +27,8 @@ CLEAN = {"outlier_share": 0.0, "missing_share": 0.0}
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("make_outcomes", PATIENTS / "make_outcomes.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(outcome_maker):
+    return outcome_maker
 
 
 @pytest.fixture(scope="module")

@@ -43,6 +43,7 @@ from hydrogel_gym.files import write_atomically
 from hydrogel_gym.spaces import (
     COVERAGES,
     FORMULATION_FIELDS,
+    FORMULATION_LOW,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Field,
@@ -73,6 +74,7 @@ VALIDATION_ROWS = 20_000  # per member, so that looking costs little beside an e
 # S/m and mS/cm, days and weeks.
 UNIT_FACTORS = (1000.0, 24.0, 100.0, 10.0, 7.0)
 CALIBRATION_BINS = 15
+BATCH_ROWS = 16_384  # predicted at a time
 
 
 @dataclass
@@ -146,13 +148,14 @@ def read_table(path: Path) -> Table:
         return UsageError(f"table {path}: {cause}")
 
     fields = (*PATIENT_FIELDS, *FORMULATION_FIELDS)
-    wanted = ["patient_id", *(f.name for f in fields), "polymer_name", "coverage", *OUTCOME_COLUMNS]
+    numeric = [*(f.name for f in fields), *OUTCOME_COLUMNS]
+    wanted = ["patient_id", "polymer_name", "coverage", *numeric]
     if missing := [name for name in wanted if name not in frame.columns]:
         found = ", ".join(map(str, frame.columns))
         raise fail(f"missing columns: {', '.join(missing)}; columns found: {found}")
     if frame.empty:
         raise fail("no rows, only a header")
-    numbers = {name: _numbers(frame, name, fail) for name in wanted if name in _NUMERIC}
+    numbers = {name: _numbers(frame, name, fail) for name in numeric}
     for field in fields:
         _check_range(field, numbers[field.name], fail, required=True)
     for field, name in zip(OUTCOME_FIELDS, OUTCOME_COLUMNS, strict=True):
@@ -180,9 +183,6 @@ def read_table(path: Path) -> Table:
         ),
         _groups(frame["patient_id"], patient, fail),
     )
-
-
-_NUMERIC = {f.name for f in (*PATIENT_FIELDS, *FORMULATION_FIELDS)} | set(OUTCOME_COLUMNS)
 
 
 def _read_frame(path: Path) -> pd.DataFrame:
@@ -391,7 +391,7 @@ def _embeddings_of(path: Path, names: tuple[str, ...]) -> np.ndarray:
         raise UsageError(f"--polymer-embeddings {path}: no such file")
     if path.suffix == ".npy":
         try:
-            vectors = np.load(path, allow_pickle=False)
+            vectors = np.load(path, allow_pickle=False).astype(np.float64)
         except Exception as error:
             raise UsageError(
                 f"--polymer-embeddings {path} cannot be read: {ppo_hybrid.reason(error)}"
@@ -414,10 +414,11 @@ def _embeddings_of(path: Path, names: tuple[str, ...]) -> np.ndarray:
         raise UsageError(
             f"--polymer-embeddings {path}: shape {vectors.shape}; expected ({len(names)}, any)"
         )
-    if not np.isfinite(vectors.astype(np.float64)).all():
-        row = int(np.argmin(np.isfinite(vectors.astype(np.float64)).all(1)))
-        raise UsageError(f"--polymer-embeddings {path}: {names[row]} is not finite")
-    return vectors.astype(np.float64)
+    finite = np.isfinite(vectors).all(1)
+    if not finite.all():
+        name = names[int(finite.argmin())]
+        raise UsageError(f"--polymer-embeddings {path}: {name} is not finite")
+    return vectors
 
 
 def task_losses(prediction: Tensor, target: Tensor) -> Tensor:
@@ -468,7 +469,7 @@ def scaling_of(table: Table) -> Scaling:
 def fitted_range(table: Table) -> FittedRange:
     """Where a table has rows."""
     num_polymers = len(hydrogel_gym.load_polymers())
-    low = torch.tensor([f.low for f in FORMULATION_FIELDS]).repeat(num_polymers, 1)
+    low = torch.from_numpy(FORMULATION_LOW).repeat(num_polymers, 1)
     high = low.clone()
     seen = torch.zeros(num_polymers, len(COVERAGES))
     for polymer in table.polymer_id.unique().tolist():
@@ -605,9 +606,6 @@ def fit(
     return ensemble.to(device), history
 
 
-BATCH_ROWS = 16_384  # predicted at a time
-
-
 def in_batches(predict: Any, table: Table, device: torch.device) -> np.ndarray:
     """(N, 6): the outcomes that a function of designs returns for the rows of a table."""
     parts = []
@@ -671,15 +669,11 @@ def calibration(probability: np.ndarray, label: np.ndarray) -> pd.DataFrame:
 
 def draw_reliability(path: Path, probability: np.ndarray, label: np.ndarray) -> None:
     """Picture of how often a design was optimal, by how probable that was said to be."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
 
     bins = calibration(probability, label)
-    figure, (top, bottom) = plt.subplots(
-        2, 1, sharex=True, figsize=(5, 6), height_ratios=(3, 1), layout="constrained"
-    )
+    figure = Figure(figsize=(5, 6), layout="constrained")
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     top.plot([0, 1], [0, 1], color="0.6", linestyle="--", label="perfectly calibrated")
     top.plot(bins["predicted"], bins["observed"], marker="o", label="unseen patients")
     top.set(ylabel="observed share of optimal designs", title="Reliability of `optimal`")
@@ -687,19 +681,14 @@ def draw_reliability(path: Path, probability: np.ndarray, label: np.ndarray) -> 
     bottom.bar(bins["predicted"], bins["share"], width=0.8 / CALIBRATION_BINS)
     bottom.set(xlabel="predicted probability", ylabel="share of designs")
     ppo_hybrid.save_figure(path, figure)
-    plt.close(figure)
 
 
 def draw_predictions(path: Path, predicted: np.ndarray, observed: np.ndarray) -> None:
     """Picture of predictions beside what was observed, for every outcome but the label."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(
-        1, len(REGRESSED), figsize=(4 * len(REGRESSED), 4), layout="constrained"
-    )
+    figure = Figure(figsize=(4 * len(REGRESSED), 4), layout="constrained")
+    axes = figure.subplots(1, len(REGRESSED))
     for ax, name in zip(axes, REGRESSED, strict=True):
         i = OUTCOME_COLUMNS.index(name)
         there = ~np.isnan(observed[:, i])
@@ -709,7 +698,6 @@ def draw_predictions(path: Path, predicted: np.ndarray, observed: np.ndarray) ->
         ax.plot([low, high], [low, high], color="0.3", linestyle="--")
         ax.set(xlabel=f"predicted {name}", ylabel="in the table, unseen patients")
     ppo_hybrid.save_figure(path, figure)
-    plt.close(figure)
 
 
 def fit_table(args: Args) -> dict[str, Any]:
