@@ -2480,18 +2480,17 @@ def reward_model_seconds(envs: gym.vector.VectorEnv) -> float | None:
     problem = getattr(envs.unwrapped, "problem", None)
     if problem is None:
         return None
-    rows = torch.arange(envs.num_envs, device=problem.device)
+    heads, rows = envs.single_action_space, torch.arange(envs.num_envs, device=problem.device)
     patient = problem.params.patients[rows % problem.params.num_patients]
-    middle = [(field.low + field.high) / 2 for field in FORMULATION_FIELDS]
+    middle = (heads["formulation"].low + heads["formulation"].high) / 2
     formulation = patient.new_tensor(middle).expand(envs.num_envs, -1)
-    design = (rows % len(hydrogel_gym.load_polymers()), formulation, rows % len(COVERAGES))
+    design = (rows % int(heads["polymer_id"].n), formulation, rows % int(heads["coverage"].n))
     if problem.device.type == "cuda":
         torch.cuda.synchronize(problem.device)
     began = time.perf_counter()
-    outcomes = problem.reward_model(patient, *design)
+    problem.reward_model(patient, *design)
     if problem.device.type == "cuda":
         torch.cuda.synchronize(problem.device)
-    del outcomes
     return time.perf_counter() - began
 
 
@@ -2501,7 +2500,7 @@ def shown_regret(figures: dict[str, Any]) -> dict[str, str]:
     if figures[f"{true}holdout_regret"] is None:
         return {}
     pairs = {name: [figures[f"{true}{cohort}_{name}"] for cohort in COHORTS] for name in YARDSTICK}
-    told = {"truly": f"{figures['true_holdout_deterministic_reward']:.2f}"} if true else {}
+    told = {"truly": f"{figures[f'{TRUE}holdout_deterministic_reward']:.2f}"} if true else {}
     return told | {
         "regret": " / ".join(f"{value:.2f}" for value in pairs["regret"]),
         "p95": " / ".join(f"{value:.2f}" for value in pairs["regret_p95"]),
@@ -2748,8 +2747,9 @@ def learn(args: Args, device: torch.device, world: World) -> dict[str, Any]:
                     row[f"{name}_deterministic_reward"] = result["mean_reward"]
                     row |= {f"{name}_{key}": result[key] for key in YARDSTICK}
             row["rollout_seconds"] = rolled_out - began
-            model_seconds = reward_model_seconds(envs)
-            row["reward_model_seconds"] = model_seconds and args.num_steps * model_seconds
+            if is_main:
+                model_seconds = reward_model_seconds(envs)
+                row["reward_model_seconds"] = model_seconds and args.num_steps * model_seconds
             row["update_seconds"] = updated - rolled_out
             row["wall_seconds"] = time.perf_counter() - start
             row["samples_per_second"] = row["global_step"] / row["wall_seconds"]
