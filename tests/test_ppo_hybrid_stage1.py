@@ -119,6 +119,15 @@ def test_policy_is_judged_later_by_the_model_it_was_trained_on(ppo, trained, tmp
     )
 
 
+def test_policy_can_be_judged_with_another_pessimism(ppo, trained, tmp_path):
+    args, summary = trained
+    flags = ["--evaluate", str(args.output_dir / "stage2_policy.pt"), "--no-oracle"]
+    flags += ["--cohort", str(args.cohort), "--output-dir", str(tmp_path), "--pessimism", "0"]
+    assert ppo.main(flags) == 0
+    figures = json.loads((tmp_path / "evaluation-cohort.json").read_text())
+    assert figures["train_deterministic_reward"] > summary["train_deterministic_reward"]
+
+
 def test_run_goes_on_with_the_same_model_in_another_place_only(
     ppo, small_run, checkpoint, make_stage1, tmp_path
 ):

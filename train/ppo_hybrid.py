@@ -2866,6 +2866,8 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     if args.reward_model == BUILT_IN:  # the one it was trained on, unless another is asked for
         names = ("reward_model", "pessimism", "reward_precision")
         problem |= {name: config[name] for name in names if name in config}
+        if args.pessimism is not None:
+            problem["pessimism"] = args.pessimism
     args = dataclasses.replace(args, **problem)
     cohort = hydrogel_gym.load_cohort(args.cohort)
     name = "shipped" if args.cohort is None else args.cohort.stem
