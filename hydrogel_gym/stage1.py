@@ -51,6 +51,9 @@ OPTIMAL = Outcomes._fields.index("optimal_logit")
 WORSE = Outcomes(-1.0, -1.0, -1.0, 1.0, -1.0, 1.0)
 # A standard deviation per outcome says nothing of a logit; this takes 95 % to even odds.
 OPTIMAL_LOGIT_SPREAD = 3.0
+# Of what a feature may be: a fitted range is not taken for narrower. Else whatever was always the
+# same in a table (no conductivity, of a gel that cannot conduct) could not be missed by anything.
+LEAST_WIDTH = 0.05
 DEFAULT_PESSIMISM = 0.25  # `benchmark/overoptimisation.py`
 
 
@@ -209,9 +212,9 @@ def raw_numeric(patient: Tensor, formulation: Tensor, coverage: Tensor) -> Tenso
     return torch.stack([x.log() if name in LOG_FIELDS else x for name, x in named], -1)
 
 
-def _outside(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """Sum over the last dimension of the distance to a range, in its widths."""
-    width = (high - low).clamp(min=1e-6)
+def _outside(x: Tensor, low: Tensor, high: Tensor, least: Tensor) -> Tensor:
+    """Sum over the last dimension of the distance to a range, in its widths, at least `least`."""
+    width = torch.maximum(high - low, least)
     return (((low - x).clamp(min=0.0) + (x - high).clamp(min=0.0)) / width).sum(-1)
 
 
@@ -250,6 +253,9 @@ class Stage1Ensemble(nn.Module):
         high = torch.tensor([item.high for item in OUTCOME_FIELDS])
         for name, value in (("worse", worse), ("spread", spread), ("low", low), ("high", high)):
             self.register_buffer(name, value, persistent=False)
+        for name, fields in (("patient", PATIENT_FIELDS), ("formulation", FORMULATION_FIELDS)):
+            least = LEAST_WIDTH * torch.tensor([field.high - field.low for field in fields])
+            self.register_buffer(f"{name}_least_width", least, persistent=False)
         self.register_buffer("polymer_table", torch.empty(0), persistent=False)
         self.freeze()
 
@@ -282,7 +288,7 @@ class Stage1Ensemble(nn.Module):
 
         The sum over the features.
         """
-        return _outside(patient, self.patient_low, self.patient_high)
+        return _outside(patient, self.patient_low, self.patient_high, self.patient_least_width)
 
     def design_distance(self, polymer_id: Tensor, formulation: Tensor, coverage: Tensor) -> Tensor:
         """(B,): how far a design is outside those that were fitted.
@@ -291,7 +297,8 @@ class Stage1Ensemble(nn.Module):
         for a polymer that was never tried with the coverage.
         """
         low, high = self.formulation_low[polymer_id], self.formulation_high[polymer_id]
-        return _outside(formulation, low, high) + (1.0 - self.seen[polymer_id, coverage])
+        outside = _outside(formulation, low, high, self.formulation_least_width)
+        return outside + (1.0 - self.seen[polymer_id, coverage])
 
     def predict(
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor

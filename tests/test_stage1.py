@@ -172,6 +172,17 @@ def test_distance_is_in_widths_of_what_was_fitted(make_ensemble, change, distanc
     assert lost.item() == pytest.approx(3.0 * by_design, abs=1e-3)  # of the outcome's deviation
 
 
+def test_what_never_varied_in_the_table_may_be_missed_by_a_little(make_ensemble):
+    ensemble = make_ensemble()
+    _, polymer, formulation, coverage = designs(1)
+    conductivity = [f.name for f in FORMULATION_FIELDS].index("conductivity_s_per_m")
+    ensemble.formulation_high[..., conductivity] = 0.0  # of 0 to 1 S/m
+    for value, distance in ((0.0, 0.0), (0.01, 0.2), (1.0, 20.0)):
+        formulation[:, conductivity] = value
+        found = ensemble.design_distance(polymer, formulation, coverage).item()
+        assert found == pytest.approx(distance, abs=1e-5)
+
+
 def test_any_batch_shape_and_float64_are_taken(make_ensemble):
     ensemble = make_ensemble()
     patient, polymer, formulation, coverage = designs(6)
