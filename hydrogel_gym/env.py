@@ -22,6 +22,7 @@ from gymnasium.vector.utils import batch_space, create_empty_array
 from torch import Tensor
 
 from hydrogel_gym import dynamics, rendering
+from hydrogel_gym.actions import as_tensor, check_choice, check_count
 from hydrogel_gym.cohort import Cohort
 from hydrogel_gym.compiled import CompiledFunction
 from hydrogel_gym.dynamics import (
@@ -36,7 +37,7 @@ from hydrogel_gym.dynamics import (
 )
 from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, too_large
 from hydrogel_gym.polymers import load_polymers
-from hydrogel_gym.problem import DesignProblem, as_tensor, check_choice, check_count
+from hydrogel_gym.problem import DesignProblem
 from hydrogel_gym.rendering import RENDER_FPS, RENDER_MODES, Evaluation, RenderMode, Scene
 from hydrogel_gym.reward_model import RewardModel
 from hydrogel_gym.spaces import ActionFormat, Design, ObsFormat
@@ -301,7 +302,7 @@ class HydrogelEnv(gym.Env):
             patient_assignment=patient_assignment,
             validate=True,
         )
-        self.action_space = self.problem.action_space
+        self.action_space = self.problem.actions.space
         self.observation_space = self.problem.observation_space
         self.render_mode = render_mode
         self._state: State | None = None
@@ -504,7 +505,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         )
         check_memory(num_envs, self._bytes_per_env, self.device)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
-        self.single_action_space = self.problem.action_space
+        self.single_action_space = self.problem.actions.space
         self.single_observation_space = self.problem.observation_space
         self._state: State | None = None
         self._done: Tensor | None = None
@@ -531,7 +532,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         keys = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         state = dynamics.initial(keys, self.problem.params)
         action = create_empty_array(self.single_action_space, self.num_envs, np.zeros)
-        action = self.problem.read_action(action, (self.num_envs,))
+        action = self.problem.actions.read(action, (self.num_envs,))
         self._step(state, torch.zeros_like(keys, dtype=torch.bool), action)
 
     @_explains_memory
@@ -631,7 +632,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before step()")
-        action = self.problem.read_action(actions, (self.num_envs,))
+        action = self.problem.actions.read(actions, (self.num_envs,))
         step, valid = self._step(self._state, self._done, action)
         if self.problem.validate and not valid:
             self._refuse(action)
@@ -665,8 +666,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         patients, evaluations = self._state.patient_index, [None] * self.num_envs
         if self._last is not None:
             state, stepped, action = self._last
-            stepped = stepped & self.problem.allows(action)
-            design = self.problem.ignore(self.problem.decode(action), ~stepped)
+            stepped = stepped & self.problem.actions.allows(action)
+            design = self.problem.ignore(self.problem.actions.decode(action), ~stepped)
             result = self.problem.transition(state, design, skip=~stepped)
             patients = torch.where(stepped, state.patient_index, patients)
             evaluations = [
@@ -735,8 +736,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
                 f"env {env} has ended; reset it with reset(options={{'reset_mask': ...}})"
             )
         skip = self._done if mode is AutoresetMode.NEXT_STEP else None
-        problem.check_action(action, skip=skip)
-        design = problem.ignore(problem.decode(action), skip)
+        problem.actions.check(action, skip=skip)
+        design = problem.ignore(problem.actions.decode(action), skip)
         problem.transition(self._state, design, skip=skip)
         raise ValueError("the reward model returned an outcome that is not finite, but not again")
 

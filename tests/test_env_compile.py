@@ -208,7 +208,7 @@ def test_pure_step_reads_nothing_on_the_host(mode):
     """On the meta device a tensor has no values, so that any read raises."""
     env = HydrogelVectorEnv(3, device="meta", output="torch", autoreset_mode=mode)
     env.reset(seed=0)
-    action = env.problem.read_action(env.action_space.sample(), (3,))
+    action = env.problem.actions.read(env.action_space.sample(), (3,))
     step, valid = env.problem.step(env._state, env._done, action, mode)
     assert valid.is_meta
     assert all(value.is_meta for value in (*step.state, step.obs, step.scalars, step.flags))

@@ -32,9 +32,11 @@ MAY_IMPORT = {
     "compiled": {"memory"},
     "oracle": LEAVES | {"dynamics", "reward_model", "files"},
     "ranking": LEAVES | {"dynamics"},
-    "problem": LEAVES | {"dynamics", "reward_model"},
+    "actions": LEAVES,
+    "problem": LEAVES | {"dynamics", "reward_model", "actions"},
     "rendering": LEAVES | {"dynamics"},
-    "env": LEAVES | {"dynamics", "reward_model", "problem", "rendering", "compiled", "memory"},
+    "env": LEAVES
+    | {"dynamics", "reward_model", "actions", "problem", "rendering", "compiled", "memory"},
     "__init__": set(MODULES) - {"__init__"},
 }
 

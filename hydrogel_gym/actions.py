@@ -1,0 +1,233 @@
+"""Reading the actions that a user sends: checks, and the way to a `Design` and back.
+
+Checks that read a value on the host are apart from the rest, since on an accelerator each of them
+is a synchronisation; checks of containers, shapes and dtypes cost nothing and always run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydrogel_gym.spaces import (
+    COVERAGES,
+    FLAT_ACTION_DIM,
+    FORMULATION_FIELDS,
+    NUM_POLYMERS,
+    ActionFormat,
+    Design,
+    action_space,
+    decode_box,
+    decode_multidiscrete,
+)
+
+HEADS = Design._fields
+
+
+class ActionReader:
+    """Reads the actions of one format.
+
+    What it reads has the batch shape `(B,)`, or `()` for one environment without a batch dimension;
+    what it returns has a leading batch dimension B.
+
+    Args:
+        action_format: as for `spaces.action_space`.
+        device: where the tensors go.
+        dtype: of what is continuous.
+    """
+
+    def __init__(
+        self, action_format: ActionFormat, device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.action_format = action_format
+        self.space = action_space(action_format)
+        self.device, self.dtype = device, dtype
+        # Plain numbers, since an array would be an input of the compiled step.
+        self._sizes = tuple(np.ravel(getattr(self.space, "nvec", ())).tolist())
+
+    def read(self, action: Any, batch_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Tensors of an action: one of B rows for the flat formats, else one per head.
+
+        Args:
+            action: as the action space has it; numpy or torch, any integer dtype, a tuple also as a
+                list, each discrete also with a trailing dimension of 1.
+            batch_shape: (B,) or ().
+
+        Raises:
+            ValueError: container, shape or dtype is not what it may be; names the field.
+        """
+        device, dtype = self.device, self.dtype
+        if self.action_format == "box":
+            width = FLAT_ACTION_DIM
+            return (_floats(action, "action", batch_shape, width, device, dtype),)
+        if self.action_format == "multidiscrete":
+            return (integers(action, "action", batch_shape, device, width=len(self._sizes)),)
+        polymer_id, formulation, coverage = self._heads(action)
+        return (
+            integers(polymer_id, "polymer_id", batch_shape, device),
+            _floats(
+                formulation, "formulation", batch_shape, len(FORMULATION_FIELDS), device, dtype
+            ),
+            integers(coverage, "coverage", batch_shape, device),
+        )
+
+    def check(self, action: tuple[Tensor, ...], *, skip: Tensor | None = None) -> None:
+        """Raise a ValueError that names the first environment whose action is not allowed.
+
+        Args:
+            action: what `read` returned.
+            skip: (B,) mask of environments whose action is ignored.
+        """
+        if self.action_format == "box":
+            _check_finite("action", *action, ["[-1, 1]"] * len(FORMULATION_FIELDS), skip)
+        elif self.action_format == "multidiscrete":
+            for column, size in enumerate(self._sizes):
+                check_range(f"action[{column}]", action[0][:, column], size, skip)
+        else:
+            polymer_id, formulation, coverage = action
+            check_range("polymer_id", polymer_id, NUM_POLYMERS, skip)
+            _check_finite("formulation", formulation, _FORMULATION_RANGES, skip)
+            check_range("coverage", coverage, len(COVERAGES), skip)
+
+    def allows(self, action: tuple[Tensor, ...]) -> Tensor:
+        """(B,) bool, whether `check` accepts a row; reads nothing on the host."""
+        if self.action_format == "box":
+            return action[0].isfinite().all(-1)
+        if self.action_format == "multidiscrete":
+            columns = zip(action[0].unbind(-1), self._sizes, strict=True)
+            within = [(column >= 0) & (column < size) for column, size in columns]
+            return torch.stack(within).all(0)
+        polymer_id, formulation, coverage = action
+        return (
+            (polymer_id >= 0)
+            & (polymer_id < NUM_POLYMERS)
+            & formulation.isfinite().all(-1)
+            & (coverage >= 0)
+            & (coverage < len(COVERAGES))
+        )
+
+    def decode(self, action: tuple[Tensor, ...]) -> Design:
+        """Designs of what `read` returned; the formulation is left unclipped."""
+        if self.action_format == "box":
+            return decode_box(*action)
+        if self.action_format == "multidiscrete":
+            return decode_multidiscrete(*action)
+        return Design(*action)
+
+    def _heads(self, action: Any) -> tuple[Any, ...]:
+        if self.action_format == "dict":
+            if not isinstance(action, Mapping):
+                raise ValueError(f"action is a {type(action).__name__}; expected a dict of {HEADS}")
+            if set(action) != set(HEADS):
+                raise ValueError(f"action has the keys {tuple(action)}; expected {HEADS}")
+            return tuple(action[head] for head in HEADS)
+        if not isinstance(action, (tuple, list)):
+            raise ValueError(f"action is a {type(action).__name__}; expected a tuple of {HEADS}")
+        if len(action) != len(HEADS):
+            raise ValueError(f"action has {len(action)} entries; expected a tuple of {HEADS}")
+        return tuple(action)
+
+
+def check_count(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is a whole number, 1 or more."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed: a whole number, 1 or more")
+
+
+def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `allowed`."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {allowed}")
+
+
+_FORMULATION_RANGES = [
+    f"[{item.low:g}, {item.high:g}] ({item.name})" for item in FORMULATION_FIELDS
+]
+
+
+def as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
+    """Tensor of what a user sent.
+
+    Raises:
+        ValueError: it holds no numbers.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().to(device) if value.requires_grad else value.to(device)
+    try:
+        # A copy: torch would warn of a read-only array.
+        return torch.tensor(np.asarray(value), device=device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} is {value!r}; expected numbers") from error
+
+
+def integers(
+    value: Any,
+    name: str,
+    batch_shape: tuple[int, ...],
+    device: torch.device,
+    *,
+    width: int | None = None,
+) -> Tensor:
+    """(B,) int64, or (B, width)."""
+    tensor = as_tensor(value, name, device)
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected an integer dtype")
+    row = () if width is None else (width,)
+    allowed = [(*batch_shape, *row)] + ([(*batch_shape, 1)] if width is None else [])
+    _check_shape(name, tensor, *allowed)
+    return tensor.reshape(-1, *row).long().contiguous()
+
+
+def _floats(
+    value: Any,
+    name: str,
+    batch_shape: tuple[int, ...],
+    width: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Tensor:
+    """(B, width)."""
+    tensor = as_tensor(value, name, device)
+    if tensor.is_complex() or tensor.dtype == torch.bool:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; expected a real number dtype")
+    _check_shape(name, tensor, (*batch_shape, width))
+    return tensor.reshape(-1, width).to(dtype).contiguous()
+
+
+def _check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) not in allowed:
+        expected = " or ".join(map(str, allowed))
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; expected {expected}")
+
+
+def first_row(bad: Tensor, skip: Tensor | None) -> int | None:
+    """First environment, of those not skipped, for which the (B,) mask holds."""
+    if skip is not None:
+        bad = bad & ~skip
+    return int(bad.nonzero()[0]) if bad.any() else None
+
+
+def check_range(name: str, index: Tensor, size: int, skip: Tensor | None) -> None:
+    """Raise a ValueError that names the first environment whose (B,) index is not below `size`."""
+    env = first_row((index < 0) | (index >= size), skip)
+    if env is not None:
+        raise ValueError(
+            f"env {env}: {name} is {int(index[env])}; allowed: whole numbers 0 to {size - 1}"
+        )
+
+
+def _check_finite(name: str, value: Tensor, clipped_to: list[str], skip: Tensor | None) -> None:
+    """Raise if a row is not finite; `clipped_to` holds the ranges of its first columns."""
+    env = first_row(~value.isfinite().all(-1), skip)
+    if env is not None:
+        column = int((~value[env].isfinite()).nonzero()[0])
+        clip = f", clipped to {clipped_to[column]}" if column < len(clipped_to) else ""
+        raise ValueError(
+            f"env {env}: {name}[{column}] is {value[env, column].item()}; "
+            f"allowed: a finite number{clip}"
+        )
