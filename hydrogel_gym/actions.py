@@ -6,7 +6,7 @@ is a synchronisation; checks of containers, shapes and dtypes cost nothing and a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -18,35 +18,47 @@ from hydrogel_gym.spaces import (
     COVERAGES,
     FLAT_ACTION_DIM,
     FORMULATION_FIELDS,
+    FORMULATION_LEVELS,
     NUM_POLYMERS,
     ActionFormat,
     Design,
     action_space,
     decode_box,
     decode_multidiscrete,
+    encode_box,
+    encode_multidiscrete,
+    from_unit_range,
+    to_unit_range,
 )
 
 HEADS = Design._fields
 
 
-class ActionReader:
-    """Reads the actions of one format.
+class ActionCodec:
+    """Reads and writes the actions of one format.
 
     What it reads has the batch shape `(B,)`, or `()` for one environment without a batch dimension;
-    what it returns has a leading batch dimension B.
+    its tensors have a leading batch dimension B.
 
     Args:
-        action_format: as for `spaces.action_space`.
-        device: where the tensors go.
+        action_format, num_levels, rescaled: as for `spaces.action_space`.
+        device: where the tensors go; None leaves them where they are.
         dtype: of what is continuous.
     """
 
     def __init__(
-        self, action_format: ActionFormat, device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        action_format: ActionFormat,
+        *,
+        num_levels: Sequence[int] = FORMULATION_LEVELS,
+        rescaled: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.action_format = action_format
-        self.space = action_space(action_format)
-        self.device, self.dtype = device, dtype
+        self.space = action_space(action_format, num_levels=num_levels, rescaled=rescaled)
+        self._num_levels, self._rescaled = tuple(num_levels), rescaled
+        self._device, self._dtype = device, dtype
         # Plain numbers, since an array would be an input of the compiled step.
         self._sizes = tuple(np.ravel(getattr(self.space, "nvec", ())).tolist())
 
@@ -61,7 +73,7 @@ class ActionReader:
         Raises:
             ValueError: container, shape or dtype is not what it may be; names the field.
         """
-        device, dtype = self.device, self.dtype
+        device, dtype = self._device, self._dtype
         if self.action_format == "box":
             width = FLAT_ACTION_DIM
             return (_floats(action, "action", batch_shape, width, device, dtype),)
@@ -84,14 +96,15 @@ class ActionReader:
             skip: (B,) mask of environments whose action is ignored.
         """
         if self.action_format == "box":
-            _check_finite("action", *action, ["[-1, 1]"] * len(FORMULATION_FIELDS), skip)
+            _check_finite("action", *action, _UNIT_RANGES, skip)
         elif self.action_format == "multidiscrete":
             for column, size in enumerate(self._sizes):
                 check_range(f"action[{column}]", action[0][:, column], size, skip)
         else:
             polymer_id, formulation, coverage = action
             check_range("polymer_id", polymer_id, NUM_POLYMERS, skip)
-            _check_finite("formulation", formulation, _FORMULATION_RANGES, skip)
+            ranges = _UNIT_RANGES if self._rescaled else _FORMULATION_RANGES
+            _check_finite("formulation", formulation, ranges, skip)
             check_range("coverage", coverage, len(COVERAGES), skip)
 
     def allows(self, action: tuple[Tensor, ...]) -> Tensor:
@@ -116,8 +129,24 @@ class ActionReader:
         if self.action_format == "box":
             return decode_box(*action)
         if self.action_format == "multidiscrete":
-            return decode_multidiscrete(*action)
-        return Design(*action)
+            return decode_multidiscrete(*action, self._num_levels)
+        design = Design(*action)
+        if self._rescaled:
+            return design._replace(formulation=from_unit_range(design.formulation))
+        return design
+
+    def encode(self, design: Design) -> Tensor | dict[str, Tensor] | tuple[Tensor, ...]:
+        """Actions that stand for designs, of batch shape (B,); the inverse of `read` and `decode`.
+
+        For `"multidiscrete"` the nearest, for the others to the rounding of the dtype.
+        """
+        if self.action_format == "box":
+            return encode_box(design)
+        if self.action_format == "multidiscrete":
+            return encode_multidiscrete(design, self._num_levels)
+        if self._rescaled:
+            design = design._replace(formulation=to_unit_range(design.formulation))
+        return design._asdict() if self.action_format == "dict" else tuple(design)
 
     def _heads(self, action: Any) -> tuple[Any, ...]:
         if self.action_format == "dict":
@@ -148,16 +177,18 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
 _FORMULATION_RANGES = [
     f"[{item.low:g}, {item.high:g}] ({item.name})" for item in FORMULATION_FIELDS
 ]
+_UNIT_RANGES = ["[-1, 1]"] * len(FORMULATION_FIELDS)
 
 
-def as_tensor(value: Any, name: str, device: torch.device) -> Tensor:
+def as_tensor(value: Any, name: str, device: torch.device | None) -> Tensor:
     """Tensor of what a user sent.
 
     Raises:
         ValueError: it holds no numbers.
     """
     if isinstance(value, Tensor):
-        return value.detach().to(device) if value.requires_grad else value.to(device)
+        value = value.detach() if value.requires_grad else value
+        return value if device is None else value.to(device)
     try:
         # A copy: torch would warn of a read-only array.
         return torch.tensor(np.asarray(value), device=device)
@@ -169,7 +200,7 @@ def integers(
     value: Any,
     name: str,
     batch_shape: tuple[int, ...],
-    device: torch.device,
+    device: torch.device | None,
     *,
     width: int | None = None,
 ) -> Tensor:
@@ -188,7 +219,7 @@ def _floats(
     name: str,
     batch_shape: tuple[int, ...],
     width: int,
-    device: torch.device,
+    device: torch.device | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """(B, width)."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hydrogel_gym import dynamics
 from hydrogel_gym.actions import (
-    ActionReader,
+    ActionCodec,
     check_choice,
     check_count,
     check_range,
@@ -70,7 +70,7 @@ class DesignProblem:
         check_choice("reward_mode", reward_mode, get_args(RewardMode))
         check_choice("patient_assignment", patient_assignment, get_args(PatientAssignment))
         self.device = torch.device(device)
-        self.actions = ActionReader(action_format, self.device, dtype)
+        self.actions = ActionCodec(action_format, device=self.device, dtype=dtype)
         self.obs_format = obs_format
         reward_config = reward_config or RewardConfig()
         self.observation_space = observation_space(
@@ -120,7 +120,7 @@ class DesignProblem:
         """Check actions and turn them into designs.
 
         Args:
-            action: as for `ActionReader.read`.
+            action: as for `ActionCodec.read`.
             batch_shape: (B,) or ().
             skip: (B,) mask of environments whose action is ignored, and so not checked.
 
@@ -168,7 +168,7 @@ class DesignProblem:
         Args:
             state: B environments.
             done: (B,) bool, whose episode ended in the step before.
-            action: what `ActionReader.read` returned.
+            action: what `ActionCodec.read` returned.
             autoreset: when an ended episode is followed by another.
 
         Returns:

@@ -9,12 +9,14 @@ document, section 2.1.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
+from torch.nn import functional
 
 ActionFormat = Literal["dict", "tuple", "box", "multidiscrete"]
 ObsFormat = Literal["box", "dict"]
@@ -129,7 +131,7 @@ FORMULATION_LOW, FORMULATION_HIGH = _bounds(FORMULATION_FIELDS)
 
 # Levels per formulation parameter of the `multidiscrete` format, both bounds included: zero
 # conductivity must be reachable, since most polymers can be made at no other value.
-NUM_FORMULATION_LEVELS = 11
+FORMULATION_LEVELS = (11,) * len(FORMULATION_FIELDS)
 
 # Layout of the `box` format: formulation, one score per polymer, one score per coverage.
 _SCORES = slice(len(FORMULATION_FIELDS), len(FORMULATION_FIELDS) + NUM_POLYMERS)
@@ -189,14 +191,18 @@ def split_observation(obs: Tensor) -> dict[str, Tensor]:
 
 def action_space(
     action_format: ActionFormat,
+    *,
+    num_levels: Sequence[int] = FORMULATION_LEVELS,
+    rescaled: bool = False,
 ) -> spaces.Dict | spaces.Tuple | spaces.Box | spaces.MultiDiscrete:
     """Space of one action.
 
     Args:
         action_format: `"dict"` or `"tuple"` for the hybrid action; `"box"` for one vector in
             [-1, 1] (formulation, then a score per polymer and per coverage, the largest of which is
-            chosen); `"multidiscrete"` for polymer, `NUM_FORMULATION_LEVELS` levels per formulation
-            parameter, coverage.
+            chosen); `"multidiscrete"` for polymer, one level per formulation parameter, coverage.
+        num_levels: of each formulation parameter, for `"multidiscrete"`.
+        rescaled: have the formulation of `"dict"` and `"tuple"` in [-1, 1], as `"box"` has it.
 
     Raises:
         ValueError: `action_format` is unknown.
@@ -206,34 +212,67 @@ def action_space(
     if action_format == "box":
         return spaces.Box(-1.0, 1.0, (FLAT_ACTION_DIM,))
     if action_format == "multidiscrete":
-        levels = [NUM_FORMULATION_LEVELS] * len(FORMULATION_FIELDS)
-        return spaces.MultiDiscrete([NUM_POLYMERS, *levels, len(COVERAGES)])
+        return spaces.MultiDiscrete([NUM_POLYMERS, *num_levels, len(COVERAGES)])
+    physical = spaces.Box(FORMULATION_LOW, FORMULATION_HIGH)
     heads = {
         "polymer_id": spaces.Discrete(NUM_POLYMERS),
-        "formulation": spaces.Box(FORMULATION_LOW, FORMULATION_HIGH),
+        "formulation": spaces.Box(-1.0, 1.0, physical.shape) if rescaled else physical,
         "coverage": spaces.Discrete(len(COVERAGES)),
     }
     # The order is the contract of the tuple format, so the Dict must not be sorted into it.
     return spaces.Dict(heads) if action_format == "dict" else spaces.Tuple(tuple(heads.values()))
 
 
-def _formulation_at(share: Tensor) -> Tensor:
-    """Formulation at a share (..., 4) of the way from the lower to the upper bound."""
+def _formulation_at(shares: Iterable[Tensor]) -> Tensor:
+    """Formulation (..., 4) at shares, four of (...), of the way from lower to upper bounds."""
     # Bounds as a tensor would be copied to an accelerator at every step, a synchronisation.
-    columns = zip(share.unbind(-1), FORMULATION_FIELDS, strict=True)
+    columns = zip(shares, FORMULATION_FIELDS, strict=True)
     return torch.stack([item.low + part * (item.high - item.low) for part, item in columns], -1)
+
+
+def _shares(formulation: Tensor) -> list[Tensor]:
+    """Where a formulation (..., 4) lies between its bounds, four of (...)."""
+    columns = zip(formulation.unbind(-1), FORMULATION_FIELDS, strict=True)
+    return [(value - item.low) / (item.high - item.low) for value, item in columns]
+
+
+def from_unit_range(formulation: Tensor) -> Tensor:
+    """Formulation (..., 4) in physical units of one in [-1, 1]; not clipped."""
+    return _formulation_at(((formulation + 1.0) / 2.0).unbind(-1))
+
+
+def to_unit_range(formulation: Tensor) -> Tensor:
+    """The inverse of `from_unit_range`, to the rounding of the dtype."""
+    return torch.stack(_shares(formulation), -1) * 2.0 - 1.0
 
 
 def decode_box(action: Tensor) -> Design:
     """Design of a (B, 32) flat action; the formulation is left unclipped."""
     formulation, polymer, coverage = action.tensor_split([_SCORES.start, _SCORES.stop], dim=-1)
-    return Design(
-        polymer.argmax(-1), _formulation_at((formulation + 1.0) / 2.0), coverage.argmax(-1)
-    )
+    return Design(polymer.argmax(-1), from_unit_range(formulation), coverage.argmax(-1))
 
 
-def decode_multidiscrete(action: Tensor) -> Design:
+def encode_box(design: Design) -> Tensor:
+    """A (B, 32) flat action of designs: the score of what is chosen is 1, every other -1."""
+    formulation = to_unit_range(design.formulation)
+    scores = [
+        2.0 * functional.one_hot(index, size).to(formulation.dtype) - 1.0
+        for index, size in ((design.polymer_id, NUM_POLYMERS), (design.coverage, len(COVERAGES)))
+    ]
+    return torch.cat([formulation, *scores], dim=-1)
+
+
+def decode_multidiscrete(action: Tensor, num_levels: Sequence[int] = FORMULATION_LEVELS) -> Design:
     """Design of a (B, 6) integer action."""
-    levels = action[..., 1:-1].to(torch.float32)
-    formulation = _formulation_at(levels / (NUM_FORMULATION_LEVELS - 1))
+    levels = zip(action[..., 1:-1].unbind(-1), num_levels, strict=True)
+    formulation = _formulation_at(level.to(torch.float32) / (size - 1) for level, size in levels)
     return Design(action[..., 0], formulation, action[..., -1])
+
+
+def encode_multidiscrete(design: Design, num_levels: Sequence[int] = FORMULATION_LEVELS) -> Tensor:
+    """The (B, 6) int64 action whose levels are nearest to the formulation of designs."""
+    levels = [
+        (share * (size - 1)).round().clamp(0, size - 1).to(torch.int64)
+        for share, size in zip(_shares(design.formulation), num_levels, strict=True)
+    ]
+    return torch.stack([design.polymer_id, *levels, design.coverage], dim=-1)

@@ -14,8 +14,8 @@ from hydrogel_gym.spaces import (
     FLAT_ACTION_DIM,
     FORMULATION_FIELDS,
     FORMULATION_HIGH,
+    FORMULATION_LEVELS,
     FORMULATION_LOW,
-    NUM_FORMULATION_LEVELS,
     NUM_POLYMERS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
@@ -24,6 +24,8 @@ from hydrogel_gym.spaces import (
     action_space,
     decode_box,
     decode_multidiscrete,
+    encode_box,
+    encode_multidiscrete,
     episode_fields,
     observation_space,
     split_observation,
@@ -39,6 +41,17 @@ def batched(action: np.ndarray) -> torch.Tensor:
 def first(design: Design) -> dict[str, np.ndarray]:
     """The only design of a batch, as an element of the Dict space."""
     return {head: value[0].numpy() for head, value in design._asdict().items()}
+
+
+# A batch of one of anything that may be asked for.
+DESIGN = st.builds(
+    lambda polymer_id, formulation, coverage: Design(
+        torch.tensor([polymer_id]), torch.tensor([formulation]), torch.tensor([coverage])
+    ),
+    st.integers(0, NUM_POLYMERS - 1),
+    st.tuples(*(st.floats(item.low, item.high, width=32) for item in FORMULATION_FIELDS)),
+    st.integers(0, len(COVERAGES) - 1),
+)
 
 
 def test_observation_fields_keep_the_order_of_the_source():
@@ -134,13 +147,22 @@ def test_unknown_format_is_refused_with_the_known_ones(make, message):
         make()
 
 
-@given(st.tuples(*(st.integers(0, size - 1) for size in action_space("multidiscrete").nvec)))
-def test_every_multidiscrete_action_is_a_design_that_encodes_back_to_it(action):
-    design = first(decode_multidiscrete(batched(action)))
-    assert DESIGNS.contains(design)
-    share = (design["formulation"] - FORMULATION_LOW) / (FORMULATION_HIGH - FORMULATION_LOW)
-    levels = np.rint(share * (NUM_FORMULATION_LEVELS - 1)).astype(int).tolist()
-    assert (design["polymer_id"], *levels, design["coverage"]) == action
+@given(st.data(), st.tuples(*[st.integers(2, 200)] * len(FORMULATION_FIELDS)))
+def test_every_multidiscrete_action_is_a_design_that_encodes_back_to_it(data, num_levels):
+    nvec = action_space("multidiscrete", num_levels=num_levels).nvec
+    action = data.draw(st.tuples(*(st.integers(0, int(size) - 1) for size in nvec)))
+    design = decode_multidiscrete(batched(action), num_levels)
+    assert DESIGNS.contains(first(design))
+    assert encode_multidiscrete(design, num_levels)[0].tolist() == list(action)
+
+
+@given(st.sampled_from([FORMULATION_LEVELS, (2, 3, 50, 7)]), DESIGN)
+def test_nearest_levels_of_a_design_are_at_most_half_a_level_away(num_levels, design):
+    action = encode_multidiscrete(design, num_levels)
+    assert (action[0, 0], action[0, -1]) == (design.polymer_id, design.coverage)
+    distance = abs(decode_multidiscrete(action, num_levels).formulation - design.formulation)
+    half = (FORMULATION_HIGH - FORMULATION_LOW) / (np.array(num_levels) - 1) / 2
+    assert (distance[0].numpy() <= half * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize(
@@ -158,21 +180,16 @@ def test_every_flat_action_in_its_space_is_a_design(action):
     assert DESIGNS.contains(first(decode_box(batched(action))))
 
 
-@given(
-    st.integers(0, NUM_POLYMERS - 1),
-    st.tuples(*(st.floats(item.low, item.high, width=32) for item in FORMULATION_FIELDS)),
-    st.integers(0, len(COVERAGES) - 1),
-)
-def test_every_design_can_be_written_as_a_flat_action(polymer_id, formulation, coverage):
-    scaled = (
-        2.0 * (np.float32(formulation) - FORMULATION_LOW) / (FORMULATION_HIGH - FORMULATION_LOW)
-    )
-    scores = [np.eye(NUM_POLYMERS)[polymer_id], np.eye(len(COVERAGES))[coverage]]
-    design = first(decode_box(batched(np.concatenate([scaled - 1.0, *scores])).float()))
-    assert (design["polymer_id"], design["coverage"]) == (polymer_id, coverage)
+@given(DESIGN)
+def test_every_design_can_be_written_as_a_flat_action(design):
+    action = encode_box(design)
+    assert action_space("box").contains(action[0].numpy())
+    again = decode_box(action)
+    assert torch.equal(again.polymer_id, design.polymer_id)
+    assert torch.equal(again.coverage, design.coverage)
     # Two float32 roundings of a number up to 1, stretched to the width of the range.
-    tolerance = 2e-7 * (FORMULATION_HIGH - FORMULATION_LOW)
-    assert (abs(design["formulation"] - formulation) <= tolerance + 1e-6).all()
+    tolerance = 2e-7 * (FORMULATION_HIGH - FORMULATION_LOW) + 1e-6
+    assert (abs(again.formulation - design.formulation)[0].numpy() <= tolerance).all()
 
 
 def test_flat_formulation_beyond_its_space_is_left_beyond_its_box():
