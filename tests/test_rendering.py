@@ -17,6 +17,7 @@ import torch
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
 from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers import RecordVideo
+from gymnasium.wrappers.vector import RecordVideo as RecordVectorVideo
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -46,8 +47,10 @@ from hydrogel_gym.spaces import (
     PATIENT_FIELDS,
     Field,
 )
+from hydrogel_gym.wrappers import FlattenHybridAction, VectorFlattenHybridAction
 
 REFERENCES = Path(__file__).parent / "references"
+VIDEO = {"render_mode": "rgb_array", "horizon": 2}
 TYPICAL = {
     "lvef_pct": 36.4,
     "gls_pct": -11.0,
@@ -391,15 +394,33 @@ def test_checker_finds_nothing_wrong_with_rendering(mode):
     assert env.metadata["render_modes"] == ["rgb_array", "ansi"]
 
 
-def test_list_of_pictures_and_video_can_be_had(tmp_path):
+def test_list_of_pictures_can_be_had():
     env = gym.make("HydrogelDesign-v0", render_mode="rgb_array_list", horizon=2)
     env.reset(seed=0)
     env.step(env.action_space.sample())
     assert [frame.shape for frame in env.render()] == [(HEIGHT_PX, WIDTH_PX, 3)] * 2
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        lambda make, folder: RecordVideo(make("HydrogelDesign-v0"), folder),
+        lambda make, folder: FlattenHybridAction(RecordVideo(make("HydrogelDesign-v0"), folder)),
+        lambda make, folder: RecordVideo(FlattenHybridAction(make("HydrogelDesign-v0")), folder),
+        lambda make, folder: RecordVectorVideo(
+            # In the mode SameStep the last frame of an episode would be missing, and warned of.
+            VectorFlattenHybridAction(
+                gym.make_vec("HydrogelDesign-v0", 2, autoreset_mode="NextStep", **VIDEO)
+            ),
+            folder,
+            video_length=3,
+        ),
+    ],
+    ids=["plain", "wrapper around", "wrapper within", "vector"],
+)
+def test_video_can_be_recorded(record, tmp_path):
     pytest.importorskip("moviepy")
-    video = RecordVideo(
-        gym.make("HydrogelDesign-v0", render_mode="rgb_array", horizon=2), str(tmp_path / "new")
-    )
+    video = record(lambda env_id: gym.make(env_id, **VIDEO), str(tmp_path / "new"))
     video.reset(seed=0)
     for _ in range(2):
         video.step(video.action_space.sample())
