@@ -96,7 +96,7 @@ class ActionCodec:
             skip: (B,) mask of environments whose action is ignored.
         """
         if self.action_format == "box":
-            _check_finite("action", *action, _UNIT_RANGES, skip)
+            _check_finite("action", action[0], _UNIT_RANGES, skip)
         elif self.action_format == "multidiscrete":
             for column, size in enumerate(self._sizes):
                 check_range(f"action[{column}]", action[0][:, column], size, skip)
@@ -127,9 +127,9 @@ class ActionCodec:
     def decode(self, action: tuple[Tensor, ...]) -> Design:
         """Designs of what `read` returned; the formulation is left unclipped."""
         if self.action_format == "box":
-            return decode_box(*action)
+            return decode_box(action[0])
         if self.action_format == "multidiscrete":
-            return decode_multidiscrete(*action, self._num_levels)
+            return decode_multidiscrete(action[0], self._num_levels)
         design = Design(*action)
         if self._rescaled:
             return design._replace(formulation=from_unit_range(design.formulation))
@@ -187,8 +187,8 @@ def as_tensor(value: Any, name: str, device: torch.device | None) -> Tensor:
         ValueError: it holds no numbers.
     """
     if isinstance(value, Tensor):
-        value = value.detach() if value.requires_grad else value
-        return value if device is None else value.to(device)
+        tensor = value.detach() if value.requires_grad else value
+        return tensor if device is None else tensor.to(device)
     try:
         # A copy: torch would warn of a read-only array.
         return torch.tensor(np.asarray(value), device=device)

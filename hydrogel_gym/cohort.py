@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -99,7 +99,9 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
     _check_columns(name, frame)
     ids = frame[ID_COLUMN].astype(object).where(frame[ID_COLUMN].notna(), "").astype(str)
 
-    def fault(bad: np.ndarray, column: str, values: pd.Series | np.ndarray, allowed: str) -> str:
+    def fault(
+        bad: np.ndarray, column: str, values: pd.Series[Any] | np.ndarray, allowed: str
+    ) -> str:
         row, others = int(bad.argmax()), int(bad.sum()) - 1
         return (
             f"{name}, row {row + 1} (patient {ids[row]!r}), {column}: {str(values[row])!r}; "
@@ -107,11 +109,11 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
         )
 
     for bad, allowed in (
-        (ids.str.strip() == "", "a name that is not blank"),
-        (ids.duplicated(), "each name once"),
+        ((ids.str.strip() == "").to_numpy(), "a name that is not blank"),
+        (ids.duplicated().to_numpy(), "each name once"),
     ):
         if bad.any():
-            raise CohortError(fault(bad.to_numpy(), ID_COLUMN, ids, allowed))
+            raise CohortError(fault(bad, ID_COLUMN, ids, allowed))
     numbers = {column: _numbers(frame[column]) for column in FEATURE_COLUMNS}
     for column, values, low, high, reason in _limits(numbers):
         bad = ~((values >= low) & (values <= high))  # NaN is bad
@@ -183,7 +185,7 @@ def _numbers(cells: pd.Series) -> np.ndarray:
         return np.array([_number(cell) for cell in cells])
 
 
-def _number(cell: object) -> float:
+def _number(cell: Any) -> float:
     try:
         return float(cell)
     except (TypeError, ValueError):

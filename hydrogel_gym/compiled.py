@@ -27,7 +27,7 @@ class CompiledFunction:
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
         self.is_compiled = False
-        self._call = torch.compile(
+        self._call = torch.compile(  # type: ignore[call-overload]  # its types lack an argument
             function,
             fullgraph=True,
             dynamic=False,

@@ -262,4 +262,5 @@ def load_designs(
             parts.append(part)
     if not parts:
         raise ValueError(f"{folder} holds no designs of {', '.join(wanted) or 'anybody'} yet")
-    return pd.concat(parts, ignore_index=True)
+    designs: pd.DataFrame = pd.concat(parts, ignore_index=True)
+    return designs

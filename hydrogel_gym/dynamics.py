@@ -429,6 +429,6 @@ def step(
             [result.formulation.masked_fill(~mask.unsqueeze(-1), 0.0) for mask in masks]
         ),
         patient_index=torch.stack(patients[: len(masks)]),
-        defect=sum(outcome * 0.0 for outcome in result.outcomes),
+        defect=sum((outcome * 0.0 for outcome in result.outcomes), start=zero),
         final_obs=observation(result.state, params) if autoreset == "SameStep" else None,
     )

@@ -121,7 +121,7 @@ def _scene(problem: DesignProblem, patient_index: int, evaluation: Evaluation | 
     )
 
 
-def _frames(mode: RenderMode | None, scenes: Sequence[Scene]) -> tuple[Any, ...]:
+def _frames(mode: str, scenes: Sequence[Scene]) -> tuple[Any, ...]:
     """One picture, or text, for each scene."""
     if mode == "ansi":
         return tuple(map(rendering.describe, scenes))
@@ -336,7 +336,7 @@ class HydrogelEnv(gym.Env):
         if chosen is not None:
             state = state._replace(patient_index=chosen, home_index=chosen)
         self._state, self._terminated, self._last = state, False, None
-        return self._observation(), {"patient_index": int(state.patient_index)}
+        return self._observation(state), {"patient_index": int(state.patient_index)}
 
     @torch.no_grad()
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
@@ -356,7 +356,7 @@ class HydrogelEnv(gym.Env):
             # The caller may write to its action.
             self._last = Design(*(tensor.clone() for tensor in design)), result
         info = {key: self._unbatched(value) for key, value in _step_info(result).items()}
-        return self._observation(), float(result.reward), self._terminated, False, info
+        return self._observation(result.state), float(result.reward), self._terminated, False, info
 
     def render(self) -> np.ndarray | str | None:
         """Show the patient and, after a step, the last design, also once the episode has ended.
@@ -381,10 +381,11 @@ class HydrogelEnv(gym.Env):
             raise ResetNeeded("call reset() before render()")
         evaluation = _evaluations(*self._last)[0] if self._last else None
         scene = _scene(self.problem, int(self._state.patient_index), evaluation)
-        return _frames(self.render_mode, [scene])[0]
+        frame: np.ndarray | str = _frames(self.render_mode, [scene])[0]
+        return frame
 
-    def _observation(self) -> Any:
-        return _map(lambda rows: rows[0].cpu().numpy(), self.problem.observe(self._state))
+    def _observation(self, state: State) -> Any:
+        return _map(lambda rows: rows[0].cpu().numpy(), self.problem.observe(state))
 
     @staticmethod
     def _unbatched(value: Tensor) -> Any:
@@ -508,7 +509,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.single_action_space = self.problem.actions.space
         self.single_observation_space = self.problem.observation_space
         self._state: State | None = None
-        self._done: Tensor | None = None
+        self._done = torch.zeros(0, dtype=torch.bool, device=self.device)  # until the first reset
         # What `render` needs of the last step: the state before it, which environments were stepped
         # and not reset since, and the action.
         self.render_mode = render_mode
@@ -566,9 +567,12 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         fresh = self._reset_state(seeds)
         if chosen is not None:
             fresh = fresh._replace(patient_index=chosen, home_index=chosen.clone())
-        self._state = fresh if mask is None else dynamics.select(mask, fresh, self._state)
         every = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
-        self._done = ~every if mask is None else self._done & ~mask
+        if mask is None or self._state is None:
+            self._state, self._done = fresh, ~every
+        else:
+            self._state = dynamics.select(mask, fresh, self._state)
+            self._done = self._done & ~mask
         if self._last is not None:
             state, stepped, action = self._last
             self._last = None if mask is None else (state, stepped & ~mask, action)
@@ -582,9 +586,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         if seed is None:
             return [None] * self.num_envs
         if isinstance(seed, (int, np.integer)):
-            seeds = [int(seed) + i for i in range(self.num_envs)]
-        else:
-            seeds = list(seed)
+            return self._seeds([int(seed) + i for i in range(self.num_envs)])
+        seeds = list(seed)
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} entries; expected num_envs = {self.num_envs}")
         for value in seeds:
@@ -609,15 +612,15 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             return None
         if self._state is None:
             raise ResetNeeded("reset every environment once before resetting some by `reset_mask`")
-        mask = as_tensor(mask, "reset_mask", self.device)
-        if mask.dtype != torch.bool or mask.shape != (self.num_envs,):
+        tensor = as_tensor(mask, "reset_mask", self.device)
+        if tensor.dtype != torch.bool or tensor.shape != (self.num_envs,):
             raise ValueError(
-                f"reset_mask is a {tuple(mask.shape)} array of {mask.dtype}; "
+                f"reset_mask is a {tuple(tensor.shape)} array of {tensor.dtype}; "
                 f"expected ({self.num_envs},) of bool"
             )
-        if self.problem.validate and not mask.any():
+        if self.problem.validate and not tensor.any():
             raise ValueError("reset_mask is all False; at least one environment must be reset")
-        return mask
+        return tensor
 
     @_explains_memory
     @torch.no_grad()
@@ -635,11 +638,12 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         action = self.problem.actions.read(actions, (self.num_envs,))
         step, valid = self._step(self._state, self._done, action)
         if self.problem.validate and not valid:
-            self._refuse(action)
+            self._refuse(self._state, action)
         if self.render_mode is not None:
-            skipped = self._done & (self.autoreset_mode is AutoresetMode.NEXT_STEP)
+            ignores = self.autoreset_mode is AutoresetMode.NEXT_STEP
+            stepped = ~self._done if ignores else torch.ones_like(self._done)
             # The caller may write to its action.
-            self._last = self._state, ~skipped, tuple(tensor.clone() for tensor in action)
+            self._last = self._state, stepped, tuple(tensor.clone() for tensor in action)
         return self._accept(step)
 
     @torch.no_grad()
@@ -663,7 +667,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             return None
         if self._state is None:
             raise ResetNeeded("call reset() before render()")
-        patients, evaluations = self._state.patient_index, [None] * self.num_envs
+        patients = self._state.patient_index
+        evaluations: list[Evaluation | None] = [None] * self.num_envs
         if self._last is not None:
             state, stepped, action = self._last
             stepped = stepped & self.problem.actions.allows(action)
@@ -727,7 +732,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self._done = copied.pop("done")
         self._state, self._last = State(**copied), None
 
-    def _refuse(self, action: tuple[Tensor, ...]) -> NoReturn:
+    def _refuse(self, state: State, action: tuple[Tensor, ...]) -> NoReturn:
         """Say what is wrong with a step, which was found only to be wrong somewhere."""
         mode, problem = self.autoreset_mode, self.problem
         if mode is AutoresetMode.DISABLED and self._done.any():
@@ -738,7 +743,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         skip = self._done if mode is AutoresetMode.NEXT_STEP else None
         problem.actions.check(action, skip=skip)
         design = problem.ignore(problem.actions.decode(action), skip)
-        problem.transition(self._state, design, skip=skip)
+        problem.transition(state, design, skip=skip)
         raise ValueError("the reward model returned an outcome that is not finite, but not again")
 
     def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:

@@ -96,6 +96,8 @@ class ExportedModel(nn.Module):
         archive: the `.pt2` archive that `load_program` has checked.
     """
 
+    _place: Tensor
+
     def __init__(self, archive: bytes) -> None:
         super().__init__()
         self._archive = archive
@@ -107,7 +109,8 @@ class ExportedModel(nn.Module):
     def _build(self) -> None:
         # Guards would be evaluated as Python; `load_program` looks at them instead.
         self.program = self._exported.module(check_guards=False).requires_grad_(False)
-        self.program.validate_inputs = False  # `forward` gives it nothing else
+        # `forward` gives it nothing else.
+        setattr(self.program, "validate_inputs", False)  # noqa: B010  no field of its type
         for module in self.program.modules():
             module.training = False  # programs refuse eval(), which does no more
 

@@ -272,6 +272,9 @@ class MechanisticModel(nn.Module):
         ValueError: `outcome_scale` is unknown.
     """
 
+    polymer_table: Tensor
+    coverage_table: Tensor
+
     def __init__(
         self,
         polymers: PolymerTable | None = None,

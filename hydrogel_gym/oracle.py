@@ -19,6 +19,7 @@ References:
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import inspect
 import io
@@ -160,10 +161,10 @@ def best_designs(
         CohortError, RewardModelError: the cohort or the model cannot be loaded.
     """
     cohort, patients, model, config = _problem(cohort, reward_model, reward_config, device)
-    path = key = None
+    entry = None
     if cache_dir is not None:
-        path, key = _cache_entry(cache_dir, cohort, patients, model, config, seed)
-        if (cached := _read_cache(path, key, len(cohort))) is not None:
+        entry = _cache_entry(cache_dir, cohort, patients, model, config, seed)
+        if (cached := _read_cache(*entry, len(cohort))) is not None:
             return _result(cohort, patients, *cached, model, config)
 
     chunks: list[tuple[Design, Tensor]] = []
@@ -171,17 +172,18 @@ def best_designs(
     with tqdm(total=len(cohort), desc="oracle", unit="patient", disable=not progress) as bar:
         for start in range(0, len(cohort), at_once):
             rows = slice(start, start + at_once)
-            two = [search(patients[rows], model, config, 2 * seed + k) for k in (0, 1)]
+            one, other = (search(patients[rows], model, config, 2 * seed + k) for k in (0, 1))
             ids = cohort.patient_ids[rows]
-            scores = [_judge(ids, patients[rows], design, model, config)[0] for design in two]
-            chunks.append((_better(*two, scores[0] >= scores[1]), (scores[0] - scores[1]).abs()))
+            scores = [_judge(ids, patients[rows], x, model, config)[0] for x in (one, other)]
+            gap = (scores[0] - scores[1]).abs()
+            chunks.append((_better(one, other, scores[0] >= scores[1]), gap))
             bar.update(len(ids))
     designs, gaps = zip(*chunks, strict=True)
     design = Design(*map(torch.cat, zip(*designs, strict=True)))
     best = _result(cohort, patients, design, torch.cat(gaps), model, config)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_cache(path, key, best)
+    if entry is not None:
+        entry[0].parent.mkdir(parents=True, exist_ok=True)
+        _write_cache(*entry, best)
     return best
 
 
@@ -273,7 +275,9 @@ def search(
             pairs[..., None, 1].expand(batch).reshape(-1),
         )
         score = compute_reward(outcomes, config=config)
-        return torch.where(sum(outcomes).isfinite(), score, torch.inf).view(batch)
+        return torch.where(functools.reduce(torch.add, outcomes).isfinite(), score, torch.inf).view(
+            batch
+        )
 
     sobol = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(NUM_SOBOL)
     pairs = torch.tensor(PAIRS, device=device).expand(num_patients, -1, -1)

@@ -13,6 +13,7 @@ References:
 from __future__ import annotations
 
 import csv
+import io
 import math
 from dataclasses import dataclass
 from importlib.resources import files
@@ -117,10 +118,10 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
             allowed.
     """
     resource = files("hydrogel_gym") / "polymers.csv" if path is None else Path(fspath(path))
-    with resource.open("r", encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-        rows = list(reader)
+    # Line ends as they are: what to make of them is the reader's to say.
+    reader = csv.DictReader(io.StringIO(resource.read_bytes().decode("utf-8-sig"), newline=""))
+    missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+    rows = list(reader)
     if missing:
         raise ValueError(f"{resource}: columns {missing} are missing")
     if len(rows) != NUM_POLYMERS:

@@ -146,15 +146,16 @@ def short_axis(
     epicardium = cavity + wall
     scar = math.pi * patient["scar_fraction_pct"] / 100.0
     border_each = math.pi * patient["bz_fraction_pct"] / 100.0
-    is_covered = covered_share is not None
     return ShortAxis(
         cavity_mm=cavity,
         scar_mm=min(cavity + patient["transmurality"] * wall, epicardium),
         epicardium_mm=epicardium,
-        patch_mm=epicardium + (thickness_mm if is_covered else 0.0),
+        patch_mm=epicardium + (0.0 if covered_share is None else thickness_mm),
         scar_rad=min(scar, math.pi),
         border_rad=min(scar + border_each, math.pi),
-        patch_rad=min(scar + covered_share * border_each, math.pi) if is_covered else 0.0,
+        patch_rad=0.0
+        if covered_share is None
+        else min(scar + covered_share * border_each, math.pi),
     )
 
 
@@ -305,8 +306,8 @@ def _draw_heart(axis: ShortAxis) -> Any:
 
     # Pillow cuts what is behind the point, and counts from the middle of the first pixel.
     def sector(tissue: str, inner: float, outer: float, start: float, stop: float) -> None:
-        points = centre - 0.5 + scale * ring_sector(inner, outer, start, stop)
-        points = list(map(tuple, points.round().tolist()))
+        ring = centre - 0.5 + scale * ring_sector(inner, outer, start, stop)
+        points = [(x, y) for x, y in ring.round().tolist()]
         canvas.polygon(points, fill=TISSUES[tissue][0])
         if tissue != "patch":  # which would be all outline where it is thin
             canvas.line([*points, points[0]], fill=TEXT, width=SUPERSAMPLING - 1)

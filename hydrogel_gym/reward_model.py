@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrogel_gym.exported import INPUTS, ProgramError, load_program
-from hydrogel_gym.mechanistic import MechanisticModel
+from hydrogel_gym.mechanistic import MechanisticModel, OutcomeScale
 from hydrogel_gym.polymers import load_polymers
 from hydrogel_gym.spaces import (
     COVERAGES,
@@ -57,7 +57,7 @@ def load_reward_model(
     spec: str | os.PathLike[str] | RewardModel,
     device: str | torch.device = "cpu",
     *,
-    outcome_scale: str = "source",
+    outcome_scale: OutcomeScale = "source",
     pessimism: float | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> RewardModel:
@@ -100,7 +100,7 @@ def load_reward_model(
     return model
 
 
-def _load(spec: str, outcome_scale: str, of_ensemble: dict[str, Any]) -> RewardModel:
+def _load(spec: str, outcome_scale: OutcomeScale, of_ensemble: dict[str, Any]) -> RewardModel:
     if spec == "mechanistic":
         return MechanisticModel(outcome_scale=outcome_scale)
     # Before the colon is looked for: C:\stage1.pt2 has one too.
@@ -122,7 +122,8 @@ def _load(spec: str, outcome_scale: str, of_ensemble: dict[str, Any]) -> RewardM
             "a path to a .pt Stage-1 checkpoint, or 'module:factory'"
         )
     try:
-        return getattr(importlib.import_module(module_name), factory_name)()
+        model: RewardModel = getattr(importlib.import_module(module_name), factory_name)()
+        return model
     except Exception as error:  # whatever the user's module or factory raises
         raise RewardModelError(
             f"reward_model {spec!r} cannot be loaded: {type(error).__name__}: {error}"

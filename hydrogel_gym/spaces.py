@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -194,7 +194,7 @@ def action_space(
     *,
     num_levels: Sequence[int] = FORMULATION_LEVELS,
     rescaled: bool = False,
-) -> spaces.Dict | spaces.Tuple | spaces.Box | spaces.MultiDiscrete:
+) -> spaces.Dict | spaces.Tuple[Any] | spaces.Box | spaces.MultiDiscrete:
     """Space of one action.
 
     Args:

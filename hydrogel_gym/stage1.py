@@ -47,8 +47,8 @@ NUMERIC_FIELDS = (
 LOG_FIELDS = ("edv_ml", "esv_ml", "youngs_modulus_kpa", "half_life_days")
 OPTIMAL = Outcomes._fields.index("optimal_logit")
 
-# Which way is worse: down for what is rewarded, up for what is a risk.
-WORSE = Outcomes(-1.0, -1.0, -1.0, 1.0, -1.0, 1.0)
+# Which way is worse, in the order of `Outcomes`: down for what is rewarded, up for a risk.
+WORSE = (-1.0, -1.0, -1.0, 1.0, -1.0, 1.0)
 # A standard deviation per outcome says nothing of a logit; this takes 95 % to even odds.
 OPTIMAL_LOGIT_SPREAD = 3.0
 # Of what a feature may be: a fitted range is not taken for narrower. Else whatever was always the
@@ -114,6 +114,9 @@ class Stage1Network(nn.Module):
         polymer_category: (24,) int64, below `num_categories`.
     """
 
+    polymer_embedding: Tensor
+    polymer_category: Tensor
+
     def __init__(
         self, architecture: Architecture, polymer_embedding: Tensor, polymer_category: Tensor
     ) -> None:
@@ -142,7 +145,8 @@ class Stage1Network(nn.Module):
         """(K, 24, trunk_dim): all that depends on the polymer alone."""
         adapted = silu(self.adapter(self.polymer_embedding))
         category = self.category[:, self.polymer_category]
-        return self.join_polymer(torch.cat([adapted, category], -1))
+        table: Tensor = self.join_polymer(torch.cat([adapted, category], -1))
+        return table
 
     def forward(
         self, numeric: Tensor, polymer_id: Tensor, polymer_table: Tensor | None = None
@@ -168,7 +172,8 @@ class Stage1Network(nn.Module):
         x = silu(self.join_numeric(x) + polymer)
         x = x + silu(self.trunk(x))
         x = silu(self.heads(x)).unflatten(-1, self.out.shape[-2:])
-        return (x * self.out).sum(-1) + self.out_bias
+        predictions: Tensor = (x * self.out).sum(-1) + self.out_bias
+        return predictions
 
 
 class Scaling(NamedTuple):
@@ -230,6 +235,24 @@ class Stage1Ensemble(nn.Module):
         compute_dtype: of the products; None is float32.
     """
 
+    # Buffers: the fields of `Scaling` and `FittedRange`, and what follows from them.
+    numeric_mean: Tensor
+    numeric_std: Tensor
+    outcome_mean: Tensor
+    outcome_std: Tensor
+    patient_low: Tensor
+    patient_high: Tensor
+    formulation_low: Tensor
+    formulation_high: Tensor
+    seen: Tensor
+    worse: Tensor
+    spread: Tensor
+    low: Tensor
+    high: Tensor
+    patient_least_width: Tensor
+    formulation_least_width: Tensor
+    polymer_table: Tensor
+
     def __init__(
         self,
         network: Stage1Network,
@@ -280,7 +303,7 @@ class Stage1Ensemble(nn.Module):
         """
         numeric = raw_numeric(patient, formulation, coverage)
         numeric = ((numeric - self.numeric_mean) / self.numeric_std).to(self.compute_dtype)
-        z = self.network(numeric, polymer_id, self.polymer_table).to(torch.float32)
+        z: Tensor = self.network(numeric, polymer_id, self.polymer_table).to(torch.float32)
         return self.outcome_mean + self.outcome_std * z
 
     def patient_distance(self, patient: Tensor) -> Tensor:
@@ -400,7 +423,8 @@ def read_stage1(path: str | os.PathLike[str]) -> dict[str, Any]:
         ("outcomes", Outcomes._fields),
         ("polymers", load_polymers().names),
     ):
-        there = saved.get(key) if isinstance(saved.get(key), list) else []
+        value = saved.get(key)
+        there = value if isinstance(value, list) else []
         if there != list(here):
             differing = [
                 f"{i} is {a!r}, here {b!r}"
@@ -437,9 +461,8 @@ def load_stage1(
             torch.zeros_like(state["network.polymer_embedding"]),
             torch.zeros(NUM_POLYMERS, dtype=torch.int64),
         )
-        scaling, fitted = (
-            kind(*(state[name] for name in kind._fields)) for kind in (Scaling, FittedRange)
-        )
+        scaling = Scaling(*(state[name] for name in Scaling._fields))
+        fitted = FittedRange(*(state[name] for name in FittedRange._fields))
         network.load_state_dict(
             {
                 name.removeprefix("network."): value

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, TypeAlias
 
 import gymnasium as gym
 import torch
@@ -32,9 +32,12 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from hydrogel_gym.actions import ActionCodec
-from hydrogel_gym.spaces import FORMULATION_FIELDS, FORMULATION_LEVELS, action_space
+from hydrogel_gym.spaces import FORMULATION_FIELDS, FORMULATION_LEVELS, ActionFormat, action_space
 
-HYBRID_FORMATS = ("dict", "tuple")
+HYBRID_FORMATS: tuple[ActionFormat, ...] = ("dict", "tuple")
+Env: TypeAlias = gym.Env[Any, Any]
+VectorEnv: TypeAlias = gym.vector.VectorEnv[Any, Any, Any]
+AnyEnv: TypeAlias = Env | VectorEnv
 
 
 class _Conversion:
@@ -42,42 +45,40 @@ class _Conversion:
 
     Args:
         outer: makes the wrapper's codec of the format, dict or tuple, that the environment has.
-        wrapper, env: which wrapper is about to wrap what.
+        wrapper: its name.
+        env: what it is about to wrap.
+        space: of one action of `env`.
+        batch_shape: (B,) or ().
 
     Raises:
-        TypeError: a vector where one environment is wrapped, or the other way round.
         ValueError: the environment has no hybrid action, or no longer.
     """
 
     def __init__(
         self,
-        outer: Callable[[str], ActionCodec],
-        wrapper: gym.Wrapper | gym.vector.VectorWrapper,
-        env: gym.Env | gym.vector.VectorEnv,
+        outer: Callable[[ActionFormat], ActionCodec],
+        wrapper: str,
+        env: AnyEnv,
+        space: gym.Space[Any],
+        batch_shape: tuple[int, ...],
     ) -> None:
-        name = type(wrapper).__name__
-        is_vector = isinstance(wrapper, gym.vector.VectorWrapper)
-        if not isinstance(env, gym.vector.VectorEnv if is_vector else gym.Env):
-            wanted = "gymnasium.vector.VectorEnv" if is_vector else "gymnasium.Env"
-            raise TypeError(f"{name} wraps a {wanted}, got a {type(env).__name__}")
-        space = env.single_action_space if is_vector else env.action_space
         formats = [name for name in HYBRID_FORMATS if space == action_space(name)]
         if not formats:
-            inside: Any = env
+            inside = env
             while isinstance(inside, (gym.Wrapper, gym.vector.VectorWrapper)):
                 if isinstance(inside, (_SingleWrapper, _VectorWrapper)):
                     raise ValueError(
-                        f"{name} wraps the hybrid action of HydrogelDesign-v0, which "
+                        f"{wrapper} wraps the hybrid action of HydrogelDesign-v0, which "
                         f"{type(inside).__name__} has converted already; use one of them"
                     )
                 inside = inside.env
             raise ValueError(
-                f"{name} wraps an environment with the action space of HydrogelDesign-v0, "
+                f"{wrapper} wraps an environment with the action space of HydrogelDesign-v0, "
                 f"{action_space('dict')} or the Tuple of the same; got {space}"
             )
         self.inner = ActionCodec(formats[0])
         self.outer = outer(formats[0])
-        self._batch_shape = (env.num_envs,) if is_vector else ()
+        self._batch_shape = batch_shape
 
     def forward(self, action: Any) -> Any:
         """The hybrid action of one of the wrapper's."""
@@ -116,15 +117,15 @@ def _leaves(action: Any) -> Sequence[Any]:
     return action if isinstance(action, (tuple, list)) else [action]
 
 
-def _flatten(_: str) -> ActionCodec:
+def _flatten(_: ActionFormat) -> ActionCodec:
     return ActionCodec("box")
 
 
-def _rescale(action_format: str) -> ActionCodec:
+def _rescale(action_format: ActionFormat) -> ActionCodec:
     return ActionCodec(action_format, rescaled=True)
 
 
-def _discretize(num_levels: int | Sequence[int]) -> Callable[[str], ActionCodec]:
+def _discretize(num_levels: int | Sequence[int]) -> Callable[[ActionFormat], ActionCodec]:
     num_fields = len(FORMULATION_FIELDS)
     levels = num_levels if isinstance(num_levels, Sequence) else [num_levels] * num_fields
     if len(levels) != num_fields or not all(isinstance(n, Integral) and n > 1 for n in levels):
@@ -136,12 +137,17 @@ def _discretize(num_levels: int | Sequence[int]) -> Callable[[str], ActionCodec]
     return lambda _: ActionCodec("multidiscrete", num_levels=levels)
 
 
-class _SingleWrapper(gym.ActionWrapper, RecordConstructorArgs):
+class _SingleWrapper(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
     """What the wrappers of one environment share."""
 
-    def __init__(self, env: gym.Env, outer: Callable[[str], ActionCodec], **kwargs: Any) -> None:
+    def __init__(
+        self, env: Env, outer: Callable[[ActionFormat], ActionCodec], **kwargs: Any
+    ) -> None:
         RecordConstructorArgs.__init__(self, **kwargs)
-        self._conversion = _Conversion(outer, self, env)
+        name = type(self).__name__
+        if not isinstance(env, gym.Env):
+            raise TypeError(f"{name} wraps a gymnasium.Env, got a {type(env).__name__}")
+        self._conversion = _Conversion(outer, name, env, env.action_space, ())
         gym.ActionWrapper.__init__(self, env)
         self.action_space = self._conversion.outer.space
 
@@ -162,14 +168,20 @@ class _SingleWrapper(gym.ActionWrapper, RecordConstructorArgs):
         return self._conversion.backward(action)
 
 
-class _VectorWrapper(gym.vector.VectorActionWrapper, RecordConstructorArgs):
+class _VectorWrapper(gym.vector.VectorActionWrapper[Any, Any, Any, Any], RecordConstructorArgs):
     """What the wrappers of a vector of environments share."""
 
     def __init__(
-        self, env: gym.vector.VectorEnv, outer: Callable[[str], ActionCodec], **kwargs: Any
+        self, env: VectorEnv, outer: Callable[[ActionFormat], ActionCodec], **kwargs: Any
     ) -> None:
         RecordConstructorArgs.__init__(self, **kwargs)
-        self._conversion = _Conversion(outer, self, env)
+        name = type(self).__name__
+        if not isinstance(env, gym.vector.VectorEnv):
+            raise TypeError(
+                f"{name} wraps a gymnasium.vector.VectorEnv, got a {type(env).__name__}"
+            )
+        space, batch_shape = env.single_action_space, (env.num_envs,)
+        self._conversion = _Conversion(outer, name, env, space, batch_shape)
         gym.vector.VectorActionWrapper.__init__(self, env)
         self.single_action_space = self._conversion.outer.space
         self.action_space = batch_space(self.single_action_space, env.num_envs)
@@ -177,7 +189,7 @@ class _VectorWrapper(gym.vector.VectorActionWrapper, RecordConstructorArgs):
     @property
     def autoreset_mode(self) -> AutoresetMode:
         """When an environment whose episode has ended is reset; that of the wrapped vector."""
-        return self.metadata["autoreset_mode"]
+        return AutoresetMode(self.metadata["autoreset_mode"])
 
     def actions(self, actions: Any) -> Any:
         """The batch of hybrid actions that B actions of this space stand for.
@@ -211,7 +223,7 @@ class FlattenHybridAction(_SingleWrapper):
         ValueError: its action is another one.
     """
 
-    def __init__(self, env: gym.Env) -> None:
+    def __init__(self, env: Env) -> None:
         super().__init__(env, _flatten)
 
 
@@ -226,7 +238,7 @@ class VectorFlattenHybridAction(_VectorWrapper):
         ValueError: its action is another one.
     """
 
-    def __init__(self, env: gym.vector.VectorEnv) -> None:
+    def __init__(self, env: VectorEnv) -> None:
         super().__init__(env, _flatten)
 
 
@@ -246,7 +258,7 @@ class DiscretizeHybridAction(_SingleWrapper):
         ValueError: its action is another one, or `num_levels` is not what it may be.
     """
 
-    def __init__(self, env: gym.Env, num_levels: int | Sequence[int] = FORMULATION_LEVELS) -> None:
+    def __init__(self, env: Env, num_levels: int | Sequence[int] = FORMULATION_LEVELS) -> None:
         super().__init__(env, _discretize(num_levels), num_levels=num_levels)
 
 
@@ -263,7 +275,7 @@ class VectorDiscretizeHybridAction(_VectorWrapper):
     """
 
     def __init__(
-        self, env: gym.vector.VectorEnv, num_levels: int | Sequence[int] = FORMULATION_LEVELS
+        self, env: VectorEnv, num_levels: int | Sequence[int] = FORMULATION_LEVELS
     ) -> None:
         super().__init__(env, _discretize(num_levels), num_levels=num_levels)
 
@@ -282,7 +294,7 @@ class RescaleFormulation(_SingleWrapper):
         ValueError: its action is another one.
     """
 
-    def __init__(self, env: gym.Env) -> None:
+    def __init__(self, env: Env) -> None:
         super().__init__(env, _rescale)
 
 
@@ -297,5 +309,5 @@ class VectorRescaleFormulation(_VectorWrapper):
         ValueError: its action is another one.
     """
 
-    def __init__(self, env: gym.vector.VectorEnv) -> None:
+    def __init__(self, env: VectorEnv) -> None:
         super().__init__(env, _rescale)

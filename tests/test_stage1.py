@@ -134,8 +134,8 @@ def test_pessimism_is_so_many_standard_deviations_to_the_worse_side(make_network
     network = make_network()
     mean, std, _ = make_ensemble(network).predict(*designs())
     outcomes = make_ensemble(network, pessimism=0.5)(*designs())
-    for name, worse in WORSE._asdict().items():
-        field = next(f for f in OUTCOME_FIELDS if f.name == name)
+    for field, worse in zip(OUTCOME_FIELDS, WORSE, strict=True):
+        name = field.name
         expected = getattr(mean, name) + 0.5 * worse * getattr(std, name)
         expected = expected.clamp(field.low, field.high)
         torch.testing.assert_close(getattr(outcomes, name), expected)
