@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import hashlib
+import importlib
+import subprocess
+import sys
+from importlib.resources import files
+
+import pytest
+import torch
+
+import hydrogel_gym
+from hydrogel_gym import compute_reward, dynamics, load_cohort, load_reward_model
+
+
+@pytest.fixture(scope="module")
+def program():
+    return importlib.import_module("hydrogel_gym.__main__")
+
+
+def test_reference_rewards_are_those_of_the_model_in_double_precision(program):
+    polymer_id, formulation, coverage = program.REFERENCE_DESIGN
+    patients = load_cohort().features[: len(program.REFERENCE_REWARDS)]
+    outcomes = load_reward_model("mechanistic")(
+        patients,
+        torch.full((len(patients),), polymer_id),
+        torch.tensor([formulation] * len(patients), dtype=torch.float64),
+        torch.full((len(patients),), coverage),
+    )
+    expected = torch.tensor(program.REFERENCE_REWARDS, dtype=torch.float64)
+    torch.testing.assert_close(compute_reward(outcomes), expected, rtol=0.0, atol=1e-6)
+
+
+def test_sound_package_says_what_it_is_and_passes_its_checks(program, capsys):
+    assert program.main([]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"hydrogel_gym {hydrogel_gym.__version__}"
+    assert lines[1] == (
+        "environments: HydrogelDesign-v0, HydrogelDesignFlat-v0, HydrogelDesignDiscrete-v0"
+    )
+    digest = hashlib.sha256((files("hydrogel_gym.patients") / "cohort.csv").read_bytes())
+    assert f"cohort.csv: sha256 {digest.hexdigest()}" in lines
+    verdicts = [line.partition(":")[0] for line in lines[-len(program.CHECKS) :]]
+    assert verdicts == ["ok"] * len(program.CHECKS)
+
+
+def test_self_check_runs_from_an_empty_directory_as_a_module(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "hydrogel_gym"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "ok: data: 2,000 and 500 synthetic patients, 24 polymers" in done.stdout
+
+
+def test_wrong_reward_fails_the_self_check_with_both_figures(program, capsys, monkeypatch):
+    right = dynamics.reward_terms
+
+    def wrong(*args, **kwargs):
+        terms = right(*args, **kwargs)
+        return terms._replace(reward_delta_ef=terms.reward_delta_ef * 1.01)
+
+    monkeypatch.setattr(dynamics, "reward_terms", wrong)
+    assert program.main([]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED: rewards: AssertionError: found [" in out
+    assert "expected [33.423765 25.805065 30.246383]" in out
+    assert "ok: data" in out
+
+
+def test_device_that_is_not_there_is_one_line(program, capsys):
+    assert program.main(["--device", "cupboard"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("--device is 'cupboard', which is not there: ")
+    assert captured.err.count("\n") == 1
