@@ -5,9 +5,9 @@
 
 Cosmic Ray makes the mutants: one operator, comparison, number, truth value, condition or decorator
 changed in each. Left out are changes to annotations and docstrings, which nothing evaluates, and
-those that make the same code twice. Each mutant is loaded in place of its module in a process of its
-own, a fork of one that has imported the libraries, where pytest runs until the first failure. A
-mutant is killed if a test fails or the time is up, and survives otherwise; a few survivors change
+those that make the same code twice. Each mutant is loaded in place of its module in a process of
+its own, a fork of one that has imported the libraries, where pytest runs until the first failure.
+A mutant is killed if a test fails or the time is up, and survives otherwise; a few survivors change
 nothing that could be observed. Writes `results/mutation.md`; needs
 `pip install -e ".[test,mutation]"`.
 """
