@@ -50,6 +50,7 @@ default_role = "literal"  # a single backtick in docstrings
 html_theme = "furo"
 html_title = f"hydrogel_gym {version}"
 html_static_path = ["_static"]
+html_css_files = ["custom.css"]
 html_show_sphinx = False
 
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "deflist"]
@@ -84,7 +85,7 @@ def name_constants(app: Sphinx, docname: str, source: list[str]) -> None:
         return
     params = MechanisticParams()
     source[0] = re.sub(
-        r"@(\w+)@", lambda match: fragments.number(getattr(params, match[1])), source[0]
+        r"@(\w+)@", lambda match: fragments.in_equation(getattr(params, match[1])), source[0]
     )
 
 

@@ -322,6 +322,15 @@ def number(value: float) -> str:
     return f"{value:.12g}"
 
 
+def in_equation(value: float) -> str:
+    """A constant as an equation has it."""
+    mantissa, _, exponent = number(value).partition("e")
+    if not exponent:
+        return mantissa
+    power = f"10^{{{int(exponent)}}}"
+    return power if mantissa == "1" else rf"{mantissa} \cdot {power}"
+
+
 # Longest first: the ends of names that are units.
 UNITS = {
     "_days_per_scar_pct": "days per % of scar",
