@@ -171,6 +171,8 @@ def redirected(text: str, source: Path, where: dict[str, Place]) -> str:
             return f"{bang}[{label}]({page(f'readme/{anchor}.md', target)})"
         if to.as_posix() in pages_of_files and not bang:
             return f"{bang}[{label}]({page(pages_of_files[to.as_posix()], target)})"
+        if to.parent == Path("docs"):
+            return f"{bang}[{label}]({to.name})"
         if not (ROOT / to).exists():
             raise ValueError(f"{source} links to {target}, which does not exist")
         if (ROOT / to).is_dir():  # nothing that a page could offer
