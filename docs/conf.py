@@ -58,6 +58,8 @@ myst_heading_anchors = 4
 
 # The tutorial is executed, and an error in it is one of the build.
 nb_execution_mode = os.environ.get("HYDROGEL_DOCS_EXECUTE", "cache")
+if os.environ.get("HYDROGEL_TUTORIAL_SHORT") and nb_execution_mode == "cache":
+    nb_execution_mode = "force"  # so that it is not taken for the whole one later
 nb_execution_timeout = 600
 nb_execution_raise_on_error = True
 nb_output_stderr = "remove"  # progress bars
