@@ -419,8 +419,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
     Args:
         num_envs: B.
         device: where state, model and `output="torch"` live.
-        horizon, cohort, reward_model, reward_config, action_format, obs_format, observe_explored,
-            reward_mode: as for `HydrogelEnv`.
+        horizon, cohort, reward_model, reward_config: as for `HydrogelEnv`.
+        action_format, obs_format, observe_explored, reward_mode: likewise.
         patient_assignment: `"fixed"` or `"random"`.
         output: `"numpy"` or `"torch"`.
         autoreset_mode: `"SameStep"`, `"NextStep"`, `"Disabled"` or Gymnasium's enumeration.

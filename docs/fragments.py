@@ -1,0 +1,550 @@
+"""What the pages include: made from the code and from files that are written elsewhere.
+
+    python docs/fragments.py           # done by conf.py at every build
+
+Writes Markdown to `docs/_generated/` and a page per module to `docs/api/`; git ignores both. What a
+page takes from the README, the data card, the changelog or a table of results is taken from there,
+with the links turned to where the same is found in this documentation; tables of flags, constants,
+polymers and columns are read from the code.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import csv
+import dataclasses
+import importlib
+import inspect
+import io
+import os
+import pkgutil
+import re
+import sys
+import tokenize
+from collections.abc import Callable, Iterator
+from importlib.resources import files
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import hydrogel_gym
+from hydrogel_gym import designs, mechanistic, oracle
+from hydrogel_gym.dynamics import RewardConfig
+from hydrogel_gym.mechanistic import MechanisticParams
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+GENERATED = "_generated"
+
+# Order of reading; modules that are not named come after these.
+MODULES = (
+    "env wrappers spaces dynamics problem cohort polymers reward_model mechanistic stage1 exported "
+    "oracle designs ranking rendering memory compiled files"
+).split()
+# Scripts whose flags are fields of a dataclass `Args`.
+SCRIPTS = "ppo_hybrid fit_stage1 generate_candidates refine_patients rank_designs report".split()
+
+_FENCE = re.compile(r"^```.*?^```[ \t]*$", re.MULTILINE | re.DOTALL)
+_HEADING = re.compile(r"^(#{1,4}) +(.+?) *$", re.MULTILINE)
+_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
+_INCLUDE = re.compile(r"^```\{include\} (\S+)$", re.MULTILINE)
+
+
+def slug(heading: str) -> str:
+    """Anchor of a heading, in GitHub's manner, which is MyST's too."""
+    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
+    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
+
+
+def without_code(text: str) -> str:
+    """The text with blanks for what fences and backticks hold, of the same length."""
+
+    def blank(match: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
+
+    return re.sub(r"`[^`\n]+`", blank, _FENCE.sub(blank, text))
+
+
+def headings(text: str) -> Iterator[re.Match[str]]:
+    """Headings of a Markdown text that are not within code; spans hold in the text as it is."""
+    hidden = _FENCE.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
+    yield from _HEADING.finditer(hidden)
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors of all headings of a Markdown text."""
+    return {slug(match[2]) for match in headings(text)}
+
+
+def links(text: str) -> list[str]:
+    """Targets of the links and pictures of a Markdown text."""
+    return [match[3] for match in _LINK.finditer(_FENCE.sub("", text))]
+
+
+def sections(text: str) -> dict[str, str]:
+    """What lies between a heading and the next of any level, by the heading's anchor."""
+    found = list(headings(text))
+    ends = [match.start() for match in found[1:]] + [len(text)]
+    return {
+        slug(match[2]): text[match.end() : end].strip() + "\n"
+        for match, end in zip(found, ends, strict=True)
+    }
+
+
+def demoted(text: str, levels: int) -> str:
+    """The text with headings so many levels further down."""
+    for match in reversed(list(headings(text))):
+        text = text[: match.start()] + "#" * levels + text[match.start() :]
+    return text
+
+
+def without_title(text: str) -> str:
+    """The text without its first heading of the first level."""
+    return re.sub(r"\A# .*\n+", "", text)
+
+
+class Place(NamedTuple):
+    """Where a fragment is found: a page, and the anchor of the heading it is under."""
+
+    page: str
+    anchor: str
+
+
+def pages() -> dict[str, str]:
+    """Text of every page that is written by hand, by its name."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(DOCS.glob("*.md"))}
+
+
+def places() -> dict[str, Place]:
+    """Where each included fragment is found, by its path under `_generated`.
+
+    Raises:
+        ValueError: two pages include the same.
+    """
+    found: dict[str, Place] = {}
+    for name, text in pages().items():
+        titles = list(headings(text))
+        for match in _INCLUDE.finditer(text):
+            path = match[1].removeprefix(f"{GENERATED}/")
+            if path in found:
+                raise ValueError(f"{found[path].page} and {name} both include {match[1]}")
+            above = [title for title in titles if title.start() < match.start()]
+            found[path] = Place(name, slug(above[-1][2]) if len(above) > 1 else "")
+    return found
+
+
+def redirected(text: str, source: Path, where: dict[str, Place]) -> str:
+    """Links of a file of the repository, turned to pages, or else to files beside `docs`.
+
+    Args:
+        text: all of the file, or part of it.
+        source: path of the file within the repository.
+        where: as `places` has it.
+
+    Raises:
+        ValueError: a link leads to no file, or to a section that no page includes.
+    """
+    readme = {f"readme/{key}.md" for key in sections((ROOT / "README.md").read_text())}
+    pages_of_files = {
+        "patients/README.md": "patients.md",
+        "examples/README.md": "examples.md",
+        "CHANGELOG.md": "changelog.md",
+    } | {
+        f"benchmark/results/{path.name}": f"results/{path.name}"
+        for path in (ROOT / "benchmark/results").glob("*.md")
+    }
+
+    def page(fragment: str, target: str) -> str:
+        if fragment not in where:
+            raise ValueError(f"{source} links to {target}, which no page includes ({fragment})")
+        name, anchor = where[fragment]
+        return f"{name}#{anchor}" if anchor else name
+
+    def turned(match: re.Match[str]) -> str:
+        bang, label, target = match.groups()
+        if re.match(r"\w+:", target):
+            return match[0]
+        path, _, anchor = target.partition("#")
+        to = Path(os.path.normpath(source.parent / path)) if path else source
+        if to == Path("README.md") and f"readme/{anchor}.md" in readme:
+            return f"{bang}[{label}]({page(f'readme/{anchor}.md', target)})"
+        if to.as_posix() in pages_of_files and not bang:
+            return f"{bang}[{label}]({page(pages_of_files[to.as_posix()], target)})"
+        if to.parent == Path("docs"):
+            return f"{bang}[{label}]({to.name})"
+        if not (ROOT / to).exists():
+            raise ValueError(f"{source} links to {target}, which does not exist")
+        if (ROOT / to).is_dir():  # nothing that a page could offer
+            return label
+        return f"{bang}[{label}](../{to.as_posix()})"
+
+    hidden = without_code(text)
+    return _LINK.sub(lambda m: m[0] if hidden[m.start(3) - 1] == " " else turned(m), text)
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table."""
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
+    )
+
+
+def class_source(kind: type) -> ast.ClassDef:
+    """Syntax tree of a class."""
+    return ast.parse(inspect.getsource(kind)).body[0]
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module; those of a folder import each other by name."""
+    folder, name = str((ROOT / path).parent), Path(path).stem
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+class Flag(NamedTuple):
+    """A field of a script's `Args`."""
+
+    name: str
+    default: Any
+    meaning: str
+    section: str  # "" where the source has no heading
+
+
+def flags(kind: type) -> list[Flag]:
+    """Fields of a dataclass with the texts below them, those of its bases first."""
+    below: dict[str, tuple[str, str]] = {}
+    for base in reversed(kind.__mro__[:-1]):
+        source = inspect.getsource(base)
+        comments = {
+            token.start[0]: token.string.removeprefix("# ")
+            for token in tokenize.generate_tokens(io.StringIO(source).readline)
+            if token.type == tokenize.COMMENT and token.line.strip() == token.string
+        }
+        body, section = class_source(base).body, ""
+        for node, following in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(node, ast.AnnAssign):
+                continue
+            section = comments.get(node.lineno - 1, section)
+            text = following.value.value if isinstance(following, ast.Expr) else ""
+            below[node.target.id] = " ".join(text.split()), section
+    return [Flag(f.name, f.default, *below[f.name]) for f in dataclasses.fields(kind)]
+
+
+def shown(value: Any) -> str:
+    """A default as a flag's value is written."""
+    if value is dataclasses.MISSING:
+        return "required"
+    if value is None or value == ():
+        return ""
+    return f"`{value}`"
+
+
+def spelt(flag: Flag) -> str:
+    """The flag as it is typed."""
+    word = flag.name.replace("_", "-")
+    if flag.default is dataclasses.MISSING:
+        return f"`{word.upper()}`"
+    if isinstance(flag.default, bool):
+        return f"`--no-{word}`" if flag.default else f"`--{word}`"
+    return f"`--{word}`"
+
+
+def flag_tables(every: list[Flag]) -> str:
+    """A table of flags for each section of a script's `Args`."""
+    parts = []
+    for section in dict.fromkeys(flag.section for flag in every):
+        rows = [
+            (
+                spelt(flag),
+                "" if isinstance(flag.default, bool) else shown(flag.default),
+                f"{'turns off: ' if flag.default is True else ''}{flag.meaning}",
+            )
+            for flag in every
+            if flag.section == section
+        ]
+        head = f"**{section}**\n\n" if section else ""
+        parts.append(head + table(("flag", "default", "meaning"), rows))
+    return "\n".join(parts)
+
+
+def preset_table(trainer: ModuleType) -> str:
+    """What the presets of the trainer set."""
+    presets = {name: trainer.Args(preset=name, **given) for name, given in trainer.PRESETS.items()}
+    rows = [
+        (
+            f"`--{name.replace('_', '-')}`",
+            *(shown(getattr(args, name)) for args in presets.values()),
+        )
+        for name in dict.fromkeys(key for given in trainer.PRESETS.values() for key in given)
+    ]
+    return table(("flag", *presets), rows)
+
+
+class Constant(NamedTuple):
+    """A field of `MechanisticParams` and the remark at the end of its line."""
+
+    name: str
+    remark: str
+
+
+class Group(NamedTuple):
+    """Constants between two blank lines, and the comment above them."""
+
+    comment: str
+    constants: list[Constant]
+
+
+def constants(kind: type = MechanisticParams) -> list[Group]:
+    """The fields of a dataclass with the comments in its source, which hold for groups of them."""
+    groups, comment, found, listed = [], [], [], False
+    for line in [*inspect.getsource(kind).splitlines(), ""]:
+        code, _, remark = line.partition("#")
+        if match := re.match(r"    (\w+): (?:float|int) = ", code):
+            listed = True
+            found.append(Constant(match[1], remark.strip()))
+        elif listed and not line.strip() or code.strip():
+            if found:
+                groups.append(Group(" ".join(comment), found))
+            comment, found = [], []
+            if code.strip() and listed:
+                break
+        elif remark and found:  # a comment within a group begins another
+            groups.append(Group(" ".join(comment), found))
+            comment, found = [remark.strip()], []
+        elif remark:
+            comment.append(remark.strip())
+    return groups
+
+
+def number(value: float) -> str:
+    """A constant as it is read: no more digits than it has."""
+    return f"{value:.12g}"
+
+
+def in_equation(value: float) -> str:
+    """A constant as an equation has it."""
+    mantissa, _, exponent = number(value).partition("e")
+    if not exponent:
+        return mantissa
+    power = f"10^{{{int(exponent)}}}"
+    return power if mantissa == "1" else rf"{mantissa} \cdot {power}"
+
+
+# Longest first: the ends of names that are units.
+UNITS = {
+    "_days_per_scar_pct": "days per % of scar",
+    "_per_s_per_m": "per S/m",
+    "_s_per_m": "S/m",
+    "_kpa": "kPa",
+    "_days": "days",
+    "_pct": "%",
+    "_pp": "points of LVEF",
+    "_mm": "mm",
+    "_ln": "natural log",
+}
+
+
+def unit(name: str) -> str:
+    """The unit that a name ends in."""
+    return next((text for end, text in UNITS.items() if name.endswith(end)), "")
+
+
+def constant_tables() -> str:
+    """Every constant of the built-in model, with grade and evidence, group by group."""
+    given = {field.name: field for field in dataclasses.fields(MechanisticParams)}
+    parts = []
+    for group in constants():
+        rows = [
+            (
+                f"`{name}`",
+                number(given[name].default),
+                unit(name),
+                given[name].metadata["grade"],
+                remark,
+            )
+            for name, remark in group.constants
+        ]
+        parts.append(
+            f"{group.comment}\n\n" + table(("constant", "value", "unit", "grade", "remark"), rows)
+        )
+    return "\n".join(parts)
+
+
+def references(module: ModuleType) -> str:
+    """The keyed list under `References:` of a module's docstring."""
+    text = inspect.cleandoc(module.__doc__).partition("References:\n")[2]
+    entries = re.split(r"\n(?=    \[)", text.rstrip())
+    return "".join(f"- {' '.join(entry.split())}\n" for entry in entries)
+
+
+def polymer_tables() -> str:
+    """Windows and indices of every polymer, then the evidence, from the packaged table."""
+    with (files("hydrogel_gym") / "polymers.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    windows = [
+        (
+            row["polymer_id"],
+            f"`{row['name']}`",
+            row["category"].replace("_", " "),
+            *(
+                f"{row[f'{low}_min_{u}']} to {row[f'{low}_max_{u}']}"
+                for low, u in (
+                    ("youngs_modulus", "kpa"),
+                    ("half_life", "days"),
+                    ("conductivity", "s_per_m"),
+                )
+            ),
+            row["bioactivity"],
+            row["base_toxicity"],
+            row["filler_toxicity"],
+            row["filler_mid_dose_s_per_m"],
+            row["foreign_body_tendency"],
+            row["cohesion"],
+        )
+        for row in rows
+    ]
+    header = (
+        "id,polymer,category,stiffness kPa,half-life days,conductivity S/m,$b$,$a_0$,$m$,"
+        r"$\kappa_{50}$,$\varphi$,$\chi$"
+    )
+    evidence = [(f"`{row['name']}`", row["source"], row["confidence"]) for row in rows]
+    return (
+        table(tuple(header.split(",")), windows)
+        + "\n"
+        + table(("polymer", "evidence", "grades"), evidence)
+    )
+
+
+def reward_config() -> str:
+    """Weights, limits and thresholds of the reward."""
+    config, comment = RewardConfig(), ""
+    rows = []
+    for group in constants(RewardConfig):
+        for name, remark in group.constants:
+            comment = remark or (group.comment if name.startswith("optimal_delta") else "")
+            rows.append((f"`{name}`", number(getattr(config, name)), comment))
+    return table(("field of `RewardConfig`", "default", ""), rows)
+
+
+def number_columns() -> str:
+    """Columns of the files of designs, with the steps of the grid that designs lie on."""
+    steps = dict(zip(designs.FORMULATION_COLUMNS, designs.RESOLUTION, strict=True))
+    rows = [(f"`{name}`", number(steps[name]) if name in steps else "") for name in designs.NUMBERS]
+    return table(("column", "step of the grid"), rows)
+
+
+def help_text(main: Callable[[list[str]], int], program: str) -> str:
+    """What a command says of itself, whatever the terminal."""
+    told, before = io.StringIO(), (sys.argv[0], os.environ.get("COLUMNS"))
+    sys.argv[0], os.environ["COLUMNS"] = program, "88"
+    try:
+        with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+            main(["--help"])
+    finally:
+        sys.argv[0] = before[0]
+        if before[1] is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before[1]
+    return told.getvalue()
+
+
+def module_names() -> list[str]:
+    """Modules of the package, in the order of reading."""
+    have = [module.name for module in pkgutil.iter_modules(hydrogel_gym.__path__)]
+    known = [name for name in MODULES if name in have]
+    return known + sorted(set(have) - set(known) - {"patients"})
+
+
+def module_page(name: str) -> str:
+    """The page of a module in the reference."""
+    full = f"hydrogel_gym.{name}"
+    title = full.replace("_", r"\_")
+    return (
+        f"# {title}\n\n```{{eval-rst}}\n.. automodule:: {full}\n   :members:\n"
+        "   :show-inheritance:\n```\n"
+    )
+
+
+def module_list() -> str:
+    """The table of contents of the reference."""
+    return "".join(
+        ["```{toctree}\n:maxdepth: 1\n\n", *(f"api/{name}\n" for name in module_names()), "```\n"]
+    )
+
+
+def public_names() -> str:
+    """What `hydrogel_gym` itself exports, and where it is described."""
+    rows = []
+    for name in hydrogel_gym.__all__:
+        thing = getattr(hydrogel_gym, name)
+        kind = "class" if inspect.isclass(thing) else "func"
+        first = inspect.getdoc(thing).splitlines()[0].rstrip(".")
+        rows.append((f"{{py:{kind}}}`{name} <{thing.__module__}.{name}>`", first))
+    return table(("name", ""), rows)
+
+
+def fragments() -> dict[str, str]:
+    """Everything that pages include, by its path under `_generated`."""
+    where, result = places(), {}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for key, text in sections(readme).items():
+        result[f"readme/{key}.md"] = redirected(text, Path("README.md"), where)
+    whole = {
+        "patients.md": Path("patients/README.md"),
+        "examples.md": Path("examples/README.md"),
+        "changelog.md": Path("CHANGELOG.md"),
+    }
+    for name, source in whole.items():
+        if (ROOT / source).exists():
+            text = without_title((ROOT / source).read_text(encoding="utf-8"))
+            result[name] = redirected(text, source, where)
+    for path in (ROOT / "benchmark" / "results").glob("*.md"):
+        text = redirected(path.read_text(encoding="utf-8"), path.relative_to(ROOT), where)
+        result[f"results/{path.name}"] = demoted(text, 1)
+
+    result["environment.md"] = inspect.cleandoc(hydrogel_gym.HydrogelEnv.__doc__) + "\n"
+    result["reward_config.md"] = reward_config()
+    result["constants.md"] = constant_tables()
+    result["references.md"] = references(mechanistic)
+    result["polymers.md"] = polymer_tables()
+    result["numbers.md"] = number_columns()
+    result["public_names.md"] = public_names()
+    result["modules.md"] = module_list()
+    for script in SCRIPTS:
+        result[f"flags/{script}.md"] = flag_tables(flags(load_script(f"train/{script}.py").Args))
+    trainer = load_script("train/ppo_hybrid.py")
+    given = trainer.PRESETS["source"]  # the preset that is the default
+    result["flags/ppo_hybrid.md"] = flag_tables(
+        [flag._replace(default=given.get(flag.name, flag.default)) for flag in flags(trainer.Args)]
+    )
+    result["presets.md"] = preset_table(trainer)
+    ranked = load_script("train/rank_designs.py").COLUMNS
+    result["columns.md"] = table(
+        ("column", "meaning"), [(f"`{name}`", meaning) for name, meaning in ranked.items()]
+    )
+    result["help/oracle.txt"] = help_text(oracle.main, "hydrogel_gym.oracle")
+    outcomes = load_script("patients/make_outcomes.py")
+    result["help/make_outcomes.txt"] = help_text(outcomes.main, "make_outcomes.py")
+    return result
+
+
+def write(folder: Path = DOCS) -> None:
+    """Write what has changed; pages of modules that are gone are removed."""
+    content = {f"{GENERATED}/{path}": text for path, text in fragments().items()}
+    content |= {f"api/{name}.md": module_page(name) for name in module_names()}
+    for path, text in content.items():
+        path = folder / path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            path.write_text(text, encoding="utf-8")
+    for path in [*(folder / "api").glob("*.md"), *(folder / GENERATED).rglob("*.*")]:
+        if path.relative_to(folder).as_posix() not in content:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    write()
