@@ -33,6 +33,7 @@ def test_readme_links_lead_to_files_of_the_repository():
 def test_readme_tables_of_results_are_rows_that_the_benchmarks_wrote():
     sections = (
         README[README.index("## Use the environment") : README.index("## Train")],
+        README[README.index("| preset | log |") : README.index("### From policy")],
         README[README.index("## The oracle") : README.index("## Your own patients")],
         README[README.index("### Not fooled") : README.index("## What the source does")],
     )
