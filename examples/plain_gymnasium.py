@@ -1,7 +1,7 @@
 """Plain Gymnasium: what the environments are like without a learner, and a random search on them.
 
     pip install -e .
-    python examples/plain_gymnasium.py                      # about ten seconds
+    python examples/plain_gymnasium.py                      # about fifteen seconds
 
 The search tries the same random designs on every training patient and keeps the one that is best
 on average, a single design for everybody: what a policy must beat.
