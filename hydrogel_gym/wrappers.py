@@ -1,13 +1,11 @@
 """Wrappers that put the hybrid action into a form which more libraries take.
 
-| wrapper, `Vector...` for a vector | action space |
-|---|---|
-| `FlattenHybridAction` | `Box(-1, 1, (32,))` |
-| `DiscretizeHybridAction` | `MultiDiscrete([24, levels..., 4])` |
-| `RescaleFormulation` | `Dict` or `Tuple`, its formulation in [-1, 1] |
+- `FlattenHybridAction`: `Box(-1, 1, (32,))`
+- `DiscretizeHybridAction`: `MultiDiscrete([24, levels..., 4])`
+- `RescaleFormulation`: `Dict` or `Tuple` as before, with the formulation in [-1, 1]
 
 The first two are what `HydrogelDesignFlat-v0` and `HydrogelDesignDiscrete-v0` have built in: the
-same functions of `spaces` decode them. Each wraps any environment with the hybrid action of
+same functions of `spaces` decode them. Each has a twin for vectors, `Vector...`, and wraps any environment with the hybrid action of
 `HydrogelDesign-v0`, dict or tuple, also where wrappers or vectors of Gymnasium lie between. Actions
 may be numpy or torch, as the environment's own, and are passed on in the same library.
 

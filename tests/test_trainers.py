@@ -89,7 +89,7 @@ def test_cleanrl_manner_judges_actions_as_the_squashed_distribution_of_torch(loa
 def test_stable_baselines3_gets_the_rewards_of_the_batched_environment(load):
     pytest.importorskip("stable_baselines3")
     module = load("stable_baselines3_manner")
-    adapter = module.BatchedVecEnv(5)
+    adapter = module.ScaledVecEnv(5)
     envs = hydrogel_gym.HydrogelVectorEnv(5, action_format="box")
     adapter.seed(3)
     obs, _ = envs.reset(seed=3)

@@ -1,11 +1,11 @@
-"""Stable-Baselines3's own PPO on the batched environment, through a `VecEnv` of a page.
+"""Stable-Baselines3's own PPO on the batched environment, through `hydrogel_gym.sb3`.
 
     python benchmark/trainers/stable_baselines3_manner.py --num-iterations 30 --output run.jsonl
 
 It takes no composite action, so it learns `HydrogelDesignFlat-v0`: a Gaussian over the formulation
 and a score per polymer and coverage. The network has the source preset's trunk and, to 4 %, its
 floating-point operations. What a user may do against overhead is done: the environments step as one
-batch, every environment shares one empty info, and distributions do not validate their arguments.
+batch, all environments share one info, and distributions do not validate their arguments.
 `protocol.py` says what `--output` receives.
 """
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,15 @@ from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor, nn
 
-import hydrogel_gym  # noqa: F401  registers the environment
+from hydrogel_gym.sb3 import BatchedVecEnv
 
 ENV_ID = "HydrogelDesignFlat-v0"
 
 
-class BatchedVecEnv(VecEnv):
-    """`HydrogelVectorEnv` as Stable-Baselines3 wants it; no loop over environments in a step.
+class ScaledVecEnv(BatchedVecEnv):
+    """A batch whose rewards are scaled.
 
     Args:
         num_envs: B.
@@ -44,52 +42,13 @@ class BatchedVecEnv(VecEnv):
 
     def __init__(self, num_envs: int, reward_scale: float = 1.0) -> None:
         # Tensors: in numpy form Gymnasium wants an object per environment in `final_obs`.
-        self.envs = gym.make_vec(ENV_ID, num_envs=num_envs, output="torch")
+        super().__init__(gym.make_vec(ENV_ID, num_envs=num_envs, output="torch"))
         self.reward_scale = reward_scale
-        space = self.envs.single_observation_space, self.envs.single_action_space
-        super().__init__(num_envs, *space)
-        # Nothing to tell: an episode is never truncated, so no terminal observation is asked for.
-        self._infos: list[dict[str, Any]] = [{}] * num_envs
-        self._actions: np.ndarray | None = None
-
-    def reset(self) -> np.ndarray:
-        """(B, 13) observations."""
-        obs, _ = self.envs.reset(seed=self._seeds[0])
-        self._reset_seeds()
-        return obs.numpy()
-
-    def step_async(self, actions: np.ndarray) -> None:
-        """Keep the (B, 32) actions for `step_wait`."""
-        self._actions = actions
 
     def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[dict[str, Any]]]:
         """Step; ended episodes begin anew in the same step."""
-        obs, reward, terminated, truncated, _ = self.envs.step(self._actions)
-        done = (terminated | truncated).numpy()
-        return obs.numpy(), (self.reward_scale * reward).numpy(), done, self._infos
-
-    def close(self) -> None:
-        """Close the environments."""
-        self.envs.close()
-
-    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Of each environment asked for, the same."""
-        return [getattr(self.envs, attr_name)] * len(self._indices(indices))
-
-    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
-        """Not supported: the environments are one batch."""
-        raise NotImplementedError("the environments are one batch")
-
-    def env_method(self, method_name: str, *args: Any, indices: Any = None, **kwargs: Any) -> list:
-        """Not supported: the environments are one batch."""
-        raise NotImplementedError("the environments are one batch")
-
-    def env_is_wrapped(self, wrapper_class: type, indices: Any = None) -> list[bool]:
-        """None is."""
-        return [False] * len(self._indices(indices))
-
-    def _indices(self, indices: Any) -> Sequence[int]:
-        return range(self.num_envs) if indices is None else np.atleast_1d(indices)
+        obs, reward, done, infos = super().step_wait()
+        return obs, self.reward_scale * reward, done, infos
 
 
 class Trunk(BaseFeaturesExtractor):
@@ -168,7 +127,7 @@ def make_model(args: argparse.Namespace) -> PPO:
     """The algorithm over its environments."""
     # As CleanRL's fast variants do; the checks cost a pass over each minibatch.
     torch.distributions.Distribution.set_default_validate_args(False)
-    envs = BatchedVecEnv(args.num_envs, args.reward_scale)
+    envs = ScaledVecEnv(args.num_envs, args.reward_scale)
     obs = torch.from_numpy(envs.reset())
     learning_rate = args.learning_rate
     return PPO(

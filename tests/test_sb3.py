@@ -1,0 +1,210 @@
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+
+import hydrogel_gym
+
+sb3 = pytest.importorskip("stable_baselines3")
+
+from stable_baselines3.common.monitor import Monitor  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize  # noqa: E402
+
+from hydrogel_gym.sb3 import BatchedVecEnv  # noqa: E402
+
+FLAT, DISCRETE = "HydrogelDesignFlat-v0", "HydrogelDesignDiscrete-v0"
+
+
+class Counter(gym.Env):
+    """Counts its steps, from a start, and terminates at its limit."""
+
+    observation_space = gym.spaces.Box(-100, 100, (1,))
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, start=0.0, limit=9):
+        self.start, self.limit = start, limit
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return np.array([self.start], np.float32), {}
+
+    def step(self, action):
+        self.count += 1
+        obs = np.array([self.start + self.count], np.float32)
+        return obs, 1.0, self.count == self.limit, False, {}
+
+    def double(self, number):
+        return 2 * number + self.start
+
+
+def counters(**kwargs):
+    """Two environments: the first truncated at step 2, the second terminated there."""
+    makers = [
+        lambda: gym.wrappers.TimeLimit(Counter(0.0), 2),
+        lambda: Counter(10.0, limit=2),
+    ]
+    return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
+
+
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+@pytest.mark.parametrize("env_id", [FLAT, DISCRETE])
+def test_batch_gives_what_single_environments_in_a_dummy_vector_give(env_id, output):
+    kwargs = {"horizon": 2, "patient_assignment": "random"}
+    ours = BatchedVecEnv(gym.make_vec(env_id, num_envs=3, output=output, **kwargs))
+    theirs = DummyVecEnv([lambda: gym.make(env_id, **kwargs)] * 3)
+    assert ours.seed(5) == theirs.seed(5)
+    np.testing.assert_array_equal(ours.reset(), theirs.reset())
+    ours.action_space.seed(1)
+    for _ in range(5):
+        action = np.stack([ours.action_space.sample() for _ in range(3)])
+        obs, reward, done, infos = ours.step(action)
+        expected_obs, expected_reward, expected_done, expected_infos = theirs.step(action)
+        np.testing.assert_allclose(obs, expected_obs, rtol=1e-5)
+        np.testing.assert_allclose(reward, expected_reward, rtol=1e-5)
+        assert reward.dtype == expected_reward.dtype
+        assert done.tolist() == expected_done.tolist()
+        told = [info["TimeLimit.truncated"] for info in infos]
+        assert told == [info["TimeLimit.truncated"] for info in expected_infos]
+
+
+def test_truncated_episode_tells_its_last_observation_and_a_terminated_one_that_it_was_not():
+    envs = BatchedVecEnv(counters())
+    envs.reset()
+    _, _, done, infos = envs.step(np.array([0, 0]))
+    assert not done.any()
+    obs, _, done, infos = envs.step(np.array([0, 0]))
+    assert done.all()
+    assert obs.ravel().tolist() == [0, 10]
+    assert infos[0]["TimeLimit.truncated"] is True
+    assert infos[0]["terminal_observation"].tolist() == [2]
+    assert infos[1] == {"TimeLimit.truncated": False}
+
+
+def test_last_observation_of_a_terminated_episode_is_told_when_asked_for():
+    envs = BatchedVecEnv(counters(), all_terminal_observations=True)
+    envs.reset()
+    envs.step(np.array([0, 0]))
+    infos = envs.step(np.array([0, 0]))[3]
+    assert infos[1]["terminal_observation"].tolist() == [12]
+    assert infos[1]["TimeLimit.truncated"] is False
+
+
+@pytest.mark.parametrize("output", ["numpy", "torch"])
+@pytest.mark.parametrize("obs_format", ["box", "dict"])
+def test_last_observation_has_the_form_of_an_observation(output, obs_format):
+    envs = BatchedVecEnv(
+        gym.make_vec(FLAT, num_envs=3, output=output, obs_format=obs_format),
+        all_terminal_observations=True,
+    )
+    first = envs.reset()
+    infos = envs.step(np.zeros((3, 32), np.float32))[3]
+    for row, info in enumerate(infos):
+        assert info["terminal_observation"] in envs.observation_space
+        last, begun = info["terminal_observation"], first
+        if obs_format == "dict":
+            last, begun = last["patient_features"], first["patient_features"]
+        assert last[:6].tolist() == begun[row][:6].tolist()
+
+
+def test_normalisation_changes_no_observation_of_another_environment():
+    envs = VecNormalize(BatchedVecEnv(counters()))
+    envs.reset()
+    envs.step(np.array([0, 0]))
+    infos = envs.step(np.array([0, 0]))[3]
+    expected = envs.normalize_obs(np.array([2.0]))
+    assert infos[0]["terminal_observation"] == pytest.approx(expected)
+
+
+def test_monitor_tells_return_and_length_of_every_episode():
+    envs = VecMonitor(BatchedVecEnv(gym.make_vec(FLAT, num_envs=3, horizon=2)))
+    envs.reset()
+    action = np.zeros((3, 32), np.float32)
+    total = envs.step(action)[1]
+    _, reward, _, infos = envs.step(action)
+    assert [info["episode"]["l"] for info in infos] == [2] * 3
+    assert [info["episode"]["r"] for info in infos] == pytest.approx((total + reward).tolist())
+
+
+@pytest.mark.parametrize("algorithm", ["PPO", "SAC", "DQN"])
+def test_algorithm_learns_where_episodes_are_truncated_and_terminated(algorithm):
+    if algorithm == "DQN":
+        envs = BatchedVecEnv(counters())
+    else:
+        envs = BatchedVecEnv(gym.make_vec(FLAT, num_envs=2, horizon=2, output="torch"))
+    sizes = {"n_steps": 8, "batch_size": 8, "n_epochs": 1} if algorithm == "PPO" else {}
+    sizes |= {} if algorithm == "PPO" else {"learning_starts": 8, "buffer_size": 64}
+    model = getattr(sb3, algorithm)("MlpPolicy", envs, seed=0, device="cpu", **sizes)
+    model.learn(32)
+    assert model.num_timesteps >= 32
+    if algorithm == "DQN":
+        buffer = model.replay_buffer
+        assert buffer.timeouts[1].tolist() == [1, 0]
+        assert buffer.next_observations[1, 0].tolist() == [2]
+
+
+def test_attributes_and_methods_of_single_environments_are_reached():
+    envs = BatchedVecEnv(counters())
+    assert envs.get_attr("start") == [0, 10]
+    assert envs.get_attr("start", indices=1) == [10]
+    assert envs.env_method("double", 3, indices=[1]) == [16]
+    assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [True, False]
+    envs.set_attr("limit", 4, indices=[1])
+    assert envs.get_attr("limit") == [9, 4]
+
+
+def test_attributes_of_a_batch_are_those_of_all():
+    envs = BatchedVecEnv(gym.make_vec(FLAT, num_envs=3))
+    assert envs.get_attr("render_mode", indices=[0, 2]) == [None, None]
+    assert envs.env_is_wrapped(Monitor) == [False] * 3
+    envs.set_attr("output", "torch")
+    assert envs.envs.output == "torch"
+    with pytest.raises(AttributeError):
+        envs.set_attr("no_such_name", 1)
+    with pytest.raises(NotImplementedError, match="can be set for all of them only"):
+        envs.set_attr("output", "numpy", indices=[0])
+    with pytest.raises(NotImplementedError, match=r"call envs\.state_dict instead"):
+        envs.env_method("state_dict")
+
+
+def test_pictures_are_one_per_environment():
+    pytest.importorskip("PIL")
+    envs = BatchedVecEnv(gym.make_vec(FLAT, num_envs=2, render_mode="rgb_array"))
+    envs.reset()
+    assert len(envs.get_images()) == 2
+    assert envs.render("rgb_array").ndim == 3
+
+
+def test_options_reach_the_environments_if_all_have_the_same():
+    envs = BatchedVecEnv(gym.make_vec(FLAT, num_envs=2))
+    envs.set_options([{}, {"a": 1}])
+    with pytest.raises(ValueError, match="the same options"):
+        envs.reset()
+    envs.set_options({"patient_id": [3, 4]})
+    expected = hydrogel_gym.load_cohort().features[[3, 4]].numpy()
+    np.testing.assert_allclose(envs.reset()[:, :11], expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    {
+        "single": (lambda: gym.make(FLAT), "expected a gymnasium.vector.VectorEnv"),
+        "composite": (
+            lambda: gym.make_vec("HydrogelDesign-v0", num_envs=2),
+            "the single action space is a Dict",
+        ),
+        "next step": (
+            lambda: gym.make_vec(FLAT, num_envs=2, autoreset_mode="NextStep"),
+            "autoreset mode NextStep",
+        ),
+        "disabled": (
+            lambda: gym.make_vec(FLAT, num_envs=2, autoreset_mode="Disabled"),
+            "autoreset mode Disabled",
+        ),
+    }.values(),
+    ids=["single", "composite", "next step", "disabled"],
+)
+def test_environments_that_cannot_be_used_are_refused_in_one_line(make, message):
+    with pytest.raises(ValueError, match=message) as error:
+        BatchedVecEnv(make())
+    assert "\n" not in str(error.value)
