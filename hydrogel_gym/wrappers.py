@@ -5,9 +5,10 @@
 - `RescaleFormulation`: `Dict` or `Tuple` as before, with the formulation in [-1, 1]
 
 The first two are what `HydrogelDesignFlat-v0` and `HydrogelDesignDiscrete-v0` have built in: the
-same functions of `spaces` decode them. Each has a twin for vectors, `Vector...`, and wraps any environment with the hybrid action of
-`HydrogelDesign-v0`, dict or tuple, also where wrappers or vectors of Gymnasium lie between. Actions
-may be numpy or torch, as the environment's own, and are passed on in the same library.
+same functions of `spaces` decode them. Each has a twin for vectors, `Vector...`, and wraps any
+environment with the hybrid action of `HydrogelDesign-v0`, dict or tuple, also where wrappers or
+vectors of Gymnasium lie between. Actions may be numpy or torch, as the environment's own, and are
+passed on in the same library.
 
 A finite number beyond [-1, 1] is passed on beyond the formulation's box, where the environment
 clips it and says so. Everything else that is not in the space is a `ValueError` that names
