@@ -66,7 +66,6 @@ OPERATORS = (
     "ReplaceUnaryOperator_Delete_Not",
     "ReplaceUnaryOperator_Delete_Invert",
     "ReplaceUnaryOperator_Delete_USub",
-    "ReplaceUnaryOperator_USub_UAdd",
     "NumberReplacer",
     "ReplaceTrueWithFalse",
     "ReplaceFalseWithTrue",
