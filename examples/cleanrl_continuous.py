@@ -55,7 +55,6 @@ actor, critic = network(num_actions, 0.01), network(1, 1.0)
 logstd = nn.Parameter(torch.full((num_actions,), -1.0))
 parameters = [*actor.parameters(), *critic.parameters(), logstd]
 optimizer = torch.optim.Adam(parameters, lr=args.learning_rate, eps=1e-5)
-return_std = 1.0
 
 num_iterations = -(-args.samples // args.num_envs)
 start = time.perf_counter()
@@ -69,7 +68,8 @@ for iteration in range(num_iterations):
         action = policy.sample()
         old_logprob = policy.log_prob(action).sum(-1)
         obs, reward, _, _, _ = envs.step(action)
-        return_std = return_std if iteration else reward.std()
+        if iteration == 0:
+            return_std = reward.std()
         returns = reward / return_std
         advantage = returns - critic(x).squeeze(-1)
 
