@@ -1,7 +1,7 @@
 """RLlib's PPO on the hybrid action itself, new API stack.
 
     pip install -e . "ray[rllib]==2.60.0"                   # brings Gymnasium 1.2.2
-    python examples/rllib_ppo.py                            # about two minutes
+    python examples/rllib_ppo.py                            # about a minute
 
 RLlib makes a distribution for a Dict action by itself. It steps our batch as a vector environment,
 which it expects to reset in the next step. What takes the time are its Python objects for every
@@ -24,7 +24,7 @@ from ray.tune.registry import register_env
 import hydrogel_gym  # noqa: F401  registers the environments
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=100_000, help="designs to learn from")
+parser.add_argument("--samples", type=int, default=40_000, help="designs to learn from")
 parser.add_argument("--num-envs", type=int, default=1000, help="designs at once")
 parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
 args = parser.parse_args()
