@@ -71,7 +71,8 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 # Types of other projects and of the standard library, whose inventories would have to be fetched.
-OTHERS = "torch numpy np pandas pd pyarrow pa gymnasium os pathlib collections typing enum".split()
+OTHERS = "torch numpy np pandas pd pyarrow pa gymnasium stable_baselines3".split()
+OTHERS += "os pathlib collections typing enum".split()
 BY_NAME = "Tensor Module PathLike ResetNeeded DependencyNotInstalled".split()
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS)})\..*"),

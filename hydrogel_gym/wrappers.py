@@ -65,7 +65,7 @@ class _Conversion:
         if not formats:
             inside = env
             while isinstance(inside, (gym.Wrapper, gym.vector.VectorWrapper)):
-                if isinstance(inside, (_SingleWrapper, _VectorWrapper)):
+                if isinstance(inside, (HybridActionWrapper, VectorHybridActionWrapper)):
                     raise ValueError(
                         f"{wrapper} wraps the hybrid action of HydrogelDesign-v0, which "
                         f"{type(inside).__name__} has converted already; use one of them"
@@ -136,8 +136,8 @@ def _discretize(num_levels: int | Sequence[int]) -> Callable[[ActionFormat], Act
     return lambda _: ActionCodec("multidiscrete", num_levels=levels)
 
 
-class _SingleWrapper(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
-    """What the wrappers of one environment share."""
+class HybridActionWrapper(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
+    """What the wrappers of one environment share; wrap with one of them, not with this."""
 
     def __init__(
         self, env: Env, outer: Callable[[ActionFormat], ActionCodec], **kwargs: Any
@@ -167,8 +167,10 @@ class _SingleWrapper(gym.ActionWrapper[Any, Any, Any], RecordConstructorArgs):
         return self._conversion.backward(action)
 
 
-class _VectorWrapper(gym.vector.VectorActionWrapper[Any, Any, Any, Any], RecordConstructorArgs):
-    """What the wrappers of a vector of environments share."""
+class VectorHybridActionWrapper(
+    gym.vector.VectorActionWrapper[Any, Any, Any, Any], RecordConstructorArgs
+):
+    """What the wrappers of a vector of environments share; wrap with one of them, not with this."""
 
     def __init__(
         self, env: VectorEnv, outer: Callable[[ActionFormat], ActionCodec], **kwargs: Any
@@ -207,7 +209,7 @@ class _VectorWrapper(gym.vector.VectorActionWrapper[Any, Any, Any, Any], RecordC
         return self._conversion.backward(actions)
 
 
-class FlattenHybridAction(_SingleWrapper):
+class FlattenHybridAction(HybridActionWrapper):
     """One vector in [-1, 1] for the whole action.
 
     `Box(-1, 1, (32,))`: the formulation, rescaled, then a score per polymer and a score per
@@ -226,7 +228,7 @@ class FlattenHybridAction(_SingleWrapper):
         super().__init__(env, _flatten)
 
 
-class VectorFlattenHybridAction(_VectorWrapper):
+class VectorFlattenHybridAction(VectorHybridActionWrapper):
     """`FlattenHybridAction` for a vector of B environments: actions are (B, 32).
 
     Args:
@@ -241,7 +243,7 @@ class VectorFlattenHybridAction(_VectorWrapper):
         super().__init__(env, _flatten)
 
 
-class DiscretizeHybridAction(_SingleWrapper):
+class DiscretizeHybridAction(HybridActionWrapper):
     """Whole numbers for the whole action.
 
     `MultiDiscrete([24, levels, levels, levels, levels, 4])`: polymer, one of evenly spaced levels
@@ -261,7 +263,7 @@ class DiscretizeHybridAction(_SingleWrapper):
         super().__init__(env, _discretize(num_levels), num_levels=num_levels)
 
 
-class VectorDiscretizeHybridAction(_VectorWrapper):
+class VectorDiscretizeHybridAction(VectorHybridActionWrapper):
     """`DiscretizeHybridAction` for a vector of B environments: actions are (B, 6).
 
     Args:
@@ -279,7 +281,7 @@ class VectorDiscretizeHybridAction(_VectorWrapper):
         super().__init__(env, _discretize(num_levels), num_levels=num_levels)
 
 
-class RescaleFormulation(_SingleWrapper):
+class RescaleFormulation(HybridActionWrapper):
     """The formulation in [-1, 1]; polymer and coverage as they are.
 
     The space keeps the form of the environment's, `Dict` or `Tuple`. `reverse_action` is the
@@ -297,7 +299,7 @@ class RescaleFormulation(_SingleWrapper):
         super().__init__(env, _rescale)
 
 
-class VectorRescaleFormulation(_VectorWrapper):
+class VectorRescaleFormulation(VectorHybridActionWrapper):
     """`RescaleFormulation` for a vector of B environments: the formulation is (B, 4).
 
     Args:

@@ -74,6 +74,12 @@ def test_links_of_a_page_lead_to_files_and_headings(fragments, page):
         assert anchor in fragments.anchors(text), target
 
 
+def test_every_result_of_a_benchmark_is_on_the_page_of_benchmarks():
+    results = {path.name for path in (ROOT / "benchmark" / "results").glob("*.md")}
+    shown = re.findall(r"_generated/results/(\S+)", TEXT[DOCS / "benchmarks.md"])
+    assert set(shown) == results
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_files_that_a_page_includes_from_the_repository_exist(page):
     for target in re.findall(r"^```\{(?:literalinclude|image|include)\} (\S+)$", TEXT[page], re.M):
