@@ -1,10 +1,11 @@
 """Tianshou's PPO over the batched environment, on the flat action.
 
-    pip install -e . tianshou==2.0.1
+    pip install tianshou==2.0.1 pyarrow && pip install --no-deps -e .
     python examples/tianshou_ppo.py                         # about two minutes
 
 Tianshou takes no composite action, and loops over single environments in Python; the class below
-gives it our batch instead. It resets ended episodes by itself, hence autoreset off.
+gives it our batch instead. It resets ended episodes by itself, hence autoreset off. It also asks
+for pandas below 3, which is older than this package asks for but will do here.
 """
 
 import argparse
