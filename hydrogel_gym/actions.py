@@ -162,6 +162,15 @@ class ActionCodec:
         return tuple(action)
 
 
+def replace_rows(design: Design, mask: Tensor, formulation: float) -> Design:
+    """Designs with polymer 0, coverage 0 and the same formulation everywhere the mask holds."""
+    return Design(
+        design.polymer_id.masked_fill(mask, 0),
+        design.formulation.masked_fill(mask.unsqueeze(-1), formulation),
+        design.coverage.masked_fill(mask, 0),
+    )
+
+
 def check_count(name: str, value: Any) -> None:
     """Raise a ValueError unless `value` is a whole number, 1 or more."""
     if not isinstance(value, Integral) or value < 1:

@@ -21,6 +21,7 @@ from hydrogel_gym.actions import (
     check_range,
     first_row,
     integers,
+    replace_rows,
 )
 from hydrogel_gym.cohort import Cohort, load_cohort
 from hydrogel_gym.dynamics import (
@@ -135,7 +136,7 @@ class DesignProblem:
 
     def ignore(self, design: Design, skip: Tensor | None) -> Design:
         """Designs in which whatever an ignored action holds is replaced by zeros."""
-        return design if skip is None else _replace_rows(design, skip, 0.0)
+        return design if skip is None else replace_rows(design, skip, 0.0)
 
     def transition(self, state: State, design: Design, *, skip: Tensor | None = None) -> Transition:
         """Apply one design per environment; see `dynamics.transition`.
@@ -178,9 +179,9 @@ class DesignProblem:
         """
         allowed = self.actions.allows(action)
         # Whatever an action holds, it must not be read outside a table.
-        design = _replace_rows(self.actions.decode(action), ~allowed, torch.nan)
+        design = replace_rows(self.actions.decode(action), ~allowed, torch.nan)
         if autoreset == "NextStep":
-            design = _replace_rows(design, done, 0.0)
+            design = replace_rows(design, done, 0.0)
         step = dynamics.step(state, done, design, self.params, self.reward_model, autoreset)
         # Numbers for the reason given in `dynamics.step`.
         defect = step.defect + (~allowed).to(step.defect.dtype)
@@ -189,12 +190,3 @@ class DesignProblem:
         elif autoreset == "Disabled":
             defect = defect + done.to(defect.dtype)
         return step, defect.sum() == 0.0
-
-
-def _replace_rows(design: Design, mask: Tensor, formulation: float) -> Design:
-    """Designs with polymer 0, coverage 0 and the same formulation everywhere the mask holds."""
-    return Design(
-        design.polymer_id.masked_fill(mask, 0),
-        design.formulation.masked_fill(mask.unsqueeze(-1), formulation),
-        design.coverage.masked_fill(mask, 0),
-    )

@@ -30,7 +30,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
-from hydrogel_gym.actions import ActionCodec
+from hydrogel_gym.actions import ActionCodec, replace_rows
 from hydrogel_gym.spaces import FORMULATION_FIELDS, FORMULATION_LEVELS, ActionFormat, action_space
 
 HYBRID_FORMATS: tuple[ActionFormat, ...] = ("dict", "tuple")
@@ -94,8 +94,7 @@ class _Conversion:
         if tensors[0].device.type == "cpu":
             read.check(tensors)
         else:
-            bad = ~read.allows(tensors).unsqueeze(-1)
-            design = design._replace(formulation=design.formulation.masked_fill(bad, torch.nan))
+            design = replace_rows(design, ~read.allows(tensors), torch.nan)
         written = write.encode(design)
         is_torch = any(isinstance(leaf, Tensor) for leaf in _leaves(action))
         if isinstance(written, dict):
