@@ -102,6 +102,12 @@ def load_script(path: str):
     return module
 
 
+@pytest.fixture(scope="session")
+def load_checkout_script():
+    """Loads any script of the checkout, by its path there."""
+    return load_script
+
+
 def script_beside_the_trainer(name: str, ppo):
     """A script of `train/` as a module; its `ppo_hybrid` is the fixture `ppo`."""
     with pytest.MonkeyPatch.context() as patch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import inspect
 import io
 import re
@@ -45,17 +44,9 @@ def blocks(language: str) -> dict[str, list[str]]:
     return {page: bodies for page, bodies in found.items() if bodies}
 
 
-def load(path: Path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_docs", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def fragments():
-    return load(DOCS / "fragments.py")
+def fragments(load_checkout_script):
+    return load_checkout_script("docs/fragments.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
@@ -103,8 +94,8 @@ def test_every_constant_of_the_model_is_in_an_equation_and_in_a_table(fragments)
     assert set(tabled) == every
 
 
-def test_pictures_are_what_their_script_draws():
-    diagrams = load(DOCS / "diagrams.py")
+def test_pictures_are_what_their_script_draws(load_checkout_script):
+    diagrams = load_checkout_script("docs/diagrams.py")
     for theme in diagrams.THEMES:
         assert (DOCS / "_static" / f"dataflow-{theme}.svg").read_text() == diagrams.svg(theme)
 
@@ -156,18 +147,18 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-def understood(words: list[str], ppo) -> None:
+def understood(words: list[str], ppo, load) -> None:
     """Fail where a command of this project, or an argument of it, is unknown."""
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     program, *rest = words
     if program == "torchrun":
         given = launcher_parser().parse_args(rest)
-        return understood(["python", given.training_script, *given.training_script_args], ppo)
+        return understood(["python", given.training_script, *given.training_script_args], ppo, load)
     if program == "sbatch":
         at = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
         assert (ROOT / rest[at]).is_file()
-        return understood(["python", "train/ppo_hybrid.py", *rest[at + 1 :]], ppo)
+        return understood(["python", "train/ppo_hybrid.py", *rest[at + 1 :]], ppo, load)
     if program == "pip":
         assert rest[0] == "install"
         config = ConfigParser()
@@ -200,8 +191,8 @@ def understood(words: list[str], ppo) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
-def test_command_is_understood(page, command, ppo):
-    understood(shlex.split(command), ppo)
+def test_command_is_understood(page, command, ppo, load_checkout_script):
+    understood(shlex.split(command), ppo, load_checkout_script)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +205,9 @@ def test_command_is_understood(page, command, ppo):
         "rm file",
     ],
 )
-def test_command_that_is_wrong_is_found(command, ppo):
+def test_command_that_is_wrong_is_found(command, ppo, load_checkout_script):
     with pytest.raises((AssertionError, ppo.UsageError)):
-        understood(shlex.split(command), ppo)
+        understood(shlex.split(command), ppo, load_checkout_script)
 
 
 def test_readme_reads_designs_that_the_scripts_wrote(
