@@ -36,7 +36,7 @@ from trainers.launch import machine
 
 from hydrogel_gym import load_polymers
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.stage1 import DEFAULT_PESSIMISM, load_stage1, save_stage1
+from hydrogel_gym.models.ensemble import DEFAULT_PESSIMISM, load_stage1, save_stage1
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

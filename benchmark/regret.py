@@ -36,9 +36,9 @@ from tqdm import tqdm
 
 from hydrogel_gym import Cohort, load_cohort
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.models.contract import RewardModel, load_reward_model
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.reward_model import RewardModel, load_reward_model
-from hydrogel_gym.spaces import Design
+from hydrogel_gym.problem.fields import Design
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

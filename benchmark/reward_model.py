@@ -21,7 +21,7 @@ from trainers.launch import machine
 
 from hydrogel_gym import load_cohort, load_reward_model
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.spaces import FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW
 
 RESULTS = Path(__file__).parent / "results"
 NUM_ENVS, CALLS = 2000, 20

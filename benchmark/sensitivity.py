@@ -29,12 +29,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydrogel_gym import Cohort, load_cohort, load_polymers
-from hydrogel_gym.dynamics import reward_terms, sum_terms
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.mechanistic import MechanisticModel, MechanisticParams
+from hydrogel_gym.models.contract import RewardModel
+from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.reward_model import RewardModel
-from hydrogel_gym.spaces import PATIENT_FIELDS, Design
+from hydrogel_gym.problem.fields import PATIENT_FIELDS, Design
+from hydrogel_gym.problem.reward import reward_terms, sum_terms
 
 TRAINER = Path(__file__).parents[1] / "train" / "ppo_hybrid.py"
 RESULTS = Path(__file__).parent / "results"

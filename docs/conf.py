@@ -23,7 +23,7 @@ sys.path.insert(0, str(DOCS))
 import fragments  # noqa: E402  (a module beside this file)
 
 import hydrogel_gym  # noqa: E402
-from hydrogel_gym.mechanistic import MechanisticParams  # noqa: E402
+from hydrogel_gym.models.mechanistic import MechanisticParams  # noqa: E402
 
 fragments.write()
 

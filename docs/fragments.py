@@ -29,9 +29,10 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import hydrogel_gym
-from hydrogel_gym import designs, mechanistic, oracle
-from hydrogel_gym.dynamics import RewardConfig
-from hydrogel_gym.mechanistic import MechanisticParams
+from hydrogel_gym import designs, oracle
+from hydrogel_gym.models import mechanistic
+from hydrogel_gym.models.mechanistic import MechanisticParams
+from hydrogel_gym.problem.reward import RewardConfig
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent

@@ -7,12 +7,13 @@ from importlib.metadata import version
 
 from gymnasium.envs.registration import register
 
-from hydrogel_gym.cohort import Cohort, CohortError, load_cohort
-from hydrogel_gym.dynamics import RewardConfig, compute_reward
-from hydrogel_gym.env import HydrogelEnv, HydrogelVectorEnv
-from hydrogel_gym.polymers import PolymerTable, load_polymers
-from hydrogel_gym.reward_model import RewardModel, RewardModelError, load_reward_model
-from hydrogel_gym.spaces import Outcomes
+from hydrogel_gym.envs.single import HydrogelEnv
+from hydrogel_gym.envs.vector import HydrogelVectorEnv
+from hydrogel_gym.models.contract import RewardModel, RewardModelError, load_reward_model
+from hydrogel_gym.problem.cohort import Cohort, CohortError, load_cohort
+from hydrogel_gym.problem.fields import Outcomes
+from hydrogel_gym.problem.polymers import PolymerTable, load_polymers
+from hydrogel_gym.problem.reward import RewardConfig, compute_reward
 
 __all__ = [
     "Cohort",

@@ -23,8 +23,9 @@ import numpy as np
 import torch
 
 import hydrogel_gym
-from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS
-from hydrogel_gym.wrappers import VectorDiscretizeHybridAction, VectorFlattenHybridAction
+from hydrogel_gym.envs.wrappers import VectorDiscretizeHybridAction, VectorFlattenHybridAction
+from hydrogel_gym.problem.fields import COVERAGES
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 DATA = {
     "hydrogel_gym": ("polymers.csv",),

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from hydrogel_gym.cohort import MAX_SCAR_PLUS_BZ_PCT
-from hydrogel_gym.spaces import PATIENT_FIELDS
+from hydrogel_gym.problem.cohort import MAX_SCAR_PLUS_BZ_PCT
+from hydrogel_gym.problem.fields import PATIENT_FIELDS
 
 FOLDER = Path(__file__).parent
 CARD = "README.md"

@@ -36,11 +36,11 @@ from sklearn import metrics
 from sklearn.cluster import KMeans
 from sklearn.exceptions import UndefinedMetricWarning
 
-from hydrogel_gym.cohort import FEATURE_COLUMNS, ID_COLUMN, SUFFIXES, load_cohort
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.mechanistic import MechanisticModel, MechanisticParams, OutcomeScale
-from hydrogel_gym.polymers import load_polymers
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS, OUTCOME_FIELDS
+from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams, OutcomeScale
+from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, ID_COLUMN, SUFFIXES, load_cohort
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, OUTCOME_FIELDS
+from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
 FORMULATION_COLUMNS = [field.name for field in FORMULATION_FIELDS]
 LABEL = "is_optimal"

@@ -52,8 +52,18 @@ AFTER = {
 }
 TIMING = "rollout_seconds reward_model_seconds update_seconds wall_seconds samples_per_second"
 IGNORED = set(TIMING.split()) | {
-    "seconds", "training_began", "output_dir", "compile_seconds", "wandb_project", "wandb_entity",
-    "reward_precision", "evaluate", "overwrite", "true_reward_model", "policy_file", "resume",
+    "seconds",
+    "training_began",
+    "output_dir",
+    "compile_seconds",
+    "wandb_project",
+    "wandb_entity",
+    "reward_precision",
+    "evaluate",
+    "overwrite",
+    "true_reward_model",
+    "policy_file",
+    "resume",
 }
 
 
@@ -91,7 +101,11 @@ def make(tree: Path, side: str, case: str) -> None:
         (out / "printed.txt").write_text(printed.partition("(")[2])
         run(tree, f"train/report.py {POLICY} {WORK}/old/factored --output {out}/comparison.html")
     elif case == "evaluate":
-        command = "evaluate.py" if (tree / "train" / "evaluate.py").exists() else "ppo_hybrid.py --evaluate"
+        command = (
+            "evaluate.py"
+            if (tree / "train" / "evaluate.py").exists()
+            else "ppo_hybrid.py --evaluate"
+        )
         policy = f"{POLICY}/stage2_policy.pt"
         run(tree, f"train/{command} {policy} --cohort {WORK}/h.csv {flag}")
         run(tree, f"train/{command} {WORK}/old/horizon/stage2_policy.pt --no-oracle {flag}")
@@ -111,7 +125,9 @@ def same(a, b, where: str, close: bool) -> list[str]:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         if a.shape != b.shape or a.dtype != b.dtype:
             return [f"{where}: {a.shape} {a.dtype} / {b.shape} {b.dtype}"]
-        if torch.equal(a, b) or (a.is_floating_point() and torch.equal(a.nan_to_num(7.7), b.nan_to_num(7.7))):
+        if torch.equal(a, b) or (
+            a.is_floating_point() and torch.equal(a.nan_to_num(7.7), b.nan_to_num(7.7))
+        ):
             return []
         gap = (a.double() - b.double()).abs().max().item()
         return [] if close and gap < 2e-2 else [f"{where}: differs by {gap:g}"]
@@ -126,10 +142,19 @@ def same(a, b, where: str, close: bool) -> list[str]:
                 found += same(a[key], b[key], f"{where}.{key}", close)
         return found
     if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [x for i, (p, q) in enumerate(zip(a, b)) for x in same(p, q, f"{where}[{i}]", close)]
+        return [
+            x
+            for i, (p, q) in enumerate(zip(a, b, strict=True))
+            for x in same(p, q, f"{where}[{i}]", close)
+        ]
     if isinstance(a, float) and isinstance(b, float) and (math.isnan(a) and math.isnan(b)):
         return []
-    if isinstance(a, float) and isinstance(b, float) and close and math.isclose(a, b, rel_tol=2e-2, abs_tol=2e-2):
+    if (
+        isinstance(a, float)
+        and isinstance(b, float)
+        and close
+        and math.isclose(a, b, rel_tol=2e-2, abs_tol=2e-2)
+    ):
         return []
     if isinstance(a, str) and isinstance(b, str):
         a, b = (x.replace("/old/", "/SIDE/").replace("/new/", "/SIDE/") for x in (a, b))
@@ -172,10 +197,19 @@ def main() -> int:
         (WORK / f"{name}.csv").write_text("\n".join(lines) + "\n")
     outcomes = WORK / "outcomes.csv"
     if not outcomes.exists():
-        run(OLD, f"patients/make_outcomes.py --output {outcomes} --patients 12 --rows 2304 "
-            "--seed 3")
+        run(
+            OLD, f"patients/make_outcomes.py --output {outcomes} --patients 12 --rows 2304 --seed 3"
+        )
     cases = sys.argv[2:] or [*TRAIN, *AFTER, "ranked", "report", "evaluate"]
-    first = ["stage1", "autoregressive", "oracle", "factored", "horizon", "stage1_run", "candidates"]
+    first = [
+        "stage1",
+        "autoregressive",
+        "oracle",
+        "factored",
+        "horizon",
+        "stage1_run",
+        "candidates",
+    ]
     for case in first:
         make(OLD, "old", case)
 
@@ -191,7 +225,12 @@ def main() -> int:
     with ThreadPoolExecutor(2) as pool:
         for case, found in zip(cases, pool.map(both, cases), strict=True):
             bad += bool(found)
-            print(f"{'SAME' if not found else 'DIFFERS'}: {case}", *found[:12], sep="\n    ", flush=True)
+            print(
+                f"{'SAME' if not found else 'DIFFERS'}: {case}",
+                *found[:12],
+                sep="\n    ",
+                flush=True,
+            )
     return int(bad > 0)
 
 

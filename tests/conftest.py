@@ -18,8 +18,10 @@ import torch
 from gymnasium.envs.registration import register, registry
 from torch import Tensor
 
-from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes, stage1
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS, PATIENT_FIELDS
+from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes
+from hydrogel_gym.models import ensemble as stage1
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

@@ -11,7 +11,7 @@ import torch
 
 from hydrogel_gym import Cohort, Outcomes, load_cohort, load_reward_model
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.spaces import FORMULATION_HIGH, FORMULATION_LOW, Design
+from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW, Design
 
 BENCHMARK = Path(__file__).parents[1] / "benchmark"
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hydrogel_gym.cohort import (
+from hydrogel_gym.problem.cohort import (
     BZ_STRESS_TOLERANCE_FRAC,
     FEATURE_COLUMNS,
     ID_COLUMN,
@@ -20,7 +20,7 @@ from hydrogel_gym.cohort import (
     CohortError,
     load_cohort,
 )
-from hydrogel_gym.spaces import PATIENT_FIELDS
+from hydrogel_gym.problem.fields import PATIENT_FIELDS
 
 NUM_ROWS = 5
 BAD_ROW = 2  # counted from zero; the message counts from one

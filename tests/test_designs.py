@@ -10,21 +10,12 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from hydrogel_gym import designs
-from hydrogel_gym.designs import (
-    NUM_CELLS,
-    NUM_LEVELS,
-    NUMBERS,
-    RESOLUTION,
-    REWARD,
-    BestDesigns,
-    arrow_table,
-    design_keys,
-    load_designs,
-    on_grid,
-    parquet,
-    partition,
-)
-from hydrogel_gym.spaces import FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.designs import load_designs
+from hydrogel_gym.designs.grid import NUM_CELLS, NUM_LEVELS, RESOLUTION, design_keys, on_grid
+from hydrogel_gym.designs.schema import NUMBERS, REWARD, arrow_table, parquet
+from hydrogel_gym.designs.store import partition
+from hydrogel_gym.designs.top import TopDesigns
+from hydrogel_gym.problem.fields import FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
 
 
 def many(count: int, seed: int, levels: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +44,7 @@ def best_of_all(cell, numbers, size, *, per_cell=False) -> list[tuple[int, float
     return kept
 
 
-def shown(best: BestDesigns) -> list[tuple[int, float]]:
+def shown(best: TopDesigns) -> list[tuple[int, float]]:
     keys = design_keys(best.cell, best.numbers).tolist()
     return list(zip(keys, best.numbers[REWARD].tolist(), strict=True))
 
@@ -63,7 +54,7 @@ def shown(best: BestDesigns) -> list[tuple[int, float]]:
 @settings(max_examples=25, deadline=None)
 def test_the_best_are_exact_whatever_the_batches(per_cell, seed, size, batch):
     cell, numbers = many(1000, seed)
-    best = BestDesigns(size, per_cell=per_cell)
+    best = TopDesigns(size, per_cell=per_cell)
     for start in range(0, 1000, batch):
         rows = np.arange(start, min(start + batch, 1000))
         rows = rows[best.promising(cell[rows], numbers[REWARD, rows])]
@@ -74,7 +65,7 @@ def test_the_best_are_exact_whatever_the_batches(per_cell, seed, size, batch):
 def test_fewer_unlike_designs_than_asked_for_are_all_kept():
     cell, numbers = many(50, seed=0, levels=2)
     twice = np.concatenate([cell, cell]), np.concatenate([numbers, numbers], axis=1)
-    best = BestDesigns(1000)
+    best = TopDesigns(1000)
     best.add(*twice)
     best.add(*twice)
     assert len(best.cell) == len(set(design_keys(cell, numbers)))
@@ -82,7 +73,7 @@ def test_fewer_unlike_designs_than_asked_for_are_all_kept():
 
 def test_a_floor_that_is_out_of_date_loses_nothing():
     cell, numbers = many(1000, seed=1)
-    best = BestDesigns(10)
+    best = TopDesigns(10)
     early = best.promising(cell, numbers[REWARD])
     best.add(cell[:900], numbers[:, :900])
     best.add(cell[early], numbers[:, early])

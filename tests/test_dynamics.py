@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from hydrogel_gym import RewardConfig, compute_reward, load_cohort
-from hydrogel_gym.dynamics import (
+from hydrogel_gym.envs.spaces import action_space
+from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.problem.dynamics import (
     EnvParams,
     State,
     clip_formulation,
@@ -16,12 +18,11 @@ from hydrogel_gym.dynamics import (
     initial,
     next_episode,
     observation,
-    reward_terms,
     select,
     transition,
 )
-from hydrogel_gym.mechanistic import MechanisticModel
-from hydrogel_gym.spaces import Design, Outcomes, action_space
+from hydrogel_gym.problem.fields import Design, Outcomes
+from hydrogel_gym.problem.reward import reward_terms
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
 MASK_64 = 2**64 - 1

@@ -21,15 +21,15 @@ from gymnasium.wrappers import FlattenObservation, RecordEpisodeStatistics
 from gymnasium.wrappers.vector import RecordEpisodeStatistics as VectorRecordEpisodeStatistics
 
 from hydrogel_gym import Cohort, HydrogelEnv, HydrogelVectorEnv, RewardConfig, load_cohort
-from hydrogel_gym.dynamics import RewardTerms
-from hydrogel_gym.spaces import (
+from hydrogel_gym.envs.spaces import episode_fields
+from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
-    NUM_POLYMERS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
-    episode_fields,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.reward import RewardTerms
 
 ACTION_FORMATS = ("dict", "tuple", "box", "multidiscrete")
 FORMATS = pytest.mark.parametrize("action_format", ACTION_FORMATS)

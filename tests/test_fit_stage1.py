@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hydrogel_gym import load_polymers
-from hydrogel_gym.mechanistic import MechanisticModel
-from hydrogel_gym.stage1 import load_stage1
+from hydrogel_gym.models.ensemble import load_stage1
+from hydrogel_gym.models.mechanistic import MechanisticModel
 
 ROWS = 24 * 12 * 10
 SMALL = ["--num-epochs", "2", "--num-members", "3", "--batch-size", "128", "--trunk-dim", "32"]

@@ -16,8 +16,11 @@ import pytest
 import torch
 
 import hydrogel_gym
-from hydrogel_gym.designs import NUMBERS, design_keys, load_designs, partition
-from hydrogel_gym.spaces import COVERAGES
+from hydrogel_gym.designs import load_designs
+from hydrogel_gym.designs.grid import design_keys
+from hydrogel_gym.designs.schema import NUMBERS
+from hydrogel_gym.designs.store import partition
+from hydrogel_gym.problem.fields import COVERAGES
 
 BLOCK, COUNT = 1024, 10_000  # ten blocks, the last of which is cut off
 OUTCOMES = {

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import hydrogel_gym
-from hydrogel_gym import compute_reward, dynamics, load_cohort, load_reward_model
+from hydrogel_gym import compute_reward, load_cohort, load_reward_model
+from hydrogel_gym.problem import dynamics
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from hydrogel_gym import load_cohort
-from hydrogel_gym.cohort import FEATURE_COLUMNS
-from hydrogel_gym.polymers import load_polymers
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS, PATIENT_FIELDS
+from hydrogel_gym.problem.cohort import FEATURE_COLUMNS
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
+from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
 PATIENTS = Path(__file__).parents[1] / "patients"
 PAIR = ["patient_id", "polymer_name"]

@@ -12,16 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hydrogel_gym.mechanistic import Grade, MechanisticModel, MechanisticParams
-from hydrogel_gym.polymers import load_polymers
-from hydrogel_gym.spaces import (
+from hydrogel_gym.models.mechanistic import Grade, MechanisticModel, MechanisticParams
+from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
-    NUM_POLYMERS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Outcomes,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
 GOLDEN = pd.read_csv(Path(__file__).with_name("golden.csv"))
 POLYMERS = load_polymers()

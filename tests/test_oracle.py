@@ -22,7 +22,12 @@ from hydrogel_gym import (
     oracle,
 )
 from hydrogel_gym.oracle import best_designs, cached_best_designs
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    FORMULATION_HIGH,
+    FORMULATION_LOW,
+)
 
 TOLERANCE = 0.02  # of a reward: what two searches may differ by
 

@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hydrogel_gym.cohort import FEATURE_COLUMNS, MAX_SCAR_PLUS_BZ_PCT, load_cohort
-from hydrogel_gym.spaces import PATIENT_FIELDS
+from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, MAX_SCAR_PLUS_BZ_PCT, load_cohort
+from hydrogel_gym.problem.fields import PATIENT_FIELDS
 
 PATIENTS = Path(__file__).parents[1] / "patients"
 FILES = ("cohort.csv", "cohort_holdout.csv", "README.md")

@@ -8,8 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hydrogel_gym.polymers import PolymerTable, load_polymers
-from hydrogel_gym.spaces import NUM_POLYMERS
+from hydrogel_gym.problem.polymers import NUM_POLYMERS, PolymerTable, load_polymers
 
 WINDOWS = ("youngs_modulus_kpa", "half_life_days", "conductivity_s_per_m")
 INDICES = (

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hydrogel_gym import load_reward_model
-from hydrogel_gym.stage1 import save_stage1
+from hydrogel_gym.models.ensemble import save_stage1
 
 
 @pytest.fixture(scope="module")

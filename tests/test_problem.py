@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from hydrogel_gym import dynamics
-from hydrogel_gym.problem import DesignProblem
-from hydrogel_gym.spaces import Design
+from hydrogel_gym.envs.design_problem import DesignProblem
+from hydrogel_gym.problem import dynamics
+from hydrogel_gym.problem.fields import Design
 
 NAN, INF = float("nan"), float("inf")
 BATCH_SHAPES = pytest.mark.parametrize("batch_shape", [(), (3,)], ids=["single", "batch"])

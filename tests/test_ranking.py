@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from hydrogel_gym import RewardConfig, compute_reward, load_cohort, load_polymers
-from hydrogel_gym.mechanistic import MechanisticModel
-from hydrogel_gym.ranking import (
+from hydrogel_gym.designs.ranking import (
     ERROR_FRAC,
     PERTURBATIONS,
     pareto_rank,
@@ -21,7 +20,8 @@ from hydrogel_gym.ranking import (
     safety_margins,
     window_distance,
 )
-from hydrogel_gym.spaces import FORMULATION_FIELDS, Design, Outcomes
+from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
 
 
 def outcomes(**columns: list[float]) -> Outcomes:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv, RewardConfig, load_polymers
-from hydrogel_gym.rendering import (
+from hydrogel_gym.envs.rendering import (
     HEART_CENTRE_PX,
     HEART_RADIUS_PX,
     HEIGHT_PX,
@@ -39,7 +39,8 @@ from hydrogel_gym.rendering import (
     scene_axis,
     short_axis,
 )
-from hydrogel_gym.spaces import (
+from hydrogel_gym.envs.wrappers import FlattenHybridAction, VectorFlattenHybridAction
+from hydrogel_gym.problem.fields import (
     COVERAGE_FRACTIONS,
     COVERAGES,
     FORMULATION_FIELDS,
@@ -47,7 +48,6 @@ from hydrogel_gym.spaces import (
     PATIENT_FIELDS,
     Field,
 )
-from hydrogel_gym.wrappers import FlattenHybridAction, VectorFlattenHybridAction
 
 REFERENCES = Path(__file__).parent / "references"
 VIDEO = {"render_mode": "rgb_array", "horizon": 2}

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from hydrogel_gym import Outcomes, RewardConfig, compute_reward, load_reward_model
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 HOSTILE = "</script><script>alert(1)</script>"
 FETCHING = {"src", "href", "data", "srcset", "poster"}

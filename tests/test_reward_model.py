@@ -24,8 +24,8 @@ from hydrogel_gym import (
     RewardModelError,
     load_reward_model,
 )
-from hydrogel_gym.mechanistic import MechanisticModel
-from hydrogel_gym.polymers import load_polymers
+from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.problem.polymers import load_polymers
 
 BATCH = Dim("batch")
 NAN = float("nan")

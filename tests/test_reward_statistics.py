@@ -8,17 +8,17 @@ import pandas as pd
 import pytest
 import torch
 
-from hydrogel_gym.cohort import load_cohort
-from hydrogel_gym.dynamics import RewardConfig, compute_reward
-from hydrogel_gym.mechanistic import MechanisticModel
-from hydrogel_gym.spaces import (
+from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_HIGH,
     FORMULATION_LOW,
-    NUM_POLYMERS,
     PATIENT_FIELDS,
     Outcomes,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.reward import RewardConfig, compute_reward
 
 GOLDEN = pd.read_csv(Path(__file__).with_name("golden.csv"))
 FORMULATION_NAMES = ["stiffness_kpa", "degradation_days", "conductivity_s_per_m", "thickness_mm"]

@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from hydrogel_gym import PolymerTable, load_cohort, load_polymers
-from hydrogel_gym.mechanistic import MechanisticModel, MechanisticParams
-from hydrogel_gym.spaces import (
+from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
+from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_HIGH,
     FORMULATION_LOW,
-    NUM_POLYMERS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Design,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 SCRIPT = Path(__file__).parents[1] / "benchmark" / "sensitivity.py"
 

@@ -8,19 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from hydrogel_gym.spaces import (
-    COVERAGE_FRACTIONS,
-    COVERAGES,
+from hydrogel_gym.envs.spaces import (
     FLAT_ACTION_DIM,
-    FORMULATION_FIELDS,
-    FORMULATION_HIGH,
     FORMULATION_LEVELS,
-    FORMULATION_LOW,
-    NUM_POLYMERS,
-    OUTCOME_FIELDS,
-    PATIENT_FIELDS,
-    Design,
-    Outcomes,
     action_space,
     decode_box,
     decode_multidiscrete,
@@ -30,6 +20,18 @@ from hydrogel_gym.spaces import (
     observation_space,
     split_observation,
 )
+from hydrogel_gym.problem.fields import (
+    COVERAGE_FRACTIONS,
+    COVERAGES,
+    FORMULATION_FIELDS,
+    FORMULATION_HIGH,
+    FORMULATION_LOW,
+    OUTCOME_FIELDS,
+    PATIENT_FIELDS,
+    Design,
+    Outcomes,
+)
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 DESIGNS = action_space("dict")
 

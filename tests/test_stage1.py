@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hydrogel_gym import RewardConfig, compute_reward, load_polymers
-from hydrogel_gym.spaces import FORMULATION_FIELDS, OUTCOME_FIELDS, PATIENT_FIELDS
-from hydrogel_gym.stage1 import (
+from hydrogel_gym.models.ensemble import (
     NUMERIC_FIELDS,
     OPTIMAL,
     WORSE,
@@ -23,6 +22,7 @@ from hydrogel_gym.stage1 import (
     read_stage1,
     save_stage1,
 )
+from hydrogel_gym.problem.fields import FORMULATION_FIELDS, OUTCOME_FIELDS, PATIENT_FIELDS
 
 NUM_DESIGNS = 64
 

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 import hydrogel_gym
-from hydrogel_gym.dynamics import RewardTerms
+from hydrogel_gym.problem.reward import RewardTerms
 
 pytest.importorskip("wandb", reason="W&B is not installed")
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")

@@ -20,16 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import hydrogel_gym  # noqa: F401  registers the environments
-from hydrogel_gym.spaces import (
-    COVERAGES,
-    FLAT_ACTION_DIM,
-    FORMULATION_FIELDS,
-    FORMULATION_HIGH,
-    FORMULATION_LOW,
-    NUM_POLYMERS,
-    action_space,
-)
-from hydrogel_gym.wrappers import (
+from hydrogel_gym.envs.spaces import FLAT_ACTION_DIM, action_space
+from hydrogel_gym.envs.wrappers import (
     DiscretizeHybridAction,
     FlattenHybridAction,
     RescaleFormulation,
@@ -37,6 +29,13 @@ from hydrogel_gym.wrappers import (
     VectorFlattenHybridAction,
     VectorRescaleFormulation,
 )
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    FORMULATION_HIGH,
+    FORMULATION_LOW,
+)
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 SINGLE = (FlattenHybridAction, DiscretizeHybridAction, RescaleFormulation)
 VECTOR = (VectorFlattenHybridAction, VectorDiscretizeHybridAction, VectorRescaleFormulation)

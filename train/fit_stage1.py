@@ -40,16 +40,7 @@ from tqdm import tqdm
 
 import hydrogel_gym
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.spaces import (
-    COVERAGES,
-    FORMULATION_FIELDS,
-    FORMULATION_LOW,
-    OUTCOME_FIELDS,
-    PATIENT_FIELDS,
-    Field,
-    Outcomes,
-)
-from hydrogel_gym.stage1 import (
+from hydrogel_gym.models.ensemble import (
     DEFAULT_PESSIMISM,
     OPTIMAL,
     Architecture,
@@ -59,6 +50,15 @@ from hydrogel_gym.stage1 import (
     Stage1Network,
     raw_numeric,
     save_stage1,
+)
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    FORMULATION_LOW,
+    OUTCOME_FIELDS,
+    PATIENT_FIELDS,
+    Field,
+    Outcomes,
 )
 
 LABEL = "is_optimal"

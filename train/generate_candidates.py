@@ -40,26 +40,17 @@ from tqdm import tqdm
 
 import hydrogel_gym
 from hydrogel_gym.compiled import CompiledFunction, CompileError
-from hydrogel_gym.designs import (
-    NUM_CELLS,
-    NUMBERS,
-    RESOLUTION,
-    REWARD,
-    SCHEMA,
-    BestDesigns,
-    arrow_table,
-    file_name,
-    load_designs,
-    numbers_of,
-    on_grid,
-    parquet,
-    partition,
-)
-from hydrogel_gym.dynamics import RewardConfig, RewardFunction, compute_reward
+from hydrogel_gym.designs import load_designs
+from hydrogel_gym.designs.grid import NUM_CELLS, RESOLUTION, on_grid
+from hydrogel_gym.designs.ranking import safety_margins
+from hydrogel_gym.designs.schema import NUMBERS, REWARD, SCHEMA, arrow_table, numbers_of, parquet
+from hydrogel_gym.designs.store import file_name, partition
+from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import keep_freed_memory
-from hydrogel_gym.ranking import safety_margins
-from hydrogel_gym.spaces import COVERAGES, NUM_POLYMERS, Outcomes
+from hydrogel_gym.problem.fields import COVERAGES, Outcomes
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.reward import RewardConfig, RewardFunction, compute_reward
 
 # Random numbers are drawn, and designs evaluated, so many at a time, whatever else is asked for: in
 # other batches the same numbers would round differently.
@@ -293,7 +284,7 @@ class Patient:
     ) -> None:
         self.patient_id, self.sampler = patient_id, sampler
         self.evaluate, self.args = evaluate, args
-        self.best, self.diverse = BestDesigns(args.top_k), BestDesigns(1, per_cell=True)
+        self.best, self.diverse = TopDesigns(args.top_k), TopDesigns(1, per_cell=True)
         self.num_blocks = math.ceil(args.num_candidates / BLOCK)
 
     @torch.no_grad()
@@ -442,7 +433,7 @@ def generate(
         )
 
 
-def write_best(store: Store, patient_id: str, best: BestDesigns, diverse: BestDesigns) -> None:
+def write_best(store: Store, patient_id: str, best: TopDesigns, diverse: TopDesigns) -> None:
     """Write what is kept of a patient."""
     for table, designs in (("diverse", diverse), ("top", best)):
         path = partition(store.output_dir / table, patient_id) / "designs.parquet"

@@ -65,11 +65,11 @@ from tqdm import tqdm
 
 import hydrogel_gym
 from hydrogel_gym.compiled import CompileError
-from hydrogel_gym.dynamics import RewardTerms
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import available_bytes, keep_freed_memory
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
+from hydrogel_gym.problem.reward import RewardTerms
 
 Preset = Literal["source", "quick", "full"]
 Policy = Literal["factored", "autoregressive"]

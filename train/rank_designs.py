@@ -31,11 +31,12 @@ from pyarrow import parquet as pq
 from tqdm import tqdm
 
 import hydrogel_gym
-from hydrogel_gym.designs import FORMULATION_COLUMNS, load_designs
+from hydrogel_gym.designs import load_designs
+from hydrogel_gym.designs.ranking import pareto_rank, robustness, safety_margins, window_distance
+from hydrogel_gym.designs.schema import FORMULATION_COLUMNS
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.mechanistic import MechanisticModel
-from hydrogel_gym.ranking import pareto_rank, robustness, safety_margins, window_distance
-from hydrogel_gym.spaces import COVERAGES, Design, Outcomes
+from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.problem.fields import COVERAGES, Design, Outcomes
 
 SCHEMA = "hydrogel_gym.ranked_designs.v1"
 # The first twelve are the source's, section 5.2.

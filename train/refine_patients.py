@@ -38,16 +38,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import hydrogel_gym
-from hydrogel_gym.designs import (
-    REWARD,
-    BestDesigns,
-    file_name,
-    numbers_of,
-    on_grid,
-)
-from hydrogel_gym.dynamics import RewardConfig, compute_reward
+from hydrogel_gym.designs.grid import on_grid
+from hydrogel_gym.designs.schema import REWARD, numbers_of
+from hydrogel_gym.designs.store import file_name
+from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.spaces import COVERAGES
+from hydrogel_gym.problem.fields import COVERAGES
+from hydrogel_gym.problem.reward import RewardConfig, compute_reward
 
 POLICIES = "patient_policies"
 # Patients tuned at once: their heads, gradients and moments take 0.6 MB each.
@@ -265,8 +262,8 @@ class Refined(NamedTuple):
     """What is kept of several patients."""
 
     weights: dict[str, Tensor]  # of the heads, (P, ...)
-    best: list[BestDesigns]
-    diverse: list[BestDesigns]
+    best: list[TopDesigns]
+    diverse: list[TopDesigns]
     base_reward: Tensor  # (P,) of the deterministic design of the policy for all
     reward: Tensor  # (P,) of that of the patient's own
 
@@ -294,8 +291,8 @@ def refine(tuner: Tuner, patient_ids: list[str]) -> Refined:
     for row, patient_id in enumerate(patient_ids):
         generate_candidates.check_finite(patient_id, cell[row], numbers[:, row])
         for lists, designs in (
-            (tops, BestDesigns(args.top_k)),
-            (diverse, BestDesigns(1, per_cell=True)),
+            (tops, TopDesigns(args.top_k)),
+            (diverse, TopDesigns(1, per_cell=True)),
         ):
             designs.add(cell[row], numbers[:, row])
             lists.append(designs)

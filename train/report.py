@@ -42,17 +42,17 @@ from ppo_hybrid import UsageError
 from torch import Tensor
 
 import hydrogel_gym
-from hydrogel_gym.dynamics import RewardTerms
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import cached_best_designs
-from hydrogel_gym.spaces import (
+from hydrogel_gym.problem.fields import (
     COVERAGE_FRACTIONS,
     COVERAGES,
     FORMULATION_FIELDS,
-    NUM_POLYMERS,
     PATIENT_FIELDS,
     Outcomes,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.reward import RewardTerms
 
 CONFIG_FILE = "config.json"
 # What the page computes with, of both JSON files; all else is only printed.

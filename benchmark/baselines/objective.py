@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hydrogel_gym import RewardConfig, RewardModel, compute_reward
-from hydrogel_gym.spaces import FORMULATION_HIGH, FORMULATION_LOW, Design, Outcomes
+from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW, Design, Outcomes
 
 LOW, HIGH = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH)
 

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hydrogel_gym import dynamics
-from hydrogel_gym.spaces import Design
+from hydrogel_gym.problem import dynamics
+from hydrogel_gym.problem.fields import Design
 
 TRAINER = Path(__file__).parents[2] / "train" / "ppo_hybrid.py"
 

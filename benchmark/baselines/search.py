@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from baselines.objective import PatientObjective, design_at
-from hydrogel_gym.spaces import COVERAGES, FORMULATION_FIELDS, NUM_POLYMERS, Design
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Design
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 Search = Callable[[PatientObjective, int], None]
 

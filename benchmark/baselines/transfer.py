@@ -16,7 +16,7 @@ from torch import Tensor
 
 from baselines.objective import HIGH, LOW
 from hydrogel_gym import RewardModel, compute_reward
-from hydrogel_gym.spaces import COVERAGES, Design
+from hydrogel_gym.problem.fields import COVERAGES, Design
 
 DESIGNS_AT_ONCE = 32
 REFINING_ROUNDS = 20

@@ -23,8 +23,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hydrogel_gym.spaces import NUM_POLYMERS
-
 _TEXT_COLUMNS = ("name", "category", "smiles", "source", "confidence")
 _WINDOWS = {
     "youngs_modulus_kpa": ("youngs_modulus_min_kpa", "youngs_modulus_max_kpa"),
@@ -124,7 +122,7 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
     rows = list(reader)
     if missing:
         raise ValueError(f"{resource}: columns {missing} are missing")
-    if len(rows) != NUM_POLYMERS:
+    if path is not None and len(rows) != NUM_POLYMERS:
         raise ValueError(f"{resource}: {len(rows)} rows; expected {NUM_POLYMERS}, one per polymer")
 
     def fail(row: int, column: str, allowed: str) -> ValueError:
@@ -186,3 +184,6 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
         **{field: floats([window(row, field) for row in every_row]) for field in _WINDOWS},
         **{field: floats([index_value(row, field) for row in every_row]) for field in _INDICES},
     )
+
+
+NUM_POLYMERS = len(load_polymers())

@@ -7,14 +7,14 @@ synchronisation.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hydrogel_gym import dynamics
-from hydrogel_gym.actions import (
+from hydrogel_gym.envs.codec import (
     ActionCodec,
     check_choice,
     check_count,
@@ -23,25 +23,21 @@ from hydrogel_gym.actions import (
     integers,
     replace_rows,
 )
-from hydrogel_gym.cohort import Cohort, load_cohort
-from hydrogel_gym.dynamics import (
+from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat, observation_space, split_observation
+from hydrogel_gym.models.contract import RewardModel, load_reward_model
+from hydrogel_gym.problem import dynamics
+from hydrogel_gym.problem.cohort import Cohort, load_cohort
+from hydrogel_gym.problem.dynamics import (
     Autoreset,
     EnvParams,
     PatientAssignment,
-    RewardConfig,
     RewardMode,
     State,
     Step,
     Transition,
 )
-from hydrogel_gym.reward_model import RewardModel, load_reward_model
-from hydrogel_gym.spaces import (
-    ActionFormat,
-    Design,
-    ObsFormat,
-    observation_space,
-    split_observation,
-)
+from hydrogel_gym.problem.fields import Design
+from hydrogel_gym.problem.reward import RewardConfig
 
 
 class DesignProblem:
@@ -190,3 +186,31 @@ class DesignProblem:
         elif autoreset == "Disabled":
             defect = defect + done.to(defect.dtype)
         return step, defect.sum() == 0.0
+
+
+def check_options(options: Mapping[str, Any] | None, allowed: set[str]) -> dict[str, Any]:
+    """The options of a reset, as a dict.
+
+    Raises:
+        ValueError: one is not among those allowed.
+    """
+    options = dict(options or {})
+    if unknown := sorted(map(str, set(options) - allowed)):
+        raise ValueError(f"reset options {unknown} are unknown; allowed: {sorted(allowed)}")
+    return options
+
+
+def stream_keys(seeds: Sequence[int | None], rng: np.random.Generator) -> np.ndarray:
+    """(B,) int64 stream keys; an absent seed is drawn from the environment's own generator."""
+    drawn = rng.integers(2**63, size=len(seeds)) if None in seeds else np.zeros(len(seeds), int)
+    return np.array(
+        [key if seed is None else seed % 2**63 for seed, key in zip(seeds, drawn, strict=True)],
+        np.int64,
+    )
+
+
+def map_arrays(function: Callable[[Any], Any], value: Any) -> Any:
+    """Apply a function to an array, or to every array of a nested dict."""
+    if isinstance(value, dict):
+        return {key: map_arrays(function, item) for key, item in value.items()}
+    return function(value)

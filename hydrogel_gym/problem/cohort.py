@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydrogel_gym.spaces import PATIENT_FIELDS
+from hydrogel_gym.problem.fields import PATIENT_FIELDS
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,18 +14,17 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from hydrogel_gym.exported import INPUTS, ProgramError, load_program
-from hydrogel_gym.mechanistic import MechanisticModel, OutcomeScale
-from hydrogel_gym.polymers import load_polymers
-from hydrogel_gym.spaces import (
+from hydrogel_gym.models.ensemble import load_stage1
+from hydrogel_gym.models.exported import INPUTS, ProgramError, load_program
+from hydrogel_gym.models.mechanistic import MechanisticModel, OutcomeScale
+from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
-    NUM_POLYMERS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Outcomes,
 )
-from hydrogel_gym.stage1 import load_stage1
+from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
 
 @runtime_checkable

@@ -14,22 +14,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydrogel_gym.spaces import (
-    COVERAGES,
+from hydrogel_gym.envs.spaces import (
     FLAT_ACTION_DIM,
-    FORMULATION_FIELDS,
     FORMULATION_LEVELS,
-    NUM_POLYMERS,
     ActionFormat,
-    Design,
     action_space,
     decode_box,
     decode_multidiscrete,
     encode_box,
     encode_multidiscrete,
+)
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    Design,
     from_unit_range,
     to_unit_range,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 HEADS = Design._fields
 

@@ -26,14 +26,14 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
-from hydrogel_gym.dynamics import RewardConfig
-from hydrogel_gym.spaces import (
+from hydrogel_gym.problem.fields import (
     COVERAGE_FRACTIONS,
     FORMULATION_FIELDS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Field,
 )
+from hydrogel_gym.problem.reward import RewardConfig
 
 RenderMode = Literal["rgb_array", "ansi"]
 RENDER_MODES: tuple[RenderMode, ...] = get_args(RenderMode)

@@ -25,16 +25,15 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.polymers import load_polymers
-from hydrogel_gym.spaces import (
+from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
-    NUM_POLYMERS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Outcomes,
     flat_designs,
 )
+from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
 FORMAT = "hydrogel_gym.stage1.v1"
 # Order of the numeric features: 19, as in the source.

@@ -57,8 +57,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, softplus
 
-from hydrogel_gym.polymers import PolymerTable, load_polymers
-from hydrogel_gym.spaces import COVERAGE_FRACTIONS, Outcomes
+from hydrogel_gym.problem.fields import COVERAGE_FRACTIONS, Outcomes
+from hydrogel_gym.problem.polymers import PolymerTable, load_polymers
 
 OutcomeScale = Literal["source", "literature"]
 Grade = Literal["A", "B", "C", "D", "definition"]

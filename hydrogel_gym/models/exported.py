@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from hydrogel_gym.spaces import FORMULATION_FIELDS, PATIENT_FIELDS, Outcomes, flat_designs
+from hydrogel_gym.problem.fields import FORMULATION_FIELDS, PATIENT_FIELDS, Outcomes, flat_designs
 
 INPUTS = ("patient", "polymer_id", "formulation", "coverage")
 _SIGNATURE = (

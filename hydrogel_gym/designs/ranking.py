@@ -10,9 +10,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from hydrogel_gym.dynamics import RewardConfig, RewardFunction, clip_formulation, compute_reward
-from hydrogel_gym.polymers import PolymerTable
-from hydrogel_gym.spaces import FORMULATION_FIELDS, Design, Outcomes
+from hydrogel_gym.problem.dynamics import clip_formulation
+from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
+from hydrogel_gym.problem.polymers import PolymerTable
+from hydrogel_gym.problem.reward import RewardConfig, RewardFunction, compute_reward
 
 ERROR_FRAC = 0.05  # of each parameter, in manufacture; an assumption (grade D)
 # Every parameter low, as asked for or high: 81 batches, the first of which is as asked for.

@@ -1,0 +1,58 @@
+"""The grid that designs lie on.
+
+A design is given to the precision that a laboratory can keep, `RESOLUTION`, and evaluated as given;
+so two designs are the same when all their numbers are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+
+RESOLUTION = (0.01, 0.1, 0.001, 0.01)  # kPa, days, S/m, mm; as `FORMULATION_FIELDS`
+
+
+NUM_LEVELS = tuple(
+    round((field.high - field.low) / step) + 1
+    for field, step in zip(FORMULATION_FIELDS, RESOLUTION, strict=True)
+)
+
+
+NUM_CELLS = NUM_POLYMERS * len(COVERAGES)  # a cell is a polymer and a coverage
+
+
+def on_grid(share: Tensor) -> Tensor:
+    """Formulations of `RESOLUTION` nearest to a share of the way through their ranges.
+
+    Args:
+        share: (..., 4), 0 to 1.
+
+    Returns:
+        (..., 4) in the units of `FORMULATION_FIELDS`.
+    """
+    columns = zip(share.unbind(-1), FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=True)
+    values = []
+    for part, field, step, n in columns:
+        # A quotient of whole numbers is the float nearest to the decimal, and prints as it.
+        per_unit = round(1.0 / step)
+        values.append(((part * (n - 1)).round() + field.low * per_unit) / per_unit)
+    return torch.stack(values, dim=-1)
+
+
+def design_keys(cell: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(B,) int64, one number for each design of the grid.
+
+    Args:
+        cell: (B,) polymer * 4 + coverage.
+        numbers: (11, B) or more rows of `NUMBERS`, formulations on the grid.
+    """
+    keys = cell.astype(np.int64)
+    for row, field, step, n in zip(
+        numbers, FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=False
+    ):
+        keys = keys * n + np.rint((row.astype(np.float64) - field.low) / step).astype(np.int64)
+    return keys

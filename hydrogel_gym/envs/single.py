@@ -1,0 +1,277 @@
+"""The environment of one patient: a batch of one over the functions of `dynamics`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from torch import Tensor
+
+from hydrogel_gym.envs.codec import check_choice
+from hydrogel_gym.envs.design_problem import DesignProblem, check_options, map_arrays, stream_keys
+from hydrogel_gym.envs.frames import evaluations_of, frames, scene_of, warn_that_no_mode_was_chosen
+from hydrogel_gym.envs.rendering import RENDER_FPS, RENDER_MODES, RenderMode
+from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat
+from hydrogel_gym.models.contract import RewardModel
+from hydrogel_gym.problem import dynamics
+from hydrogel_gym.problem.cohort import Cohort
+from hydrogel_gym.problem.dynamics import PatientAssignment, RewardMode, State, Transition
+from hydrogel_gym.problem.fields import Design
+from hydrogel_gym.problem.reward import RewardConfig
+
+
+def _step_info(result: Transition) -> dict[str, Tensor]:
+    """Everything a step tells beside reward and observation, each under its own name."""
+    return {
+        **result.outcomes._asdict(),
+        **result.terms._asdict(),
+        "score": result.score,
+        "is_optimal": result.is_optimal,
+        "formulation": result.formulation,
+        "formulation_clipped": result.formulation_clipped,
+        "patient_index": result.state.patient_index,
+    }
+
+
+class HydrogelEnv(gym.Env):
+    """Choose a hydrogel for one virtual patient after a heart attack.
+
+    ## Description
+
+    A patch or injectate of hydrogel is designed for a patient whose left ventricle is scarred by an
+    infarct: which of 24 polymers, how stiff, how long-lived, how conductive and how thick, and how
+    much of the border zone around the scar it covers. A frozen Stage-1 model predicts what the
+    design does, and the reward weighs the predicted gain in ejection fraction against safety. The
+    built-in model is an educational prior fitted to no patient, the patients are synthetic, and no
+    figure here is a clinical fact.
+
+    ## Action Space
+
+    `action_format="dict"` (default) is
+    `Dict(polymer_id=Discrete(24), formulation=Box(4,), coverage=Discrete(4))`, `"tuple"` the same
+    three in this order.
+
+    | Head | Num | Action | Min | Max | Unit |
+    |---|---|---|---|---|---|
+    | polymer_id | | row of the polymer table | 0 | 23 | index |
+    | formulation | 0 | youngs_modulus_kpa | 5 | 30 | kPa |
+    | formulation | 1 | half_life_days | 7 | 180 | days |
+    | formulation | 2 | conductivity_s_per_m | 0 | 1 | S/m |
+    | formulation | 3 | thickness_mm | 1 | 5 | mm |
+    | coverage | | scar_only, scar_bz25, scar_bz50, scar_bz100 | 0 | 3 | index |
+
+    A finite formulation outside its box is clipped and `info["formulation_clipped"]` says so.
+    Anything else that is not in the space is a `ValueError` that leaves the state untouched.
+
+    Two flat forms serve libraries that take no composite action. `"box"` (`HydrogelDesignFlat-v0`)
+    is `Box(-1, 1, (32,))`: the formulation, rescaled, then a score per polymer and per coverage,
+    the largest of which is chosen. `"multidiscrete"` (`HydrogelDesignDiscrete-v0`) is
+    `MultiDiscrete([24, 11, 11, 11, 11, 4])`: polymer, 11 evenly spaced levels per formulation
+    parameter with both bounds among them, coverage.
+
+    ## Observation Space
+
+    `obs_format="box"` (default) is a `Box(13,)` of float32 in physical units.
+
+    | Num | Observation | Min | Max | Unit |
+    |---|---|---|---|---|
+    | 0 | lvef_pct | 15 | 55 | % |
+    | 1 | gls_pct | -20 | -3 | % |
+    | 2 | edv_ml | 90 | 400 | mL |
+    | 3 | esv_ml | 40.5 | 340 | mL |
+    | 4 | scar_fraction_pct | 5 | 45 | % of the left ventricle |
+    | 5 | bz_fraction_pct | 4 | 28 | % of the left ventricle |
+    | 6 | bz_stress_kpa | 7.2 | 90 | kPa |
+    | 7 | healthy_stress_kpa | 6 | 35 | kPa |
+    | 8 | stress_concentration | 1.2 | 3.5 | ratio |
+    | 9 | transmurality | 0.2 | 1 | fraction |
+    | 10 | wall_thickness_mm | 4 | 13 | mm |
+    | 11 | current_best_score | 0 | 302.6 | reward |
+    | 12 | iteration | 0 | horizon | steps |
+
+    `obs_format="dict"` groups them: `patient_features` (0 to 5), `tissue_features` (6 to 10),
+    `current_best_score`, `iteration`. `observe_explored=True` appends 24 entries (in the dict
+    `explored_polymers`), 1 for each polymer used in this episode: without them the novelty bonus is
+    not Markov when the horizon exceeds 1. The maximum of `current_best_score` is what the outcomes'
+    physical ranges allow under the default `RewardConfig`; good designs score 25 to 40.
+
+    ## Rewards
+
+    The score of a design is the sum of seven terms, each in `info` under the name given here:
+
+    - `reward_delta_ef`: 3.0 x predicted change in ejection fraction (percentage points)
+    - `reward_stress_reduction`: 1.5 x border-zone stress reduction (%) / 100
+    - `reward_optimal_prob`: 1.0 x probability that the design is optimal
+    - `reward_toxicity`: -2.0 if toxicity risk > 0.15
+    - `reward_integrity`: -1.0 if structural integrity < 0.80
+    - `reward_fibrosis`: -0.5 if fibrosis risk > 0.20
+    - `reward_novelty`: +0.1 if the polymer was not yet used in this episode
+
+    `reward_mode="score"` (default) pays the score at every step; `"improvement"` pays only what the
+    episode's best score gains, so that an episode's return is its best score (or 0).
+
+    `info` also holds the six outcomes (`delta_ef_pct`, `stress_reduction_pct`, `optimal_logit`,
+    `toxicity_risk`, `structural_integrity`, `fibrosis_risk`), `score`, `is_optimal` (gain of at
+    least 3 points and stress reduction of at least 15 %), `formulation` as evaluated,
+    `formulation_clipped` and `patient_index`.
+
+    ## Starting State
+
+    A patient of the cohort, with `current_best_score` and `iteration` zero. With
+    `patient_assignment="random"` (default) each reset draws one uniformly from the environment's
+    seeded stream; `"fixed"` keeps the first row. `reset(options={"patient_id": ...})` picks one by
+    id or index, which `"fixed"` then keeps. Nothing else is random: same seed, same patients; the
+    global generators are never touched.
+
+    ## Episode End
+
+    Terminated after `horizon` steps. Never truncated from inside.
+
+    ## Arguments
+
+    | Argument | Type | Default | Meaning |
+    |---|---|---|---|
+    | `horizon` | int | `1` | steps per episode |
+    | `cohort` | None, path, `Cohort` | `None` | patients; None is the shipped 2,000 |
+    | `reward_model` | str, path, callable | `"mechanistic"` | see `load_reward_model` |
+    | `reward_config` | `RewardConfig` | `None` | weights and limits of the reward |
+    | `action_format` | str | `"dict"` | `dict`, `tuple`, `box`, `multidiscrete` |
+    | `obs_format` | str | `"box"` | `box`, `dict` |
+    | `observe_explored` | bool | `False` | append the mask of used polymers |
+    | `reward_mode` | str | `"score"` | `score`, `improvement` |
+    | `patient_assignment` | str | `"random"` | `random`, `fixed` |
+    | `device` | str | `"cpu"` | where the model runs |
+    | `render_mode` | None, str | `None` | `rgb_array`, `ansi`; see `render` |
+
+    ## Version History
+
+    - v0: first version.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": list(RENDER_MODES), "render_fps": RENDER_FPS}
+
+    def __init__(
+        self,
+        *,
+        device: str | torch.device = "cpu",
+        horizon: int = 1,
+        cohort: Cohort | str | os.PathLike[str] | None = None,
+        reward_model: str | RewardModel = "mechanistic",
+        reward_config: RewardConfig | None = None,
+        action_format: ActionFormat = "dict",
+        obs_format: ObsFormat = "box",
+        observe_explored: bool = False,
+        reward_mode: RewardMode = "score",
+        patient_assignment: PatientAssignment = "random",
+        render_mode: RenderMode | None = None,
+    ) -> None:
+        check_choice("render_mode", render_mode, (None, *RENDER_MODES))
+        self.problem = DesignProblem(
+            device=device,
+            horizon=horizon,
+            cohort=cohort,
+            reward_model=reward_model,
+            reward_config=reward_config,
+            action_format=action_format,
+            obs_format=obs_format,
+            observe_explored=observe_explored,
+            reward_mode=reward_mode,
+            patient_assignment=patient_assignment,
+            validate=True,
+        )
+        self.action_space = self.problem.actions.space
+        self.observation_space = self.problem.observation_space
+        self.render_mode = render_mode
+        self._state: State | None = None
+        self._terminated = False
+        self._last: tuple[Design, Transition] | None = None  # of this episode
+
+    @torch.no_grad()
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode.
+
+        Args:
+            seed: restarts the stream of patient draws.
+            options: `{"patient_id": id or index}` picks a patient, under `random` assignment for
+                this episode, under `fixed` until another is chosen or a seed is given.
+
+        Raises:
+            ValueError: the option or the patient is unknown; nothing is reset.
+        """
+        options = check_options(options, {"patient_id"})
+        chosen = None
+        if options.get("patient_id") is not None:
+            chosen = self.problem.patient_indices(options["patient_id"], ())
+        super().reset(seed=seed)
+        if seed is not None or self._state is None:
+            keys = torch.from_numpy(stream_keys([seed], self.np_random)).to(self.problem.device)
+            state = dynamics.initial(keys, self.problem.params)
+        else:
+            state = dynamics.next_episode(self._state, self.problem.params)
+        if chosen is not None:
+            state = state._replace(patient_index=chosen, home_index=chosen)
+        self._state, self._terminated, self._last = state, False, None
+        return self._observation(state), {"patient_index": int(state.patient_index)}
+
+    @torch.no_grad()
+    def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        """Evaluate one design.
+
+        Raises:
+            ValueError: the action is not in the space, or the reward model failed. The state is
+                untouched.
+            ResetNeeded: the episode has ended or has not begun.
+        """
+        if self._state is None or self._terminated:
+            raise ResetNeeded("the episode has ended or has not begun; call reset()")
+        design = self.problem.design(action, ())
+        result = self.problem.transition(self._state, design)
+        self._state, self._terminated = result.state, bool(result.terminated)
+        if self.render_mode is not None:
+            # The caller may write to its action.
+            self._last = Design(*(tensor.clone() for tensor in design)), result
+        info = {key: self._unbatched(value) for key, value in _step_info(result).items()}
+        return self._observation(result.state), float(result.reward), self._terminated, False, info
+
+    def render(self) -> np.ndarray | str | None:
+        """Show the patient and, after a step, the last design, also once the episode has ended.
+
+        Short axis of the left ventricle at end-diastole, to scale: cavity, wall, scar, border zone
+        and the patch over what the design covers, with what was predicted; the same scale for all
+        patients. `rendering` says what is assumed: the cavity is a sphere of the end-diastolic
+        volume, and the site of the scar on the circumference is not known.
+
+        Returns:
+            For `"rgb_array"` a (480, 640, 3) uint8 array, for `"ansi"` a few lines of text. Without
+            a render mode None, with a warning.
+
+        Raises:
+            ResetNeeded: there is no patient before the first reset.
+            DependencyNotInstalled: `"rgb_array"` needs Pillow, which the extra `render` brings.
+        """
+        if self.render_mode is None:
+            warn_that_no_mode_was_chosen()
+            return None
+        if self._state is None:
+            raise ResetNeeded("call reset() before render()")
+        evaluation = evaluations_of(*self._last)[0] if self._last else None
+        scene = scene_of(self.problem, int(self._state.patient_index), evaluation)
+        frame: np.ndarray | str = frames(self.render_mode, [scene])[0]
+        return frame
+
+    def _observation(self, state: State) -> Any:
+        return map_arrays(lambda rows: rows[0].cpu().numpy(), self.problem.observe(state))
+
+    @staticmethod
+    def _unbatched(value: Tensor) -> Any:
+        array = value[0].cpu().numpy()
+        if array.ndim:
+            return array
+        # Gymnasium's vector environments batch Python bools and ints, numpy floats as they are.
+        return array[()] if array.dtype.kind == "f" else array.item()

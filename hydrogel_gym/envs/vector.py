@@ -1,0 +1,473 @@
+"""Many environments as one batch of tensors: a thin adapter over the functions of `dynamics`.
+
+It holds a `State`, has `DesignProblem` turn what a user sends into designs and apply them, and puts
+the result into the shape that Gymnasium asks for. Nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NoReturn, get_args
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.error import ResetNeeded
+from gymnasium.vector import AutoresetMode
+from gymnasium.vector.utils import batch_space, create_empty_array
+from torch import Tensor
+
+from hydrogel_gym.compiled import CompiledFunction
+from hydrogel_gym.envs.codec import as_tensor, check_choice, check_count
+from hydrogel_gym.envs.design_problem import DesignProblem, check_options, map_arrays, stream_keys
+from hydrogel_gym.envs.frames import evaluations_of, frames, scene_of, warn_that_no_mode_was_chosen
+from hydrogel_gym.envs.rendering import RENDER_FPS, RENDER_MODES, Evaluation, RenderMode
+from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat
+from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, too_large
+from hydrogel_gym.models.contract import RewardModel
+from hydrogel_gym.problem import dynamics
+from hydrogel_gym.problem.cohort import Cohort
+from hydrogel_gym.problem.dynamics import (
+    INFO_FLAGS,
+    INFO_SCALARS,
+    PatientAssignment,
+    RewardMode,
+    State,
+    Step,
+)
+from hydrogel_gym.problem.reward import RewardConfig
+
+Output = Literal["numpy", "torch"]
+Dtype = Literal["float32", "float64"]
+
+
+# Which rows of `Step.flags` are handed out, each as often as it is: no two arrays handed out share
+# memory. The state's own first, then terminated, truncated, stepped, what `info` tells and its
+# masks, the same for `final_info` and the masks of the two final entries.
+_MASK_NAMES = [f"_{name}" for name in (*INFO_SCALARS, *INFO_FLAGS, "formulation")]
+_TERMINATED, _FALSE, _TRUE, _STEPPED = range(4)
+_FLAGS, _FINAL_FLAGS = [4, 5], [6, 7]
+_TRUTHS = [_TERMINATED, _TERMINATED, _FALSE, _STEPPED, *_FLAGS, *[_STEPPED] * len(_MASK_NAMES)]
+_TRUTHS += [_TRUE]
+_FINAL_TRUTHS = [*_FINAL_FLAGS, *[_TERMINATED] * (len(_MASK_NAMES) + 3)]
+
+
+def _explains_memory(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Say in one line how much memory is missing, where torch or numpy found too little."""
+
+    @functools.wraps(method)
+    def explaining(self: HydrogelVectorEnv, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            line = too_large(self.num_envs, self._bytes_per_env, self.device)
+            raise MemoryError(line) from error
+
+    return explaining
+
+
+class HydrogelVectorEnv(gym.vector.VectorEnv):
+    """`num_envs` design problems at once, as one batch of tensors on one device.
+
+    The problem, its spaces, rewards and infos are those of `HydrogelEnv`; every array gains a
+    leading dimension B = `num_envs`. A run is reproducible for a given seed, `num_envs` and device;
+    under `random` assignment a seeded one agrees step for step with Gymnasium's vector environments
+    over `HydrogelEnv`.
+
+    Environment i is patient i mod P for good (`patient_assignment="fixed"`), or a fresh draw of its
+    own stream at each reset (`"random"`).
+
+    Autoreset: all three modes of Gymnasium, in `metadata["autoreset_mode"]` and `autoreset_mode`.
+    The default is `SameStep`, since with `NextStep` every second step of a single-step problem is a
+    reset with reward 0. `info` is a dict of (B, ...) arrays, each with its mask under `_key`. In
+    `SameStep` the last observation and info of an episode are in `final_obs` and `final_info`.
+
+    `output="numpy"` (default) is ordinary Gymnasium. With `output="torch"` everything returned is a
+    tensor on `device`, nothing is read on the host, and `info` always has the same keys: entries
+    whose mask is false are zero, and `final_obs` is one tensor (or dict of tensors) of all rows.
+
+    Args:
+        num_envs: B.
+        device: where state, model and `output="torch"` live.
+        horizon, cohort, reward_model, reward_config: as for `HydrogelEnv`.
+        action_format, obs_format, observe_explored, reward_mode: likewise.
+        patient_assignment: `"fixed"` or `"random"`.
+        output: `"numpy"` or `"torch"`.
+        autoreset_mode: `"SameStep"`, `"NextStep"`, `"Disabled"` or Gymnasium's enumeration.
+        validate_actions: check actions, and the reward model's outcomes, at every step. None means
+            on the CPU only: on an accelerator a check is a synchronisation. Unchecked, an action
+            that is not in the space reaches no table, and the built-in model's reward is NaN.
+        compile: run a step as one graph of `torch.compile`, made when the environment is. Integers
+            and bools are the same as without, floats to rounding. Needs a C++ compiler (on a GPU,
+            Triton) and a reward model without a graph break. Making the environment takes some
+            seconds longer; whatever the reward model reads beside tensors is constant from then on.
+            Where other work shares the cores, call `torch.set_num_threads(1)` before: threads that
+            wait for each other can make a step, compiled or not, a hundred times slower.
+        dtype: `"float64"` computes in double precision, for `output="torch"` alone, since the
+            spaces are of float32. It is there to compare runs by: vector instructions round a
+            float32 number by its place in the batch.
+        render_mode: `"rgb_array"` or `"ansi"`, one frame per environment; see `render`.
+
+    Raises:
+        ValueError: an argument is not what it may be; names it, its value and what is allowed.
+        MemoryError: `num_envs` is more than fits; says how many would. Also from `reset`, `step`.
+        CompileError: the step cannot be compiled, as a `RuntimeError`; names the cause.
+    """
+
+    metadata: dict[str, Any] = {
+        "render_modes": list(RENDER_MODES),
+        "render_fps": RENDER_FPS,
+        "autoreset_mode": AutoresetMode.SAME_STEP,
+    }
+
+    def __init__(
+        self,
+        num_envs: int = 2000,
+        *,
+        device: str | torch.device = "cpu",
+        horizon: int = 1,
+        cohort: Cohort | str | os.PathLike[str] | None = None,
+        reward_model: str | RewardModel = "mechanistic",
+        reward_config: RewardConfig | None = None,
+        action_format: ActionFormat = "dict",
+        obs_format: ObsFormat = "box",
+        observe_explored: bool = False,
+        reward_mode: RewardMode = "score",
+        patient_assignment: PatientAssignment = "fixed",
+        output: Output = "numpy",
+        autoreset_mode: str | AutoresetMode = "SameStep",
+        validate_actions: bool | None = None,
+        compile: bool = False,
+        dtype: Dtype = "float32",
+        render_mode: RenderMode | None = None,
+    ) -> None:
+        check_count("num_envs", num_envs)
+        check_choice("render_mode", render_mode, (None, *RENDER_MODES))
+        check_choice("output", output, get_args(Output))
+        check_choice("dtype", dtype, get_args(Dtype) if output == "torch" else ("float32",))
+        if not isinstance(autoreset_mode, AutoresetMode):
+            modes = tuple(mode.value for mode in AutoresetMode)
+            check_choice("autoreset_mode", autoreset_mode, modes)
+        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        if validate_actions is None and output == "numpy":
+            validate_actions = True
+        self.problem = DesignProblem(
+            device=device,
+            horizon=horizon,
+            cohort=cohort,
+            reward_model=reward_model,
+            reward_config=reward_config,
+            action_format=action_format,
+            obs_format=obs_format,
+            observe_explored=observe_explored,
+            reward_mode=reward_mode,
+            patient_assignment=patient_assignment,
+            validate=validate_actions,
+            dtype=getattr(torch, dtype),
+        )
+        self.num_envs = num_envs
+        self.output = output
+        self.device = self.problem.device
+        self._bytes_per_env = bytes_per_env(
+            compiled=compile,
+            numpy=output == "numpy",
+            explored=observe_explored,
+            grouped=obs_format == "dict",
+        )
+        check_memory(num_envs, self._bytes_per_env, self.device)
+        self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
+        self.single_action_space = self.problem.actions.space
+        self.single_observation_space = self.problem.observation_space
+        self._state: State | None = None
+        self._done = torch.zeros(0, dtype=torch.bool, device=self.device)  # until the first reset
+        # What `render` needs of the last step: the state before it, which environments were stepped
+        # and not reset since, and the action.
+        self.render_mode = render_mode
+        self._last: tuple[State, Tensor, tuple[Tensor, ...]] | None = None
+        self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
+            self.problem.step, autoreset=self.autoreset_mode.value
+        )
+        final = _FINAL_TRUTHS if self.autoreset_mode is AutoresetMode.SAME_STEP else []
+        self._truths = torch.tensor(_TRUTHS + final, device=self.device)
+        self._allocate(compile)
+
+    @_explains_memory
+    @torch.no_grad()
+    def _allocate(self, compile: bool) -> None:
+        """Make what grows with `num_envs`; compile the step by one that nobody sees."""
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        if not compile:
+            return
+        self._step = CompiledFunction(self._step)
+        keys = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        state = dynamics.initial(keys, self.problem.params)
+        action = create_empty_array(self.single_action_space, self.num_envs, np.zeros)
+        action = self.problem.actions.read(action, (self.num_envs,))
+        self._step(state, torch.zeros_like(keys, dtype=torch.bool), action)
+
+    @_explains_memory
+    @torch.no_grad()
+    def reset(
+        self,
+        *,
+        seed: int | Sequence[int | None] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode in every environment, or in those of a mask.
+
+        Args:
+            seed: an int s seeds environment i with s + i; a list holds one seed (or None) each.
+            options: `"patient_id"`, B ids or indices: under `fixed` assignment these patients stay
+                until others are chosen or a seed is given, under `random` for this episode.
+                `"reset_mask"`, a (B,) bool array: only these environments are reset.
+
+        Raises:
+            ValueError: an option, id or mask is not what it may be; nothing is reset.
+        """
+        options = check_options(options, {"patient_id", "reset_mask"})
+        mask = self._reset_mask(options.get("reset_mask"))
+        chosen = None
+        if options.get("patient_id") is not None:
+            chosen = self.problem.patient_indices(options["patient_id"], (self.num_envs,))
+        seeds = self._seeds(seed)
+        if isinstance(seed, (int, np.integer)):
+            super().reset(seed=int(seed))
+
+        fresh = self._reset_state(seeds)
+        if chosen is not None:
+            fresh = fresh._replace(patient_index=chosen, home_index=chosen.clone())
+        every = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
+        if mask is None or self._state is None:
+            self._state, self._done = fresh, ~every
+        else:
+            self._state = dynamics.select(mask, fresh, self._state)
+            self._done = self._done & ~mask
+        if self._last is not None:
+            state, stepped, action = self._last
+            self._last = None if mask is None else (state, stepped & ~mask, action)
+        mask = every if mask is None else mask.clone()
+        patients = self._state.patient_index.masked_fill(~mask, 0)
+        info = {"patient_index": patients, "_patient_index": mask}
+        return self._to_output(self.problem.observe(self._state)), self._to_output(info)
+
+    def _seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
+        """One seed, or None, per environment."""
+        if seed is None:
+            return [None] * self.num_envs
+        if isinstance(seed, (int, np.integer)):
+            return self._seeds([int(seed) + i for i in range(self.num_envs)])
+        seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"seed has {len(seeds)} entries; expected num_envs = {self.num_envs}")
+        for value in seeds:
+            if value is not None and (not isinstance(value, (int, np.integer)) or value < 0):
+                raise ValueError(f"seed is {value!r}; allowed: whole numbers, 0 or more, or None")
+        return seeds
+
+    def _reset_state(self, seeds: Sequence[int | None]) -> State:
+        """First episode of every environment that has a seed, the next one of the others."""
+        params, is_seeded = self.problem.params, [seed is not None for seed in seeds]
+        if self._state is not None and not any(is_seeded):
+            return dynamics.next_episode(self._state, params)
+        keys = torch.from_numpy(stream_keys(seeds, self.np_random)).to(self.device)
+        first = dynamics.initial(keys, params)
+        if self._state is None:
+            return first
+        seeded = torch.tensor(is_seeded, device=self.device)
+        return dynamics.select(seeded, first, dynamics.next_episode(self._state, params))
+
+    def _reset_mask(self, mask: Any) -> Tensor | None:
+        if mask is None:
+            return None
+        if self._state is None:
+            raise ResetNeeded("reset every environment once before resetting some by `reset_mask`")
+        tensor = as_tensor(mask, "reset_mask", self.device)
+        if tensor.dtype != torch.bool or tensor.shape != (self.num_envs,):
+            raise ValueError(
+                f"reset_mask is a {tuple(tensor.shape)} array of {tensor.dtype}; "
+                f"expected ({self.num_envs},) of bool"
+            )
+        if self.problem.validate and not tensor.any():
+            raise ValueError("reset_mask is all False; at least one environment must be reset")
+        return tensor
+
+    @_explains_memory
+    @torch.no_grad()
+    def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Evaluate one design per environment.
+
+        Raises:
+            ValueError: an action is not in the space, or the reward model failed; names the
+                environment. The state is untouched.
+            ResetNeeded: not reset yet, or (mode `Disabled`, where actions are checked) an episode
+                has ended and was not reset.
+        """
+        if self._state is None:
+            raise ResetNeeded("call reset() before step()")
+        action = self.problem.actions.read(actions, (self.num_envs,))
+        step, valid = self._step(self._state, self._done, action)
+        if self.problem.validate and not valid:
+            self._refuse(self._state, action)
+        if self.render_mode is not None:
+            ignores = self.autoreset_mode is AutoresetMode.NEXT_STEP
+            stepped = ~self._done if ignores else torch.ones_like(self._done)
+            # The caller may write to its action.
+            self._last = self._state, stepped, tuple(tensor.clone() for tensor in action)
+        return self._accept(step)
+
+    @torch.no_grad()
+    def render(self) -> tuple[Any, ...] | None:
+        """Show every environment's patient and what the last step did; see `HydrogelEnv.render`.
+
+        An environment whose episode ended in the last step still shows that step, in mode
+        `SameStep` as well, where it has begun another: with one design per episode nothing but
+        patients would be seen otherwise.
+
+        Returns:
+            B arrays or texts. An array takes some 20 ms and 0.9 MB. Without a render mode None,
+            with a warning.
+
+        Raises:
+            ResetNeeded: there are no patients before the first reset.
+            DependencyNotInstalled: `"rgb_array"` needs Pillow, which the extra `render` brings.
+        """
+        if self.render_mode is None:
+            warn_that_no_mode_was_chosen()
+            return None
+        if self._state is None:
+            raise ResetNeeded("call reset() before render()")
+        patients = self._state.patient_index
+        evaluations: list[Evaluation | None] = [None] * self.num_envs
+        if self._last is not None:
+            state, stepped, action = self._last
+            stepped = stepped & self.problem.actions.allows(action)
+            design = self.problem.ignore(self.problem.actions.decode(action), ~stepped)
+            result = self.problem.transition(state, design, skip=~stepped)
+            patients = torch.where(stepped, state.patient_index, patients)
+            evaluations = [
+                evaluation if shown else None
+                for evaluation, shown in zip(
+                    evaluations_of(design, result), stepped.tolist(), strict=True
+                )
+            ]
+        pairs = zip(patients.tolist(), evaluations, strict=True)
+        return frames(self.render_mode, [scene_of(self.problem, *pair) for pair in pairs])
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What every later observation, reward and reset depends on, beside the actions.
+
+        Returns:
+            (B,) tensors on `device`: the fields of `dynamics.State` and `done` (the episode ended
+            in the step before). They are never written to. Environments of another B take any
+            rows of them, in any order, by `load_state_dict`.
+
+        Raises:
+            ResetNeeded: there is no state before the first reset.
+        """
+        if self._state is None:
+            raise ResetNeeded("call reset() before state_dict()")
+        return {**self._state._asdict(), "done": self._done}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from what `state_dict` returned, here or in other environments of this problem.
+
+        Args:
+            state: (B,) tensors, on any device; copied.
+
+        Raises:
+            ValueError: an entry is missing, unknown, or of another shape or type, or names a
+                patient that the cohort does not have; nothing is loaded.
+        """
+        zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
+        expected = dynamics.initial(zeros, self.problem.params)._asdict()
+        expected["done"] = torch.zeros_like(zeros, dtype=torch.bool)
+        if state.keys() != expected.keys():
+            raise ValueError(f"state has {sorted(state)}; expected {sorted(expected)}")
+        for name, entry in expected.items():
+            given = state[name]
+            if given.shape != entry.shape or given.dtype != entry.dtype:
+                raise ValueError(
+                    f"state {name!r} is a {tuple(given.shape)} tensor of {given.dtype}; "
+                    f"expected {tuple(entry.shape)} of {entry.dtype}"
+                )
+        for name in ("home_index", "patient_index"):
+            low, high = (int(bound) for bound in state[name].aminmax())
+            if low < 0 or high >= self.problem.params.num_patients:
+                raise ValueError(
+                    f"state {name!r} runs from {low} to {high}; "
+                    f"allowed: 0 to {self.problem.params.num_patients - 1}"
+                )
+        copied = {name: state[name].to(self.device, copy=True) for name in expected}
+        self._done = copied.pop("done")
+        self._state, self._last = State(**copied), None
+
+    def _refuse(self, state: State, action: tuple[Tensor, ...]) -> NoReturn:
+        """Say what is wrong with a step, which was found only to be wrong somewhere."""
+        mode, problem = self.autoreset_mode, self.problem
+        if mode is AutoresetMode.DISABLED and self._done.any():
+            env = int(self._done.nonzero()[0])
+            raise ResetNeeded(
+                f"env {env} has ended; reset it with reset(options={{'reset_mask': ...}})"
+            )
+        skip = self._done if mode is AutoresetMode.NEXT_STEP else None
+        problem.actions.check(action, skip=skip)
+        design = problem.ignore(problem.actions.decode(action), skip)
+        problem.transition(state, design, skip=skip)
+        raise ValueError("the reward model returned an outcome that is not finite, but not again")
+
+    def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
+        """Keep the state of a step; return what Gymnasium asks of one, in the library asked for."""
+        truths = step.flags.index_select(0, self._truths).view(torch.bool)
+        self._state, self._done = step.state, truths[0]
+        truths, scalars, formulation, patient_index = (
+            iter(self._to_output(rows))
+            for rows in (truths, step.scalars, step.formulation, step.patient_index)
+        )
+        reward = next(scalars)
+        _, terminated, truncated, stepped = itertools.islice(truths, 4)
+        info = self._info(scalars, truths, formulation)
+        if self.output == "numpy" and not stepped.any():
+            info = {}  # as in Gymnasium, no key that holds for no environment
+        # The one entry that a reset has as well.
+        info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
+        if step.final_obs is not None and (self.output == "torch" or terminated.any()):
+            final_info = self._info(scalars, truths, formulation)
+            final_info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
+            info |= {"final_info": final_info, "_final_info": next(truths)}
+            obs = self._final_obs(step.final_obs, terminated)
+            info |= {"final_obs": obs, "_final_obs": next(truths)}
+        obs = self._to_output(self.problem.group(step.obs))
+        return obs, reward, terminated, truncated, info
+
+    @staticmethod
+    def _info(
+        scalars: Iterator[Any], truths: Iterator[Any], formulation: Iterator[Any]
+    ) -> dict[str, Any]:
+        """The next values under their names, then as many masks; in the order of `_TRUTHS`."""
+        info = dict(zip(INFO_SCALARS, scalars, strict=False))
+        info |= zip(INFO_FLAGS, truths, strict=False)
+        info["formulation"] = next(formulation)
+        return info | dict(zip(_MASK_NAMES, truths, strict=False))
+
+    def _final_obs(self, obs: Tensor, done: Any) -> Any:
+        """Last observations: all rows, or Gymnasium's object array of those that ended."""
+        obs = self._to_output(self.problem.group(obs))
+        if self.output == "torch":
+            return obs
+        ended, final_obs = map_arrays(lambda rows: rows[done], obs), np.full(self.num_envs, None)
+        if isinstance(ended, dict):
+            groups = zip(*ended.values(), strict=True)
+            ended = [dict(zip(ended, rows, strict=True)) for rows in groups]
+        final_obs[done] = np.fromiter(ended, object, len(ended))
+        return final_obs
+
+    def _to_output(self, value: Any) -> Any:
+        if self.output == "torch":
+            return value
+        return map_arrays(lambda tensor: tensor.cpu().numpy(), value)

@@ -1,0 +1,1 @@
+"""What predicts the outcomes of a design: the contract, and the models that keep it."""

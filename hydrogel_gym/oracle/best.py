@@ -1,0 +1,225 @@
+"""The best design of every patient, with the error bar of its search.
+
+The whole search is run twice with independent random numbers; the gap between the two runs is the
+error bar of the better one.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from hydrogel_gym.errors import first_line
+from hydrogel_gym.models.contract import RewardModel, load_reward_model
+from hydrogel_gym.oracle.cache import cache_entry, read_cache, write_cache
+from hydrogel_gym.oracle.search import search
+from hydrogel_gym.problem.cohort import Cohort, load_cohort
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Design, Outcomes
+from hydrogel_gym.problem.polymers import load_polymers
+from hydrogel_gym.problem.reward import RewardConfig, compute_reward
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+# Patients searched at once: what fits a core's cache; an accelerator wants more work at a time.
+PATIENTS_AT_ONCE = {"cpu": 32}
+PATIENTS_AT_ONCE_ELSEWHERE = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class BestDesigns:
+    """Best design found for each patient of a cohort; tensors on the CPU, P patients.
+
+    Attributes:
+        patient_ids: P names.
+        design: polymer_id (P,), formulation (P, 4), coverage (P,).
+        score: (P,) float32 reward of the design as a first step, novelty bonus included.
+        outcomes: what the reward model predicts for it, (P,) each.
+        seed_gap: (P,) float32 >= 0, difference between the scores of two independent searches, the
+            better of which is `design`.
+    """
+
+    patient_ids: tuple[str, ...]
+    design: Design
+    score: Tensor
+    outcomes: Outcomes
+    seed_gap: Tensor
+
+    def to_frame(self) -> pd.DataFrame:
+        """Table with a row per patient; units are in the column names."""
+        # Imported here, as in `cohort`: a table is not needed by whoever only trains.
+        import pandas as pd
+
+        names = load_polymers().names
+        polymer_id, formulation, coverage = self.design
+        return pd.DataFrame(
+            {
+                "patient_id": self.patient_ids,
+                "polymer_id": polymer_id.numpy(),
+                "polymer_name": [names[i] for i in polymer_id],
+                **{f.name: formulation[:, i].numpy() for i, f in enumerate(FORMULATION_FIELDS)},
+                "coverage": [COVERAGES[i] for i in coverage],
+                **{name: value.numpy() for name, value in self.outcomes._asdict().items()},
+                "reward": self.score.numpy(),
+                "reward_seed_gap": self.seed_gap.numpy(),
+            }
+        )
+
+
+def best_designs(
+    cohort: Cohort | str | os.PathLike[str] | None = None,
+    reward_model: str | RewardModel = "mechanistic",
+    reward_config: RewardConfig | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> BestDesigns:
+    """Search the whole design space for every patient of a cohort, twice.
+
+    Args:
+        cohort: as for the environments; the shipped 2,000 by default.
+        reward_model: as for the environments.
+        reward_config: weights and limits; the source's by default.
+        seed: of the two searches.
+        device: where to search.
+        cache_dir: folder, made if missing, that keeps results by the content of all of the above
+            and of the code; a file there that cannot be used is replaced.
+        progress: show a bar on standard error.
+
+    Returns:
+        The better of the two designs found for each patient.
+
+    Raises:
+        ValueError: the cohort is empty, there is no such device, or the reward model returned an
+            outcome that is not finite (names patient and design).
+        CohortError, RewardModelError: the cohort or the model cannot be loaded.
+    """
+    cohort, patients, model, config = _problem(cohort, reward_model, reward_config, device)
+    entry = None
+    if cache_dir is not None:
+        entry = cache_entry(cache_dir, cohort, patients, model, config, seed)
+        if (cached := read_cache(*entry, len(cohort))) is not None:
+            return _result(cohort, patients, *cached, model, config)
+
+    chunks: list[tuple[Design, Tensor]] = []
+    at_once = PATIENTS_AT_ONCE.get(patients.device.type, PATIENTS_AT_ONCE_ELSEWHERE)
+    with tqdm(total=len(cohort), desc="oracle", unit="patient", disable=not progress) as bar:
+        for start in range(0, len(cohort), at_once):
+            rows = slice(start, start + at_once)
+            one, other = (search(patients[rows], model, config, 2 * seed + k) for k in (0, 1))
+            ids = cohort.patient_ids[rows]
+            scores = [_judge(ids, patients[rows], x, model, config)[0] for x in (one, other)]
+            gap = (scores[0] - scores[1]).abs()
+            chunks.append((_better(one, other, scores[0] >= scores[1]), gap))
+            bar.update(len(ids))
+    designs, gaps = zip(*chunks, strict=True)
+    design = Design(*map(torch.cat, zip(*designs, strict=True)))
+    best = _result(cohort, patients, design, torch.cat(gaps), model, config)
+    if entry is not None:
+        entry[0].parent.mkdir(parents=True, exist_ok=True)
+        write_cache(*entry, best.design, best.seed_gap)
+    return best
+
+
+def cached_best_designs(
+    cohort: Cohort | str | os.PathLike[str] | None = None,
+    reward_model: str | RewardModel = "mechanistic",
+    reward_config: RewardConfig | None = None,
+    *,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    cache_dir: str | os.PathLike[str],
+) -> BestDesigns | None:
+    """What `best_designs` has kept in `cache_dir` for the same arguments; never searches.
+
+    Returns:
+        The designs, or None where there is no file of them that can be used.
+
+    Raises:
+        ValueError, CohortError, RewardModelError: as `best_designs`.
+    """
+    cohort, patients, model, config = _problem(cohort, reward_model, reward_config, device)
+    cached = read_cache(*cache_entry(cache_dir, cohort, patients, model, config, seed), len(cohort))
+    return cached and _result(cohort, patients, *cached, model, config)
+
+
+def _problem(
+    cohort: Cohort | str | os.PathLike[str] | None,
+    reward_model: str | RewardModel,
+    reward_config: RewardConfig | None,
+    device: str | torch.device,
+) -> tuple[Cohort, Tensor, RewardModel, RewardConfig]:
+    """Cohort, its (P, 11) features on the device, reward model and configuration."""
+    cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
+    if len(cohort) == 0:
+        raise ValueError(f"cohort {cohort.name!r} has no patients; the oracle needs at least one")
+    try:
+        device = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(device)!r} cannot be used: {first_line(error)}") from error
+    model = load_reward_model(reward_model, device)
+    patients = cohort.features.to(device, torch.float32)
+    return cohort, patients, model, reward_config or RewardConfig()
+
+
+def _better(one: Design, other: Design, one_is_better: Tensor) -> Design:
+    columns = one_is_better.unsqueeze(-1)
+    return Design(
+        torch.where(one_is_better, one.polymer_id, other.polymer_id),
+        torch.where(columns, one.formulation, other.formulation),
+        torch.where(one_is_better, one.coverage, other.coverage),
+    )
+
+
+@torch.no_grad()
+def _judge(
+    patient_ids: tuple[str, ...],
+    patients: Tensor,
+    design: Design,
+    model: RewardModel,
+    config: RewardConfig,
+) -> tuple[Tensor, Outcomes]:
+    """Score and outcomes of one design per patient, as the environments have them.
+
+    Raises:
+        ValueError: an outcome is not finite; names patient and design.
+    """
+    outcomes = model(patients, *design)
+    bad = ~torch.stack(outcomes).isfinite().all(0)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        predicted = {name: value[row].item() for name, value in outcomes._asdict().items()}
+        raise ValueError(
+            f"the reward model returned {predicted} for patient {patient_ids[row]!r} and the "
+            f"design polymer_id={int(design.polymer_id[row])}, "
+            f"formulation={design.formulation[row].tolist()}, "
+            f"coverage={int(design.coverage[row])}; expected finite outcomes"
+        )
+    return compute_reward(outcomes, config=config), outcomes
+
+
+def _result(
+    cohort: Cohort,
+    patients: Tensor,
+    design: Design,
+    seed_gap: Tensor,
+    model: RewardModel,
+    config: RewardConfig,
+) -> BestDesigns:
+    design = Design(*(part.to(patients.device) for part in design))
+    score, outcomes = _judge(cohort.patient_ids, patients, design, model, config)
+    return BestDesigns(
+        cohort.patient_ids,
+        Design(*(part.cpu() for part in design)),
+        score.cpu(),
+        Outcomes(*(value.cpu() for value in outcomes)),
+        seed_gap.cpu(),
+    )

@@ -1,0 +1,1 @@
+"""What is decided: fields and units, polymers, patients, the reward of a design, an episode."""
