@@ -1,4 +1,4 @@
-"""What Stage 3 has to know of a design beside its reward: margins, how it can be made, robustness.
+"""What Stage 3 has to know of a design beside its reward: how it can be made, and robustness.
 
 Pure batched functions on tensors, any device. `train/rank_designs.py` writes what they give.
 """
@@ -12,21 +12,13 @@ from torch import Tensor
 
 from hydrogel_gym.problem.dynamics import clip_formulation
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
-from hydrogel_gym.problem.polymers import PolymerTable
+from hydrogel_gym.problem.polymers import WINDOWS, PolymerTable
 from hydrogel_gym.problem.reward import RewardConfig, RewardFunction, compute_reward
+from hydrogel_gym.problem.reward import safety_margins as safety_margins
 
 ERROR_FRAC = 0.05  # of each parameter, in manufacture; an assumption (grade D)
-# Every parameter low, as asked for or high: 81 batches, the first of which is as asked for.
+# Every parameter low, as requested or high: a batch each, the first of which is as requested.
 PERTURBATIONS = torch.tensor(list(product((0.0, -1.0, 1.0), repeat=len(FORMULATION_FIELDS))))
-
-
-def safety_margins(outcomes: Outcomes, config: RewardConfig) -> dict[str, Tensor]:
-    """How far each risk is from its limit, (B,) each in its own unit; below 0 beyond it."""
-    return {
-        "toxicity_margin": config.toxicity_limit - outcomes.toxicity_risk,
-        "integrity_margin": outcomes.structural_integrity - config.integrity_limit,
-        "fibrosis_margin": config.fibrosis_limit - outcomes.fibrosis_risk,
-    }
 
 
 def window_distance(design: Design, polymers: PolymerTable) -> Tensor:
@@ -37,16 +29,15 @@ def window_distance(design: Design, polymers: PolymerTable) -> Tensor:
         polymers: with the windows.
 
     Returns:
-        (B,) smallest distance to an edge of a window of stiffness, half-life or conductivity, as a
-        share of the parameter's whole range; below 0 outside. A window of one value, as of what
-        cannot conduct, counts only if it is missed.
+        (B,) smallest distance to an edge of one of the windows, as a share of the parameter's whole
+        range; below 0 outside. A window of one value, as of what cannot conduct, counts only if it
+        is missed.
     """
-    names = ("youngs_modulus_kpa", "half_life_days", "conductivity_s_per_m")
     distances = []
-    for column, name in enumerate(names):
-        field = FORMULATION_FIELDS[column]
-        value = design.formulation[:, column]
-        window = getattr(polymers, name).to(value.device, value.dtype)[design.polymer_id]
+    for field, value in zip(FORMULATION_FIELDS, design.formulation.unbind(-1), strict=True):
+        if field.name not in WINDOWS:
+            continue
+        window = getattr(polymers, field.name).to(value.device, value.dtype)[design.polymer_id]
         low, high = window.unbind(-1)
         inside = torch.minimum(value - low, high - value) / (field.high - field.low)
         is_met_value = (low == high) & (inside >= 0.0)
@@ -60,7 +51,7 @@ def robustness(
     """Predicted reward if the parameters are missed by `ERROR_FRAC`.
 
     Args:
-        patient: (B, 11), of each design.
+        patient: (B, C), of each design.
         design: B designs.
         reward_model: the Stage-1 model.
         config: weights and limits.

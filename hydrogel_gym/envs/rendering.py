@@ -32,8 +32,9 @@ from hydrogel_gym.problem.fields import (
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Field,
+    Outcomes,
 )
-from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.reward import SAFETY, RewardConfig, SafetyLimit, breaches
 
 RenderMode = Literal["rgb_array", "ansi"]
 RENDER_MODES: tuple[RenderMode, ...] = get_args(RenderMode)
@@ -210,16 +211,15 @@ class _Words(NamedTuple):
 def _words(scene: Scene, evaluation: Evaluation) -> _Words:
     made = _named(FORMULATION_FIELDS, evaluation.formulation)
     predicted = _named(OUTCOME_FIELDS, evaluation.outcomes)
-    limits, share = scene.limits, COVERAGE_FRACTIONS[evaluation.coverage]
+    share = COVERAGE_FRACTIONS[evaluation.coverage]
+    broken = breaches(Outcomes._make(evaluation.outcomes), scene.limits)
 
-    def risk(label: str, name: str, limit: float, *, least: bool = False) -> tuple[str, str, bool]:
-        value = predicted[name]
-        is_broken = value < limit if least else value > limit
-        return (
-            label,
-            f"{value:.3f}" + f" {'<' if least else '>'} {limit:.3f}" * is_broken,
-            is_broken,
-        )
+    def safety(limit: SafetyLimit) -> tuple[str, str, bool]:
+        is_broken = bool(broken[limit.name])
+        sign, bound = ">" if limit.is_ceiling else "<", scene.limits.limit(limit.name)
+        value = f"{predicted[limit.outcome]:.3f}" + f" {sign} {bound:.3f}" * is_broken
+        label = limit.name.capitalize() + " risk" * limit.is_ceiling
+        return label, value, is_broken
 
     return _Words(
         title=f"Design {evaluation.iteration} of {scene.horizon}",
@@ -233,9 +233,7 @@ def _words(scene: Scene, evaluation: Evaluation) -> _Words:
             ("LVEF change", f"{predicted['delta_ef_pct']:+.1f} points", False),
             ("Stress reduction", f"{predicted['stress_reduction_pct']:.1f} %", False),
             ("P(optimal)", f"{_sigmoid(predicted['optimal_logit']):.2f}", False),
-            risk("Toxicity risk", "toxicity_risk", limits.toxicity_limit),
-            risk("Integrity", "structural_integrity", limits.integrity_limit, least=True),
-            risk("Fibrosis risk", "fibrosis_risk", limits.fibrosis_limit),
+            *map(safety, SAFETY),
         ),
         reward=f"{evaluation.reward:.2f}",
     )

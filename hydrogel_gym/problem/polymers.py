@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 _TEXT_COLUMNS = ("name", "category", "smiles", "source", "confidence")
-_WINDOWS = {
+# Parameters of a formulation for which a polymer has a window, and the columns of its ends.
+WINDOWS = {
     "youngs_modulus_kpa": ("youngs_modulus_min_kpa", "youngs_modulus_max_kpa"),
     "half_life_days": ("half_life_min_days", "half_life_max_days"),
     "conductivity_s_per_m": ("conductivity_min_s_per_m", "conductivity_max_s_per_m"),
@@ -42,7 +43,7 @@ _INDICES = (
 _COLUMNS = (
     "polymer_id",
     *_TEXT_COLUMNS,
-    *(column for ends in _WINDOWS.values() for column in ends),
+    *(column for ends in WINDOWS.values() for column in ends),
     *_INDICES,
 )
 
@@ -141,7 +142,7 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
         return value
 
     def window(row: int, field: str) -> list[float]:
-        low, high = _WINDOWS[field]
+        low, high = WINDOWS[field]
         ends = [number(row, low), number(row, high)]
         if ends[0] > ends[1]:
             raise fail(row, high, f"at least {low}, {ends[0]:g}")
@@ -181,7 +182,7 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
         smiles=texts("smiles"),
         sources=texts("source"),
         confidences=texts("confidence"),
-        **{field: floats([window(row, field) for row in every_row]) for field in _WINDOWS},
+        **{field: floats([window(row, field) for row in every_row]) for field in WINDOWS},
         **{field: floats([index_value(row, field) for row in every_row]) for field in _INDICES},
     )
 

@@ -20,6 +20,22 @@ from hydrogel_gym.problem.fields import OUTCOME_FIELDS, Outcomes
 RewardFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Outcomes]
 
 
+class SafetyLimit(NamedTuple):
+    """An outcome that is penalised beyond `{name}_limit` of a `RewardConfig`."""
+
+    name: str
+    outcome: str  # field of `Outcomes`
+    is_ceiling: bool  # else a floor
+
+
+SAFETY = (
+    SafetyLimit("toxicity", "toxicity_risk", is_ceiling=True),
+    SafetyLimit("integrity", "structural_integrity", is_ceiling=False),
+    SafetyLimit("fibrosis", "fibrosis_risk", is_ceiling=True),
+)
+SAFETY_LIMITS = tuple(item.name for item in SAFETY)
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """Weights, safety limits and thresholds of the reward; defaults are the source's, section 2.1.
@@ -55,33 +71,33 @@ class RewardConfig:
             margin: by how much each limit moves, in its own unit (all run from 0 to 1).
             penalty_scale: what each safety penalty is multiplied with.
         """
-        return replace(
-            self,
-            toxicity_limit=self.toxicity_limit - margin,
-            integrity_limit=self.integrity_limit + margin,
-            fibrosis_limit=self.fibrosis_limit - margin,
-            toxicity_penalty=self.toxicity_penalty * penalty_scale,
-            integrity_penalty=self.integrity_penalty * penalty_scale,
-            fibrosis_penalty=self.fibrosis_penalty * penalty_scale,
-        )
+        toward_safety = {item.name: -margin if item.is_ceiling else margin for item in SAFETY}
+        limits = {f"{name}_limit": self.limit(name) + toward_safety[name] for name in SAFETY_LIMITS}
+        penalties = {
+            f"{name}_penalty": self.penalty(name) * penalty_scale for name in SAFETY_LIMITS
+        }
+        return replace(self, **limits, **penalties)
+
+    def limit(self, name: str) -> float:
+        """Safety limit of one of `SAFETY_LIMITS`."""
+        value: float = getattr(self, f"{name}_limit")
+        return value
+
+    def penalty(self, name: str) -> float:
+        """What a design beyond one of `SAFETY_LIMITS` loses."""
+        value: float = getattr(self, f"{name}_penalty")
+        return value
 
     @property
     def max_score(self) -> float:
         """Largest reward of one step for outcomes within their physical ranges."""
-        delta_ef, stress_reduction = OUTCOME_FIELDS[0].high, OUTCOME_FIELDS[1].high
+        high = {item.name: item.high for item in OUTCOME_FIELDS}
+        gains = [self.optimal_prob_weight, *(-self.penalty(name) for name in SAFETY_LIMITS)]
+        gains.append(self.novelty_bonus)
         return (
-            abs(self.delta_ef_weight) * delta_ef
-            + abs(self.stress_reduction_weight) * stress_reduction / 100.0
-            + sum(
-                max(0.0, gain)
-                for gain in (
-                    self.optimal_prob_weight,
-                    -self.toxicity_penalty,
-                    -self.integrity_penalty,
-                    -self.fibrosis_penalty,
-                    self.novelty_bonus,
-                )
-            )
+            abs(self.delta_ef_weight) * high["delta_ef_pct"]
+            + abs(self.stress_reduction_weight) * high["stress_reduction_pct"] / 100.0
+            + sum(max(0.0, gain) for gain in gains)
         )
 
 
@@ -95,6 +111,34 @@ class RewardTerms(NamedTuple):
     reward_integrity: Tensor
     reward_fibrosis: Tensor
     reward_novelty: Tensor
+
+
+def breaches(outcomes: Outcomes, config: RewardConfig) -> dict[str, Tensor]:
+    """Which of `SAFETY_LIMITS` are broken, bool tensors of the batch shape by name."""
+    found = {}
+    for item in SAFETY:
+        value, limit = getattr(outcomes, item.outcome), config.limit(item.name)
+        found[item.name] = value > limit if item.is_ceiling else value < limit
+    return found
+
+
+def safety_margins(outcomes: Outcomes, config: RewardConfig) -> dict[str, Tensor]:
+    """How far each risk is from its limit, in its own unit and the batch shape; below 0 beyond it.
+
+    The names are those of `SAFETY_LIMITS` with `_margin` after them.
+    """
+    margins = {}
+    for item in SAFETY:
+        value, limit = getattr(outcomes, item.outcome), config.limit(item.name)
+        margins[f"{item.name}_margin"] = limit - value if item.is_ceiling else value - limit
+    return margins
+
+
+def is_optimal(outcomes: Outcomes, config: RewardConfig) -> Tensor:
+    """The hard label of the Stage-1 definition, bool of the batch shape."""
+    return (outcomes.delta_ef_pct >= config.optimal_delta_ef_pct) & (
+        outcomes.stress_reduction_pct >= config.optimal_stress_reduction_pct
+    )
 
 
 def reward_terms(
@@ -111,25 +155,21 @@ def reward_terms(
     config = config or RewardConfig()
     novel = torch.as_tensor(is_novel, device=outcomes.delta_ef_pct.device)
 
-    def penalty(breached: Tensor, size: float) -> Tensor:
-        return breached.to(outcomes.delta_ef_pct.dtype) * -size
+    def where(mask: Tensor, size: float) -> Tensor:
+        return mask.to(outcomes.delta_ef_pct.dtype) * size
 
+    penalties = {
+        f"reward_{name}": where(broken, -config.penalty(name))
+        for name, broken in breaches(outcomes, config).items()
+    }
     return RewardTerms(
         reward_delta_ef=config.delta_ef_weight * outcomes.delta_ef_pct,
         reward_stress_reduction=config.stress_reduction_weight
         * outcomes.stress_reduction_pct
         / 100.0,
         reward_optimal_prob=config.optimal_prob_weight * outcomes.optimal_logit.sigmoid(),
-        reward_toxicity=penalty(
-            outcomes.toxicity_risk > config.toxicity_limit, config.toxicity_penalty
-        ),
-        reward_integrity=penalty(
-            outcomes.structural_integrity < config.integrity_limit, config.integrity_penalty
-        ),
-        reward_fibrosis=penalty(
-            outcomes.fibrosis_risk > config.fibrosis_limit, config.fibrosis_penalty
-        ),
-        reward_novelty=penalty(novel.expand_as(outcomes.delta_ef_pct), -config.novelty_bonus),
+        reward_novelty=where(novel.expand_as(outcomes.delta_ef_pct), config.novelty_bonus),
+        **penalties,
     )
 
 
@@ -141,7 +181,7 @@ def sum_terms(terms: RewardTerms) -> Tensor:
 def compute_reward(
     outcomes: Outcomes, is_novel: Tensor | bool = True, config: RewardConfig | None = None
 ) -> Tensor:
-    """Score of a design: 3 dEF + 1.5 R/100 + P(optimal) - safety penalties + novelty bonus.
+    """Score of a design: weighted gains, less safety penalties, plus the novelty bonus.
 
     Args:
         outcomes: Stage-1 predictions, any batch shape.
