@@ -1,4 +1,4 @@
-"""A pure function as one compiled graph, and what is said when it cannot be one."""
+"""A pure function as one compiled graph, and the cause where it cannot be one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,16 @@ class CompileError(RuntimeError):
     """A function that cannot be compiled, or a machine that cannot compile."""
 
 
+# Of the compiler, for a step of the environment: its C++ backend shuns vector instructions where
+# many loads are look-ups in tables, and there the arithmetic between them is worth it by far.
+STEP_OPTIONS = {
+    "cpp.enable_tiling_heuristics": False,
+    "size_asserts": False,  # the sizes of tensors are checked before the call
+    # Checking at every call that no constant has changed takes 20 us.
+    "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+}
+
+
 class CompiledFunction:
     """A pure function of tensors as one graph, compiled at its first call.
 
@@ -22,10 +32,13 @@ class CompiledFunction:
 
     Args:
         function: what to compile; without a read on the host, a branch on data or side effects.
+        options: of the compiler.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
+    def __init__(
+        self, function: Callable[..., Any], options: dict[str, Any] = STEP_OPTIONS
+    ) -> None:
+        self.function, self.options = function, options
         self.is_compiled = False
         self._call = torch.compile(  # type: ignore[call-overload]  # its types lack an argument
             function,
@@ -33,21 +46,14 @@ class CompiledFunction:
             dynamic=False,
             # Environments share the code of one function, and so would share its eight graphs.
             isolate_recompiles=True,
-            # The C++ backend shuns vector instructions where many loads are look-ups in tables;
-            # here the arithmetic between them is worth it by far.
-            options={
-                "cpp.enable_tiling_heuristics": False,
-                "size_asserts": False,  # the sizes of tensors are checked before the call
-                # Checking at every call that no constant has changed takes 20 us.
-                "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
-            },
+            options=options,
         )
 
     def __call__(self, *args: Any) -> Any:
         """Return what the function returns.
 
         Raises:
-            CompileError: the first call did not compile.
+            CompileError: the first call did not compile; the message is the cause, in one line.
         """
         if self.is_compiled:
             return self._call(*args)
@@ -56,18 +62,15 @@ class CompiledFunction:
         except Exception as error:  # of the tracer, the code generator, the C++ compiler, ...
             if is_out_of_memory(error):
                 raise
-            raise CompileError(
-                f"compile=True failed: {_reason(error)}; "
-                "compile=False runs the same step uncompiled"
-            ) from error
+            raise CompileError(_cause(error)) from error
         self.is_compiled = True
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledFunction, (self.function,)
+        return CompiledFunction, (self.function, self.options)
 
 
-def _reason(error: BaseException) -> str:
+def _cause(error: BaseException) -> str:
     """Type and first line of the innermost cause, and the explanation that the tracer adds."""
     while (cause := error.__cause__ or getattr(error, "inner_exception", None)) is not None:
         error = cause

@@ -7,9 +7,8 @@ the result into the shape that Gymnasium asks for. Nothing is computed here.
 from __future__ import annotations
 
 import functools
-import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NoReturn, get_args
 
 import gymnasium as gym
@@ -20,48 +19,41 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space, create_empty_array
 from torch import Tensor
 
-from hydrogel_gym.compiled import CompiledFunction
+from hydrogel_gym.compiled import CompiledFunction, CompileError
 from hydrogel_gym.envs.codec import as_tensor, check_choice, check_count
 from hydrogel_gym.envs.design_problem import DesignProblem, check_options, map_arrays, stream_keys
 from hydrogel_gym.envs.frames import evaluations_of, frames, scene_of, warn_that_no_mode_was_chosen
+from hydrogel_gym.envs.infos import StepReader
 from hydrogel_gym.envs.rendering import RENDER_FPS, RENDER_MODES, Evaluation, RenderMode
 from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat
 from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, too_large
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.problem import dynamics
 from hydrogel_gym.problem.cohort import Cohort
-from hydrogel_gym.problem.dynamics import (
-    INFO_FLAGS,
-    INFO_SCALARS,
-    PatientAssignment,
-    RewardMode,
-    State,
-    Step,
-)
+from hydrogel_gym.problem.dynamics import PatientAssignment, RewardMode, State, Step
 from hydrogel_gym.problem.reward import RewardConfig
 
 Output = Literal["numpy", "torch"]
 Dtype = Literal["float32", "float64"]
 
 
-# Which rows of `Step.flags` are handed out, each as often as it is: no two arrays handed out share
-# memory. The state's own first, then terminated, truncated, stepped, what `info` tells and its
-# masks, the same for `final_info` and the masks of the two final entries.
-_MASK_NAMES = [f"_{name}" for name in (*INFO_SCALARS, *INFO_FLAGS, "formulation")]
-_TERMINATED, _FALSE, _TRUE, _STEPPED = range(4)
-_FLAGS, _FINAL_FLAGS = [4, 5], [6, 7]
-_TRUTHS = [_TERMINATED, _TERMINATED, _FALSE, _STEPPED, *_FLAGS, *[_STEPPED] * len(_MASK_NAMES)]
-_TRUTHS += [_TRUE]
-_FINAL_TRUTHS = [*_FINAL_FLAGS, *[_TERMINATED] * (len(_MASK_NAMES) + 3)]
+def _autoreset_mode(mode: str | AutoresetMode) -> AutoresetMode:
+    if not isinstance(mode, AutoresetMode):
+        check_choice("autoreset_mode", mode, tuple(choice.value for choice in AutoresetMode))
+    return AutoresetMode(mode)
 
 
-def _explains_memory(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Say in one line how much memory is missing, where torch or numpy found too little."""
+def _explains_failures(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Say in one line how much memory is missing, or that a step need not be compiled."""
 
     @functools.wraps(method)
     def explaining(self: HydrogelVectorEnv, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
+        except CompileError as error:
+            raise CompileError(
+                f"compile=True failed: {error}; compile=False runs the same step uncompiled"
+            ) from error
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -150,12 +142,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         check_choice("render_mode", render_mode, (None, *RENDER_MODES))
         check_choice("output", output, get_args(Output))
         check_choice("dtype", dtype, get_args(Dtype) if output == "torch" else ("float32",))
-        if not isinstance(autoreset_mode, AutoresetMode):
-            modes = tuple(mode.value for mode in AutoresetMode)
-            check_choice("autoreset_mode", autoreset_mode, modes)
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
-        if validate_actions is None and output == "numpy":
-            validate_actions = True
+        self.autoreset_mode = _autoreset_mode(autoreset_mode)
         self.problem = DesignProblem(
             device=device,
             horizon=horizon,
@@ -167,7 +154,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             observe_explored=observe_explored,
             reward_mode=reward_mode,
             patient_assignment=patient_assignment,
-            validate=validate_actions,
+            validate=True if output == "numpy" and validate_actions is None else validate_actions,
             dtype=getattr(torch, dtype),
         )
         self.num_envs = num_envs
@@ -189,17 +176,17 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         # and not reset since, and the action.
         self.render_mode = render_mode
         self._last: tuple[State, Tensor, tuple[Tensor, ...]] | None = None
-        self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
-            self.problem.step, autoreset=self.autoreset_mode.value
-        )
-        final = _FINAL_TRUTHS if self.autoreset_mode is AutoresetMode.SAME_STEP else []
-        self._truths = torch.tensor(_TRUTHS + final, device=self.device)
-        self._allocate(compile)
+        self._prepare(compile)
 
-    @_explains_memory
+    @_explains_failures
     @torch.no_grad()
-    def _allocate(self, compile: bool) -> None:
-        """Make what grows with `num_envs`; compile the step by one that nobody sees."""
+    def _prepare(self, compile: bool) -> None:
+        """Make what a step needs and what grows with `num_envs`; compile by a step nobody sees."""
+        autoreset: Any = self.autoreset_mode.value
+        self._reader = StepReader(autoreset, self.device)
+        self._step: Callable[..., tuple[Step, Tensor]] = functools.partial(
+            self.problem.step, autoreset=autoreset
+        )
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         if not compile:
@@ -211,7 +198,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         action = self.problem.actions.read(action, (self.num_envs,))
         self._step(state, torch.zeros_like(keys, dtype=torch.bool), action)
 
-    @_explains_memory
+    @_explains_failures
     @torch.no_grad()
     def reset(
         self,
@@ -297,7 +284,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             raise ValueError("reset_mask is all False; at least one environment must be reset")
         return tensor
 
-    @_explains_memory
+    @_explains_failures
     @torch.no_grad()
     def step(self, actions: Any) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Evaluate one design per environment.
@@ -422,38 +409,19 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         raise ValueError("the reward model returned an outcome that is not finite, but not again")
 
     def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
-        """Keep the state of a step; return what Gymnasium asks of one, in the library asked for."""
-        truths = step.flags.index_select(0, self._truths).view(torch.bool)
-        self._state, self._done = step.state, truths[0]
-        truths, scalars, formulation, patient_index = (
-            iter(self._to_output(rows))
-            for rows in (truths, step.scalars, step.formulation, step.patient_index)
-        )
-        reward = next(scalars)
-        _, terminated, truncated, stepped = itertools.islice(truths, 4)
-        info = self._info(scalars, truths, formulation)
-        if self.output == "numpy" and not stepped.any():
-            info = {}  # as in Gymnasium, no key that holds for no environment
-        # The one entry that a reset has as well.
-        info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
-        if step.final_obs is not None and (self.output == "torch" or terminated.any()):
-            final_info = self._info(scalars, truths, formulation)
-            final_info |= {"patient_index": next(patient_index), "_patient_index": next(truths)}
-            info |= {"final_info": final_info, "_final_info": next(truths)}
-            obs = self._final_obs(step.final_obs, terminated)
-            info |= {"final_obs": obs, "_final_obs": next(truths)}
+        """Keep the state of a step; return what Gymnasium wants of one, in the user's library."""
+        self._done, rows = self._reader.read(step, self._to_output)
+        self._state, terminated = step.state, rows["terminated"]
+        # As in Gymnasium, numpy infos have no key that says something of no environment.
+        says_all = self.output == "torch"
+        info = self._reader.info(rows, of_reset=not (says_all or rows["stepped"].any()))
+        if step.final_obs is not None and (says_all or terminated.any()):
+            info["final_info"] = self._reader.final_info(rows)
+            info["_final_info"] = rows["_final_info"]
+            info["final_obs"] = self._final_obs(step.final_obs, terminated)
+            info["_final_obs"] = rows["_final_obs"]
         obs = self._to_output(self.problem.group(step.obs))
-        return obs, reward, terminated, truncated, info
-
-    @staticmethod
-    def _info(
-        scalars: Iterator[Any], truths: Iterator[Any], formulation: Iterator[Any]
-    ) -> dict[str, Any]:
-        """The next values under their names, then as many masks; in the order of `_TRUTHS`."""
-        info = dict(zip(INFO_SCALARS, scalars, strict=False))
-        info |= zip(INFO_FLAGS, truths, strict=False)
-        info["formulation"] = next(formulation)
-        return info | dict(zip(_MASK_NAMES, truths, strict=False))
+        return obs, rows["reward"], terminated, rows["truncated"], info
 
     def _final_obs(self, obs: Tensor, done: Any) -> Any:
         """Last observations: all rows, or Gymnasium's object array of those that ended."""

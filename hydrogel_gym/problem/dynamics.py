@@ -2,13 +2,15 @@
 
 Nothing here keeps state, draws from a global generator, reads a tensor on the host or branches on
 data, so every function runs on any device (`"meta"` included) and inside one compiled graph. The
-Stage-1 model comes in as an argument. Shapes: B environments, P patients.
+Stage-1 model comes in as an argument. Shapes: B environments, P patients, C columns of a patient,
+D parameters of a formulation, F fields of an observation.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from hydrogel_gym.problem.reward import (
     RewardConfig,
     RewardFunction,
     RewardTerms,
+    is_optimal,
     reward_terms,
     sum_terms,
 )
@@ -26,13 +29,14 @@ from hydrogel_gym.problem.reward import (
 RewardMode = Literal["score", "improvement"]
 PatientAssignment = Literal["fixed", "random"]
 Autoreset = Literal["SameStep", "NextStep", "Disabled"]  # Gymnasium's names
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, eq=False)
 class EnvParams:
     """What a user may vary, fixed for the life of an environment.
 
-    `patients` is the (P, 11) table in the order of `PATIENT_FIELDS`. Every real number of a step
+    `patients` is the (P, C) table in the order of `PATIENT_FIELDS`. Every real number of a step
     has its dtype, float32 unless somebody checks rounding.
     """
 
@@ -70,7 +74,7 @@ class Transition(NamedTuple):
     score: Tensor  # the sum of `terms`, whatever `reward_mode` pays
     terms: RewardTerms
     outcomes: Outcomes
-    formulation: Tensor  # (B, 4), the formulation that was evaluated
+    formulation: Tensor  # (B, D), the formulation that was evaluated
     formulation_clipped: Tensor
     is_optimal: Tensor
 
@@ -149,13 +153,13 @@ def select(mask: Tensor, chosen: State, other: State) -> State:
 
 
 def explored_polymers(state: State) -> Tensor:
-    """(B, 24) int64, 1 for each polymer used in this episode."""
+    """(B, NUM_POLYMERS) int64, 1 for each polymer used in this episode."""
     polymers = torch.arange(NUM_POLYMERS, device=state.explored.device)
     return (state.explored.unsqueeze(-1) >> polymers) & 1
 
 
 def observation(state: State, params: EnvParams) -> Tensor:
-    """(B, 13) observation, or (B, 37) with the mask of explored polymers; physical units."""
+    """(B, F) observation in physical units, with the mask of explored polymers if wanted."""
     patients = params.patients[state.patient_index]
     columns = [
         patients,
@@ -168,7 +172,7 @@ def observation(state: State, params: EnvParams) -> Tensor:
 
 
 def clip_formulation(formulation: Tensor) -> Tensor:
-    """(..., 4) formulation moved into its box."""
+    """(..., D) formulation moved into its box."""
     # Bounds as a tensor would be copied to an accelerator at every step, a synchronisation.
     columns = zip(formulation.unbind(-1), FORMULATION_FIELDS, strict=True)
     return torch.stack([column.clamp(item.low, item.high) for column, item in columns], dim=-1)
@@ -210,33 +214,84 @@ def transition(
         outcomes=outcomes,
         formulation=formulation,
         formulation_clipped=(formulation != design.formulation).any(-1),
-        is_optimal=(outcomes.delta_ef_pct >= config.optimal_delta_ef_pct)
-        & (outcomes.stress_reduction_pct >= config.optimal_stress_reduction_pct),
+        is_optimal=is_optimal(outcomes, config),
     )
 
 
-# What a step tells beside reward and observation: the (B,) numbers and the (B,) truths.
+# What a step reports beside reward and observation: the (B,) numbers and the (B,) bools.
 INFO_SCALARS = (*Outcomes._fields, *RewardTerms._fields, "score")
 INFO_FLAGS = ("is_optimal", "formulation_clipped")
+
+
+def final(name: str) -> str:
+    """Name of the row that reports of an episode's end what `name` reports of a step."""
+    return f"final {name}"
+
+
+class StepRows(NamedTuple):
+    """Names of the rows of each stacked tensor of a `Step`, in their order."""
+
+    scalars: tuple[str, ...]
+    flags: tuple[str, ...]
+    formulation: tuple[str, ...]
+    patient_index: tuple[str, ...]
+
+
+def _step_rows(autoreset: Autoreset) -> StepRows:
+    def reported(*names: str) -> tuple[str, ...]:
+        ends = tuple(final(name) for name in names) if autoreset == "SameStep" else ()
+        return names + ends
+
+    return StepRows(
+        scalars=("reward", *reported(*INFO_SCALARS)),
+        # "stepped" where no episode begins; the constants are there to be handed out.
+        flags=("terminated", "never", "always", "stepped", *reported(*INFO_FLAGS)),
+        formulation=reported("formulation"),
+        patient_index=reported("patient_index"),
+    )
+
+
+# The one place that says what is where: `step` stacks by it, and `named_rows` takes apart by it.
+STEP_ROWS: dict[Autoreset, StepRows] = {mode: _step_rows(mode) for mode in get_args(Autoreset)}
+
+
+def stack_rows(names: tuple[str, ...], values: Mapping[str, Tensor]) -> Tensor:
+    """(R, ...) values in the order of their names.
+
+    Raises:
+        KeyError: a name has no value.
+        ValueError: a value has no name.
+    """
+    if len(values) > len(names):
+        raise ValueError(f"rows {sorted(set(values) - set(names))} have no place in {names}")
+    return torch.stack([values[name] for name in names])
+
+
+def named_rows(names: tuple[str, ...], rows: Iterable[Row]) -> dict[str, Row]:
+    """The inverse of `stack_rows`; views.
+
+    Raises:
+        ValueError: there are more rows than names, or fewer.
+    """
+    return dict(zip(names, rows, strict=True))
 
 
 class Step(NamedTuple):
     """Everything one step of a vector of environments produces; no two tensors share memory.
 
     Values of one kind are the rows of one tensor, since a graph takes longer to hand out 80 small
-    tensors than to compute 2,000 steps. In mode `SameStep` what the episode's end had to tell, in
-    the rows that end with "final", is kept apart from what the new episode tells.
+    tensors than to compute 2,000 steps. `STEP_ROWS` names the rows. In mode `SameStep` what is
+    reported of the episode's end, under `final(name)`, is apart from what the new episode reports.
     """
 
     state: State  # after the autoreset
-    obs: Tensor  # (B, 13) or (B, 37) observation of that state
-    scalars: Tensor  # (R, B) float32: reward, INFO_SCALARS, INFO_SCALARS final
-    # (R, B) uint8: terminated, 0, 1, stepped (no episode begins), INFO_FLAGS, INFO_FLAGS final.
-    flags: Tensor
-    formulation: Tensor  # (R, B, 4) float32: formulation, formulation final
-    patient_index: Tensor  # (R, B) int64: patient of the state, patient final
+    obs: Tensor  # (B, F) observation of that state
+    scalars: Tensor  # (R, B) float32
+    flags: Tensor  # (R, B) uint8, 0 or 1
+    formulation: Tensor  # (R, B, D) float32
+    patient_index: Tensor  # (R, B) int64
     defect: Tensor  # (B,) float32, 0 where all outcomes are finite, else NaN
-    final_obs: Tensor | None  # (B, 13) or (B, 37) observation before the autoreset
+    final_obs: Tensor | None  # (B, F) observation before the autoreset
 
 
 def step(
@@ -268,28 +323,43 @@ def step(
         begun = terminated
     if autoreset != "Disabled":
         after = select(begun, next_episode(after, params), after)
-    # What `info` tells holds where no episode begins, what `final_info` tells where one ends.
-    masks = [~begun, terminated] if autoreset == "SameStep" else [~begun]
-    patients = [after.patient_index, result.state.patient_index.masked_fill(~terminated, 0)]
-    scalars = (*result.outcomes, *result.terms, result.score)
-    # As floats, since the compiler for CPUs stores truths one by one: those of a step would take
-    # longer than its arithmetic.
-    flags = [x.to(reward.dtype) for x in (result.is_optimal, result.formulation_clipped)]
-    zero = torch.zeros_like(reward)
-    truths = [terminated.to(reward.dtype), zero, zero + 1.0, masks[0].to(reward.dtype)]
+    rows, zero = STEP_ROWS[autoreset], torch.zeros_like(reward)
+
+    def reported(**values: Tensor) -> dict[str, Tensor]:
+        """Values where no episode begins and, as final ones, where one ends; elsewhere 0."""
+        found = {name: _zero_where(begun, value) for name, value in values.items()}
+        if autoreset == "SameStep":
+            goes_on = ~terminated
+            found |= {final(name): _zero_where(goes_on, value) for name, value in values.items()}
+        return found
+
+    # Bools as floats, since the compiler for CPUs stores bools one by one: those of a step would
+    # take longer than its arithmetic.
+    flags = {name: getattr(result, name).to(reward.dtype) for name in INFO_FLAGS}
+    flags = reported(**flags) | {
+        "terminated": terminated.to(reward.dtype),
+        "never": zero,
+        "always": zero + 1.0,
+        "stepped": (~begun).to(reward.dtype),
+    }
+    scalars = reported(
+        **result.outcomes._asdict(), **result.terms._asdict(), score=result.score
+    ) | {"reward": reward}
+    # That of the new episode where one begins, unlike all else.
+    patient_index = reported(patient_index=result.state.patient_index)
+    patient_index |= {"patient_index": after.patient_index}
     return Step(
         state=after,
         obs=observation(after, params),
-        scalars=torch.stack(
-            [reward, *(x.masked_fill(~mask, 0.0) for mask in masks for x in scalars)]
-        ),
-        flags=torch.stack(
-            [*truths, *(x.masked_fill(~mask, 0.0) for mask in masks for x in flags)]
-        ).to(torch.uint8),
-        formulation=torch.stack(
-            [result.formulation.masked_fill(~mask.unsqueeze(-1), 0.0) for mask in masks]
-        ),
-        patient_index=torch.stack(patients[: len(masks)]),
+        scalars=stack_rows(rows.scalars, scalars),
+        flags=stack_rows(rows.flags, flags).to(torch.uint8),
+        formulation=stack_rows(rows.formulation, reported(formulation=result.formulation)),
+        patient_index=stack_rows(rows.patient_index, patient_index),
         defect=sum((outcome * 0.0 for outcome in result.outcomes), start=zero),
         final_obs=observation(result.state, params) if autoreset == "SameStep" else None,
     )
+
+
+def _zero_where(mask: Tensor, value: Tensor) -> Tensor:
+    """Copy of a (B,) or (B, D) value with 0 in the rows of a (B,) mask."""
+    return value.masked_fill(mask if value.dim() == 1 else mask.unsqueeze(-1), 0)
