@@ -1,0 +1,219 @@
+"""The fast path: what a recipe defines in plain PyTorch, as one compiled graph each.
+
+Nothing here changes what is computed; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from hydrogel_gym.compiled import CompiledFunction, CompileError
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.runs.ranks import World
+
+Compile = Literal["auto", "on", "off"]
+Made = TypeVar("Made")
+Parts = dict[str, Tensor]  # of a loss, by name
+# Forward pass of the agent, and a minibatch; returns the loss and its parts.
+Loss = Callable[[Callable[..., Any], Any], tuple[Tensor, Parts]]
+
+# Of `worth_compiling`. Small and large minibatches save about as much.
+SECONDS_SAVED_PER_UPDATE = 3e-3
+COMPILE_SECONDS = 34.0
+
+
+def worth_compiling(num_updates: int) -> bool:
+    """Whether a run is long enough for compiled graphs to save more than they cost.
+
+    Both sides are measured by `benchmark/throughput.py` on two CPU cores, without anything cached,
+    and scale alike with the speed of a machine: so the answer depends on the request alone, and a
+    seed gives the same run every time.
+    """
+    return num_updates * SECONDS_SAVED_PER_UPDATE > COMPILE_SECONDS
+
+
+def compiled_or_plain(
+    make: Callable[[bool], Made],
+    mode: Compile,
+    num_updates: int,
+    world: World,
+    device: torch.device,
+) -> tuple[Made, float | None]:
+    """What `make` makes, compiled where that is wanted or, under `auto`, where the run gains by it.
+
+    Args:
+        make: given whether to compile; raises `CompileError` where that is not possible.
+        mode: what is wanted.
+        num_updates: of the whole run.
+        world: the ranks, which all compile or none.
+        device: where.
+
+    Returns:
+        It, and the seconds that compiling took; None if it is not compiled.
+
+    Raises:
+        UsageError: compiling is wanted and not possible here.
+    """
+    if mode == "off" or (mode == "auto" and not worth_compiling(num_updates)):
+        return make(False), None
+    if world.rank == 0:
+        print("compiling rollout and update, once per shape and machine ...", file=sys.stderr)
+    began, made, cause = time.perf_counter(), None, None
+    try:
+        made = make(True)
+    except CompileError as error:
+        cause = error
+    # All or none, for a rank that compiles calls others than one that does not.
+    failed = world.any(torch.tensor([cause is not None], dtype=torch.int32, device=device))
+    if made is not None and not failed.item():
+        return made, time.perf_counter() - began
+    cause = cause or CompileError("another rank cannot compile")
+    if mode == "on":
+        raise UsageError(f"--compile on: {cause}; use --compile off") from cause
+    if world.rank == 0:
+        print(f"not compiled, going on without: {cause}", file=sys.stderr)
+    return make(False), None
+
+
+def compile_function(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """A function of tensors of fixed shapes as one compiled graph.
+
+    Shapes and settings never change in training, and checking whether they did takes as long as a
+    tenth of an update.
+    """
+    options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+    graph = CompiledFunction(function, options=options)
+    return Replayed(graph) if device.type == "cuda" else graph
+
+
+def flatten_weights(module: nn.Module) -> nn.Parameter:
+    """The weights of a module as one vector, which they become views of.
+
+    So the gradient is one vector too, the optimiser takes one kernel, and the module is always up
+    to date.
+    """
+    weights = list(module.parameters())
+    flat = nn.Parameter(torch.cat([weight.detach().flatten() for weight in weights]))
+    sizes = [weight.numel() for weight in weights]
+    for weight, part in zip(weights, flat.detach().split(sizes), strict=True):
+        weight.data = part.view_as(weight)
+    return flat
+
+
+class CompiledStep:
+    """A step of an optimiser on a minibatch: forward, loss, backward and clipping as one graph.
+
+    With several ranks these are two graphs, between which the gradient is averaged.
+
+    Args:
+        module: what is learned, in place.
+        optimizer: of `flatten_weights(module)` alone.
+        loss: of a minibatch; calls what it is given as it would call the module.
+        max_grad_norm: largest norm of the gradient.
+        world: the ranks.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        loss: Loss,
+        max_grad_norm: float,
+        world: World,
+    ) -> None:
+        self.module, self.optimizer, self.loss, self.world = module, optimizer, loss, world
+        self.max_grad_norm = max_grad_norm
+        (self.flat,) = optimizer.param_groups[0]["params"]
+        weights = dict(module.named_parameters())
+        self.names = list(weights)
+        self.shapes = [weight.shape for weight in weights.values()]
+        self.sizes = [weight.numel() for weight in weights.values()]
+        self.buffers = dict(module.named_buffers())
+        gradient = self.gradient if world.joined else self.clipped_gradient
+        self.gradient_graph = compile_function(gradient, self.flat.device)
+        self.clip_graph = compile_function(self.clipped, self.flat.device)
+
+    def __call__(self, minibatch: Any, average: Callable[[Tensor], Tensor] | None = None) -> Parts:
+        """Update the module; returns the parts of the loss and the norm of the gradient.
+
+        Args:
+            minibatch: this rank's share of it.
+            average: the mean of a vector over the ranks, if there are several.
+        """
+        with torch.no_grad():
+            gradient, parts = self.gradient_graph(minibatch)
+            if average is not None:
+                gradient, parts["grad_norm"] = self.clip_graph(average(gradient))
+        self.flat.grad = gradient
+        self.optimizer.step()
+        return parts
+
+    @torch.no_grad()
+    def warm_up(self, minibatch: Any) -> None:
+        """Compile, and leave everything as it was."""
+        # Copies, since a graph would be specialised to two inputs being the same tensor. Nothing is
+        # averaged, since another rank may be unable to compile.
+        gradient, _ = self.gradient_graph(tree_map(torch.clone, minibatch))
+        if self.world.joined:
+            self.clip_graph(gradient)
+
+    def gradient(self, minibatch: Any) -> tuple[Tensor, Parts]:
+        """Gradient of the loss as one vector, and the parts of the loss."""
+        gradient, (_, parts) = torch.func.grad_and_value(self.loss_of, has_aux=True)(
+            self.flat.detach(), minibatch
+        )
+        return gradient, parts
+
+    def loss_of(self, flat: Tensor, minibatch: Any) -> tuple[Tensor, Parts]:
+        """The loss as a function of the weights."""
+        parts = zip(self.names, flat.split(self.sizes), self.shapes, strict=True)
+        weights = {name: part.view(shape) for name, part, shape in parts}
+
+        def forward(*inputs: Any) -> Any:
+            return torch.func.functional_call(self.module, (weights, self.buffers), inputs)
+
+        return self.loss(forward, minibatch)
+
+    def clipped(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient, no longer than `max_grad_norm`, and its norm before."""
+        norm = gradient.norm()
+        return gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
+
+    def clipped_gradient(self, minibatch: Any) -> tuple[Tensor, Parts]:
+        """Both."""
+        gradient, parts = self.gradient(minibatch)
+        gradient, norm = self.clipped(gradient)
+        return gradient, parts | {"grad_norm": norm}
+
+
+class Replayed:
+    """A function on CUDA whose kernels are launched together, as a CUDA graph.
+
+    The first calls run as they are and compile; the third is recorded, on inputs of its own that
+    every later call is copied into. A recorded function must do all its work on the device.
+    """
+
+    def __init__(self, function: Callable[..., Any], calls_before_recording: int = 2) -> None:
+        self.function, self.calls_left = function, calls_before_recording
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, *inputs: Any) -> Any:
+        """What the function returns, in tensors that no later call writes to."""
+        if self.calls_left:
+            self.calls_left -= 1
+            return self.function(*inputs)
+        if self.graph is None:
+            self.inputs = tree_map(torch.clone, inputs)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.outputs = self.function(*self.inputs)
+        tree_map(lambda kept, given: kept.copy_(given), self.inputs, inputs)
+        self.graph.replay()
+        return tree_map(torch.clone, self.outputs)

@@ -1,0 +1,139 @@
+"""The directory of a run: which files it has, who may write there, and files written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from hydrogel_gym.errors import UsageError, first_line
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.runs.checkpoints import CHECKPOINTS, checkpoint_name, checkpoints, contains
+from hydrogel_gym.runs.options import RunOptions
+
+POLICY_FILE, SUMMARY_FILE, METRICS_FILE = "stage2_policy.pt", "summary.json", "metrics.csv"
+CONFIG_FILE = "config.json"
+CURVE_FILE, SELECTION_FILE = "learning_curve.png", "policy_selection.png"
+WANDB_FILE = "wandb.json"  # which W&B run is this one
+RUN_FILES = (
+    POLICY_FILE,
+    SUMMARY_FILE,
+    METRICS_FILE,
+    WANDB_FILE,
+    CONFIG_FILE,
+    CURVE_FILE,
+    SELECTION_FILE,
+)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write plain data as JSON."""
+    write_atomically(path, (json.dumps(content, indent=2, default=str) + "\n").encode())
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write rows as CSV; None becomes an empty cell."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def save_figure(path: Path, figure: Any) -> None:
+    """Write a figure of Matplotlib as PNG, whole or not at all."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    write_atomically(path, buffer.getvalue())
+
+
+def choose_output_dir(options: RunOptions, name: str) -> Path:
+    """The run directory, before anything is done to it.
+
+    Args:
+        options: of the run.
+        name: of the directory, unless the options name one.
+
+    Raises:
+        UsageError: it contains a run that may not be replaced.
+    """
+    output_dir = options.output_dir or default_output_dir(name)
+    found = [each for each in (*RUN_FILES, CHECKPOINTS) if (output_dir / each).exists()]
+    if not found or options.overwrite:
+        return output_dir
+    if options.resume == "auto" and (
+        # What a run that was killed before its first checkpoint leaves may be replaced.
+        checkpoints(output_dir) or not (output_dir / SUMMARY_FILE).exists()
+    ):
+        return output_dir
+    if options.resume not in (None, "auto") and contains(output_dir, Path(options.resume)):
+        return output_dir
+    go_on = "continue it with --resume auto, " if checkpoints(output_dir) else ""
+    raise UsageError(
+        f"--output-dir {output_dir} already contains a run ({found[0]}); "
+        f"{go_on}choose another directory or pass --overwrite"
+    )
+
+
+def default_output_dir(name: str) -> Path:
+    """Of that name; in a W&B sweep, which varies more than names tell, by sweep and run."""
+    sweep, run = os.environ.get("WANDB_SWEEP_ID"), os.environ.get("WANDB_RUN_ID")
+    if sweep and run:
+        return Path("runs") / f"sweep-{sweep}" / run
+    return Path("runs") / name
+
+
+def prepare_output_dir(output_dir: Path, options: RunOptions, resumed_at: int | None) -> None:
+    """Make the run directory; empty it of what is replaced, and of files that were never finished.
+
+    Args:
+        output_dir: where.
+        options: for `resume` and `overwrite`.
+        resumed_at: iteration of the checkpoint to go on from, if any.
+
+    Raises:
+        UsageError: it cannot be written to.
+    """
+    folder = output_dir / CHECKPOINTS
+    goes_on = resumed_at is not None and (
+        options.resume == "auto" or contains(output_dir, Path(options.resume))
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Named like a summary that was never finished, since a kill may leave it.
+        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=f".{SUMMARY_FILE}."):
+            pass
+        paths = [p for name in RUN_FILES for p in output_dir.glob(f".{name}.????????")]
+        paths += folder.glob(".checkpoint-*.pt.????????")
+        if not goes_on:
+            paths += [output_dir / name for name in RUN_FILES] + checkpoints(output_dir)
+        elif options.overwrite:
+            paths += [p for p in checkpoints(output_dir) if p.name > checkpoint_name(resumed_at)]
+        for path in paths:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output-dir {output_dir} cannot be written to: {error}") from error
+
+
+@contextlib.contextmanager
+def explaining_disk_failures(output_dir: Path | None, iteration: int) -> Iterator[None]:
+    """Say of a failure to write what is lost by it, and what is not.
+
+    Raises:
+        OSError: the failure, with the checkpoint to go on from.
+    """
+    try:
+        yield
+    except OSError as error:
+        left = checkpoints(output_dir)
+        kept = f"{left[-1]} is whole, go on from it" if left else "nothing was saved, begin again"
+        raise OSError(
+            f"iteration {iteration} could not be saved: {first_line(error)}; "
+            f"{kept} with --resume auto"
+        ) from error

@@ -1,0 +1,124 @@
+"""The environments of a run: to train in, and one per patient to evaluate a policy on."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Literal
+
+import gymnasium as gym
+import torch
+from torch import Tensor
+
+from hydrogel_gym.models.contract import load_reward_model
+from hydrogel_gym.problem.cohort import Cohort
+from hydrogel_gym.runs.options import BUILT_IN, ProblemOptions
+from hydrogel_gym.runs.ranks import ALONE, World
+
+
+def at_step(info: dict[str, Any], name: str) -> Tensor:
+    """An info of every environment at this step, whether or not its episode ended with it.
+
+    With same-step autoreset an entry is zero at top level where the episode ended and in
+    `final_info` where it did not, so the sum is the value.
+    """
+    return info[name] + info["final_info"][name]
+
+
+def make_envs(
+    problem: ProblemOptions,
+    cohort: Cohort,
+    device: torch.device,
+    *,
+    num_envs: int | None = None,
+    compile: bool = False,
+    dtype: Literal["float32", "float64"] = "float32",
+) -> gym.vector.VectorEnv:
+    """Batched environments that return tensors.
+
+    Args:
+        problem: what is to be designed.
+        cohort: the patients.
+        device: where.
+        num_envs: so many to train in; None makes one per patient, to evaluate on.
+        compile: their step.
+        dtype: of their numbers.
+
+    Raises:
+        hydrogel_gym.RewardModelError: the reward model cannot be used.
+    """
+    given: dict[str, Any] = {}
+    if (problem.reward_model, problem.pessimism) != (BUILT_IN, None):
+        given["reward_model"] = load_reward_model(
+            problem.reward_model, device, pessimism=problem.pessimism
+        )
+    if compile:
+        given["compile"] = True
+    if dtype != "float32":
+        given["dtype"] = dtype
+    return gym.make_vec(
+        problem.env_id,
+        num_envs=num_envs or len(cohort),
+        cohort=cohort,
+        device=str(device),
+        horizon=problem.horizon,
+        patient_assignment=problem.patient_assignment if num_envs else "fixed",
+        output="torch",
+        autoreset_mode="SameStep",
+        **given,
+    )
+
+
+@torch.no_grad()
+def observation_statistics(
+    envs: gym.vector.VectorEnv, horizon: int, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation, (obs_dim,), of what one episode of random designs observes."""
+    envs.action_space.seed(seed)
+    obs, _ = envs.reset(seed=seed)
+    seen = [obs]
+    for _ in range(horizon - 1):
+        seen.append(envs.step(envs.action_space.sample())[0])
+    stacked = torch.cat(seen)
+    std = stacked.std(0)
+    # A field that never varies (the best score of a single-step episode) carries nothing.
+    return stacked.mean(0), torch.where(std > 0, std, torch.ones_like(std))
+
+
+@torch.no_grad()
+def first_reset(
+    envs: gym.vector.VectorEnv,
+    problem: ProblemOptions,
+    seed: int,
+    num_patients: int,
+    world: World = ALONE,
+) -> Tensor:
+    """Begin this rank's environments, as what they are among all; returns what they observe."""
+    share = world.share(envs.num_envs * world.size)
+    options = None
+    if problem.patient_assignment == "fixed" and world.size > 1:
+        options = {"patient_id": torch.arange(share.start, share.stop) % num_patients}
+    return envs.reset(seed=seed + share.start, options=options)[0]
+
+
+@torch.no_grad()
+def reward_model_seconds(envs: gym.vector.VectorEnv) -> float | None:
+    """Time of the frozen model alone for one step of all environments, not compiled.
+
+    Called once more for it, since within a compiled step or on a GPU it cannot be told apart. None
+    for environments of another make.
+    """
+    problem = getattr(envs.unwrapped, "problem", None)
+    if problem is None:
+        return None
+    heads, rows = envs.single_action_space, torch.arange(envs.num_envs, device=problem.device)
+    patient = problem.params.patients[rows % problem.params.num_patients]
+    middle = (heads["formulation"].low + heads["formulation"].high) / 2
+    formulation = patient.new_tensor(middle).expand(envs.num_envs, -1)
+    design = (rows % int(heads["polymer_id"].n), formulation, rows % int(heads["coverage"].n))
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize(problem.device)
+    began = time.perf_counter()
+    problem.reward_model(patient, *design)
+    if problem.device.type == "cuda":
+        torch.cuda.synchronize(problem.device)
+    return time.perf_counter() - began

@@ -1,0 +1,83 @@
+"""What a run is: what has to be the same for it to go on, and what its results depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.problem.cohort import Cohort
+from hydrogel_gym.runs.options import plain_config
+from hydrogel_gym.runs.ranks import World
+
+# A run may go on with other values of these. Cohorts are compared by what they contain.
+MAY_CHANGE = (
+    "output_dir overwrite resume checkpoint_interval keep_checkpoints device compile "
+    "cohort holdout_cohort reward_model track tensorboard"
+).split()
+# Settings that earlier versions had, and the value with which a run of theirs is one of ours.
+REMOVED = {"reward_precision": "fp32", "true_reward_model": None, "evaluate": None}
+
+
+def digest(cohort: Cohort) -> str:
+    """Short hash of who is in a cohort."""
+    ids = json.dumps(cohort.patient_ids).encode()
+    return hashlib.sha256(ids + cohort.features.numpy().tobytes()).hexdigest()[:16]
+
+
+def content_of(reward_model: str) -> str:
+    """Short hash of the file of a reward model, or its name where it is no file."""
+    path = Path(reward_model)
+    if not path.is_file():
+        return reward_model
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
+def identity(args: Any, cohorts: dict[str, Cohort], device: torch.device) -> dict[str, Any]:
+    """What has to be the same for a run to go on as if it had never stopped."""
+    return {
+        **{name: value for name, value in plain_config(args).items() if name not in MAY_CHANGE},
+        **{f"patients of the {name} cohort": digest(cohort) for name, cohort in cohorts.items()},
+        "reward model": content_of(args.reward_model),
+        "device type": device.type,
+        "hydrogel_gym": versions()["hydrogel_gym"],
+    }
+
+
+def surroundings(world: World, compiled: bool) -> dict[str, Any]:
+    """What may differ from the checkpoint's, at the cost of other rounding."""
+    libraries = versions()
+    del libraries["hydrogel_gym"]  # is part of the identity
+    threads = torch.get_num_threads()
+    return libraries | {"threads": threads, "ranks": world.size, "compiled": compiled}
+
+
+def differences(saved: dict[str, Any], here: dict[str, Any], where: str) -> str:
+    """Fields that differ, as "name: value WHERE, now value"."""
+    names = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
+    return "; ".join(f"{name}: {saved.get(name)} {where}, now {here.get(name)}" for name in names)
+
+
+def refuse_differences(saved: dict[str, Any] | None, here: dict[str, Any]) -> None:
+    """Refuse to go on with another run than the checkpoint's, if there is one.
+
+    Raises:
+        UsageError: names what differs.
+    """
+    if saved is None:
+        return
+    saved = {k: v for k, v in saved.items() if k not in REMOVED or v != REMOVED[k]}
+    if differing := differences(saved, here, "in the checkpoint"):
+        raise UsageError(f"--resume: the checkpoint is of another run; {differing}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    packages = ("hydrogel_gym", "torch", "gymnasium", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in packages}

@@ -1,0 +1,1 @@
+"""Recipes: scripts that train, evaluate and design; installed as `hydrogel_gym.train`."""
