@@ -48,8 +48,9 @@ BAR_PERCENT = 90.0
 TIMEOUT_SECONDS = 300.0
 # The quick ones first: most mutants die there.
 TESTS = {
-    "dynamics": ("dynamics", "wrappers", "problem", "env", "ranking", "oracle"),
-    "mechanistic": ("mechanistic", "patients", "reward_statistics"),
+    "problem.reward": ("dynamics", "wrappers", "problem", "env", "ranking", "oracle"),
+    "problem.dynamics": ("dynamics", "wrappers", "problem", "env", "ranking", "oracle"),
+    "models.mechanistic": ("mechanistic", "patients", "reward_statistics"),
 }
 # One change for each operator in the code; to put all others in its place as well would add mutants
 # that die of a type error.
@@ -113,9 +114,14 @@ def evaluated(source: str) -> str:
     return ast.dump(_Evaluated().visit(ast.parse(source)))
 
 
+def file_of(module: str) -> Path:
+    """Source of a module of the package."""
+    return CHECKOUT / "hydrogel_gym" / f"{module.replace('.', '/')}.py"
+
+
 def mutants(module: str) -> Iterator[Mutant]:
     """Every different one of a module of the package."""
-    source = (CHECKOUT / "hydrogel_gym" / f"{module}.py").read_text()
+    source = file_of(module).read_text()
     seen = {evaluated(source)}
     for operator in OPERATORS:
         make = cosmic_ray.plugins.get_operator(f"core/{operator}")
@@ -137,7 +143,7 @@ class _InPlace(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
 
     def __init__(self, mutant: Mutant) -> None:
         self.name = f"hydrogel_gym.{mutant.module}"
-        self.path = str(CHECKOUT / "hydrogel_gym" / f"{mutant.module}.py")
+        self.path = str(file_of(mutant.module))
         self.source = mutant.source.encode()
 
     def find_spec(
@@ -189,7 +195,7 @@ def survivors(todo: list[Mutant], num_processes: int) -> list[Mutant]:
                 process.join()
                 if process.exitcode == 0:
                     alive.append(mutant)
-                    tqdm.write(f"{mutant.module}.py:{mutant.line} {mutant.operator}")
+                    tqdm.write(f"{mutant.module}:{mutant.line} {mutant.operator}")
                     tqdm.write(f"    {mutant.change}")
                 del running[process]
                 bar.update()
@@ -206,9 +212,9 @@ def main() -> None:
     every = [mutant for module in args.modules for mutant in mutants(module)]
     todo, there = every[:: args.every], Counter(mutant.module for mutant in every)
     for module in args.modules:  # tests that fail on the original would kill every mutant
-        source = (CHECKOUT / "hydrogel_gym" / f"{module}.py").read_text()
+        source = file_of(module).read_text()
         if not survivors([Mutant(module, "none", source, 0, "the module as it is")], 1):
-            raise SystemExit(f"the tests fail on {module}.py as it is")
+            raise SystemExit(f"the tests fail on {module} as it is")
     alive = survivors(todo, args.processes)
     made = Counter(mutant.module for mutant in todo)
     left = Counter(mutant.module for mutant in alive)
@@ -224,9 +230,9 @@ def main() -> None:
         percent = 100.0 * killed / made[module]
         verdict = f"{BAR_PERCENT:g} %, {'met' if percent >= BAR_PERCENT else 'missed'}"
         number = f"{made[module]} of {there[module]}"
-        lines.append(f"| `{module}.py` | {number} | {killed} | {percent:.1f} % | {verdict} |")
+        lines.append(f"| `{module}` | {number} | {killed} | {percent:.1f} % | {verdict} |")
     lines += ["", "Survivors:", ""]
-    lines += [f"- `{m.module}.py`, line {m.line}, {m.operator}: `{m.change}`" for m in alive]
+    lines += [f"- `{m.module}`, line {m.line}, {m.operator}: `{m.change}`" for m in alive]
     text = "\n".join(lines) + "\n"
     # Here, since the package must not be imported before the forks have put mutants in it.
     from hydrogel_gym.files import write_atomically

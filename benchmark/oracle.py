@@ -17,7 +17,8 @@ import torch
 
 from hydrogel_gym import RewardConfig, load_cohort
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.oracle import CALLS_PER_SEARCH, BestDesigns, best_designs
+from hydrogel_gym.oracle import BestDesigns, best_designs
+from hydrogel_gym.oracle.search import CALLS_PER_SEARCH
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT_DISTANCE = 0.002  # of an index from 0 to 1: what counts as lying at a safety limit

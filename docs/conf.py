@@ -12,10 +12,13 @@ import sys
 import textwrap
 from importlib import import_module
 from pathlib import Path
+from typing import TypeVar
 
 import pandas
 import pyarrow
+from docutils.nodes import Element
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS))
@@ -28,8 +31,9 @@ from hydrogel_gym.models.mechanistic import MechanisticParams  # noqa: E402
 fragments.write()
 
 # What some modules import for type checkers alone.
-for _name in fragments.module_names():
-    vars(import_module(f"hydrogel_gym.{_name}")).update(pd=pandas, pa=pyarrow)
+MODULES = [import_module(f"hydrogel_gym.{name}") for name in fragments.module_names()]
+for _module in MODULES:
+    vars(_module).update(pd=pandas, pa=pyarrow)
 
 project = "hydrogel_gym"
 author = "the authors of hydrogel_gym"
@@ -71,9 +75,16 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
 # Types of other projects and of the standard library, whose inventories would have to be fetched.
-OTHERS = "torch numpy np pandas pd pyarrow pa gymnasium stable_baselines3".split()
-OTHERS += "os pathlib collections typing enum".split()
-BY_NAME = "Tensor Module PathLike ResetNeeded DependencyNotInstalled".split()
+OTHERS = "torch nn numpy np pandas pd pyarrow pa gymnasium gym stable_baselines3".split()
+OTHERS += "os pathlib collections typing enum datetime contextlib importlib".split()
+BY_NAME = "Tensor Module Path PathLike ResetNeeded DependencyNotInstalled Infos".split()
+# What stands for any type is described nowhere.
+BY_NAME += [
+    rf"{re.escape(module.__name__)}\.{name}"
+    for module in MODULES
+    for name, value in vars(module).items()
+    if isinstance(value, TypeVar)
+]
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS)})\..*"),
     ("py:.*", "|".join(BY_NAME)),
@@ -96,6 +107,9 @@ def prepare_docstring(
     app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]
 ) -> None:
     """Turn what napoleon does not know, or takes for something else, into reStructuredText."""
+    if what in ("attribute", "data", "property"):
+        # An empty comment, or napoleon takes the words before a colon for a type.
+        lines[:] = ["..", "", *lines]
     if obj is hydrogel_gym.HydrogelEnv:  # Markdown, and a page of its own
         lines[:] = [lines[0], "", "The manual is the page :doc:`/environment`.", ""]
     text = "\n".join(lines)
@@ -119,7 +133,24 @@ def keyed_entry(match: re.Match[str]) -> str:
     return f"{indent}* {key} {' '.join(text.split())}"
 
 
+def resolve_exported(
+    app: Sphinx, env: BuildEnvironment, node: Element, contnode: Element
+) -> Element | None:
+    """Lead a reference to a name that a module exports to where the name is described."""
+    target = node.get("reftarget", "")
+    module, _, name = target.rpartition(".")
+    if module.partition(".")[0] != "hydrogel_gym" or module not in sys.modules:
+        return None
+    home = getattr(getattr(sys.modules[module], name, None), "__module__", module)
+    if home == module:
+        return None
+    return env.get_domain("py").resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], f"{home}.{name}", node, contnode
+    )
+
+
 def setup(app: Sphinx) -> None:
-    """Connect the two changes of what is read; the second comes before napoleon."""
+    """Connect the changes of what is read, those of docstrings before napoleon, and of links."""
     app.connect("source-read", name_constants)
     app.connect("autodoc-process-docstring", prepare_docstring, priority=400)
+    app.connect("missing-reference", resolve_exported)

@@ -24,25 +24,29 @@ import sys
 import tokenize
 from collections.abc import Callable, Iterator
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import hydrogel_gym
-from hydrogel_gym import designs, oracle
+from hydrogel_gym import designs
 from hydrogel_gym.models import mechanistic
 from hydrogel_gym.models.mechanistic import MechanisticParams
+from hydrogel_gym.oracle.__main__ import main as oracle_main
 from hydrogel_gym.problem.reward import RewardConfig
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 GENERATED = "_generated"
 
-# Order of reading; modules that are not named come after these.
+# Order of reading; what is not named comes after these.
 MODULES = (
-    "env wrappers spaces dynamics problem cohort polymers reward_model mechanistic stage1 exported "
-    "oracle designs ranking rendering memory compiled files"
+    "env spaces wrappers sb3 problem problem.fields problem.polymers problem.cohort problem.reward "
+    "problem.dynamics models models.contract envs envs.single envs.vector envs.spaces oracle "
+    "oracle.best oracle.search designs runs report memory compiled files errors"
 ).split()
+NOT_DESCRIBED = ("patients", "train")  # data, and scripts, whose flags have pages of their own
 # Scripts whose flags are fields of a dataclass `Args`.
 SCRIPTS = "ppo_hybrid fit_stage1 generate_candidates refine_patients rank_designs report".split()
 
@@ -454,34 +458,67 @@ def help_text(main: Callable[[list[str]], int], program: str) -> str:
 
 
 def module_names() -> list[str]:
-    """Modules of the package, in the order of reading."""
-    have = [module.name for module in pkgutil.iter_modules(hydrogel_gym.__path__)]
+    """Modules and packages of the package, at any depth, in the order of reading.
+
+    What needs a library that is not installed is left out.
+    """
+    needing = () if find_spec("stable_baselines3") else ("sb3", "envs.sb3")
+    have, prefix = [], "hydrogel_gym."
+    for module in pkgutil.walk_packages(hydrogel_gym.__path__, prefix, raise_import_error):
+        name = module.name.removeprefix(prefix)
+        if name.partition(".")[0] not in NOT_DESCRIBED and name not in needing:
+            have.append(name)
     known = [name for name in MODULES if name in have]
-    return known + sorted(set(have) - set(known) - {"patients"})
+    return known + sorted(set(have) - set(known))
+
+
+def raise_import_error(name: str) -> None:
+    """Let no package that cannot be imported be passed over."""
+    raise ImportError(f"{name} cannot be imported, and would be missing from the reference")
+
+
+def modules_in(package: str) -> list[str]:
+    """Modules and packages right below a package, or below all of them if it is ""."""
+    return [name for name in module_names() if name.rpartition(".")[0] == package]
+
+
+def only_exports(module: ModuleType) -> bool:
+    """Whether a module has no code of its own, but names from elsewhere."""
+    body = ast.parse(inspect.getsource(module)).body
+    kinds = (ast.Import, ast.ImportFrom, ast.Expr)
+    own = [node for node in body if not isinstance(node, kinds)]
+    return len(own) == 1 and ast.unparse(own[0]).startswith("__all__ = ")
 
 
 def module_page(name: str) -> str:
-    """The page of a module in the reference."""
+    """The page of a module in the reference; that of a package lists what is in it."""
     full = f"hydrogel_gym.{name}"
     title = full.replace("_", r"\_")
-    return (
-        f"# {title}\n\n```{{eval-rst}}\n.. automodule:: {full}\n   :members:\n"
-        "   :show-inheritance:\n```\n"
-    )
+    exports = only_exports(module := importlib.import_module(full))
+    options = "" if exports else "   :members:\n   :show-inheritance:\n"
+    text = f"# {title}\n\n```{{eval-rst}}\n.. automodule:: {full}\n{options}"
+    text += ("   :no-members:\n" if exports else "") + "```\n"
+    if exports:
+        text += f"\n{exported_names(module)}"
+    if inside := modules_in(name):
+        text += f"\n{contents(inside)}"
+    return text
 
 
-def module_list() -> str:
-    """The table of contents of the reference."""
-    return "".join(
-        ["```{toctree}\n:maxdepth: 1\n\n", *(f"api/{name}\n" for name in module_names()), "```\n"]
-    )
+def contents(names: list[str], folder: str = "") -> str:
+    """A table of contents of some modules' pages."""
+    lines = [f"{folder}{name}\n" for name in names]
+    return "".join(["```{toctree}\n:maxdepth: 1\n\n", *lines, "```\n"])
 
 
-def public_names() -> str:
-    """What `hydrogel_gym` itself exports, and where it is described."""
+def exported_names(module: ModuleType) -> str:
+    """What a module exports that others describe, and where."""
     rows = []
-    for name in hydrogel_gym.__all__:
-        thing = getattr(hydrogel_gym, name)
+    for name in module.__all__:
+        thing = getattr(module, name)
+        if not inspect.isclass(thing) and not inspect.isfunction(thing):
+            rows.append((f"`{name}`", "a constant"))
+            continue
         kind = "class" if inspect.isclass(thing) else "func"
         first = inspect.getdoc(thing).splitlines()[0].rstrip(".")
         rows.append((f"{{py:{kind}}}`{name} <{thing.__module__}.{name}>`", first))
@@ -513,8 +550,8 @@ def fragments() -> dict[str, str]:
     result["references.md"] = references(mechanistic)
     result["polymers.md"] = polymer_tables()
     result["numbers.md"] = number_columns()
-    result["public_names.md"] = public_names()
-    result["modules.md"] = module_list()
+    result["public_names.md"] = exported_names(hydrogel_gym)
+    result["modules.md"] = contents(modules_in(""), "api/")
     for script in SCRIPTS:
         result[f"flags/{script}.md"] = flag_tables(flags(load_script(f"train/{script}.py").Args))
     trainer = load_script("train/ppo_hybrid.py")
@@ -527,7 +564,7 @@ def fragments() -> dict[str, str]:
     result["columns.md"] = table(
         ("column", "meaning"), [(f"`{name}`", meaning) for name, meaning in ranked.items()]
     )
-    result["help/oracle.txt"] = help_text(oracle.main, "hydrogel_gym.oracle")
+    result["help/oracle.txt"] = help_text(oracle_main, "hydrogel_gym.oracle")
     outcomes = load_script("patients/make_outcomes.py")
     result["help/make_outcomes.txt"] = help_text(outcomes.main, "make_outcomes.py")
     return result

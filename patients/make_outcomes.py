@@ -4,9 +4,9 @@
     python patients/make_outcomes.py --output small.csv --patients 6 --rows 14400
 
 **Every row is synthetic.** Behind the numbers is the built-in closed-form model,
-`hydrogel_gym.mechanistic`; noise, gross outliers and gaps are laid over it. No simulation was run
-and nobody was treated. The table serves to try out how a Stage-1 network is trained where the truth
-is known, and shows nothing about hydrogels.
+`hydrogel_gym.models.mechanistic`; noise, gross outliers and gaps are laid over it. No simulation
+was run and nobody was treated. The table serves to try out how a Stage-1 network is trained where
+the truth is known, and shows nothing about hydrogels.
 
 60 patients of the training cohort times 24 polymers times about 310 formulations: the cost of a
 simulation is per run, so the runs are planned. `choose_patients` and `draw_designs` say how.

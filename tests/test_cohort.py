@@ -302,7 +302,7 @@ def test_cohort_survives_pickling() -> None:
 def test_large_table_is_read_without_a_python_loop_over_its_cells(
     table: pd.DataFrame, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hydrogel_gym.cohort._number", pytest.fail)
+    monkeypatch.setattr("hydrogel_gym.problem.cohort._number", pytest.fail)
     many = pd.concat([table] * 400, ignore_index=True)
     many[ID_COLUMN] = np.arange(len(many))
     many.to_csv(path, index=False)

@@ -16,6 +16,7 @@ from hydrogel_gym.designs.schema import NUMBERS, REWARD, arrow_table, parquet
 from hydrogel_gym.designs.store import partition
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.problem.polymers import load_polymers
 
 
 def many(count: int, seed: int, levels: int = 4) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +135,7 @@ def test_designs_are_read_back_as_they_were(folder):
     assert set(table["patient_id"]) == {"a/b c"}
     assert (table[list(NUMBERS)].to_numpy().T == numbers).all()
     assert (table["polymer_id"].to_numpy() * 4 + table["coverage"].cat.codes == cell).all()
-    polymers = designs.load_polymers().names
+    polymers = load_polymers().names
     assert table["polymer_name"].tolist() == [polymers[i] for i in table["polymer_id"]]
     assert len(load_designs(folder, ["P0001", "a/b c"], table="candidates")) == 80
     assert load_designs(folder)["patient_id"].unique().tolist() == ["P0001", "a/b c"]

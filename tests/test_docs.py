@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from configparser import ConfigParser
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,26 @@ def test_every_constant_of_the_model_is_in_an_equation_and_in_a_table(fragments)
     assert set(tabled) == every
 
 
+def test_reference_has_a_page_for_every_module_under_the_package_it_is_in(fragments):
+    folder = ROOT / "hydrogel_gym"
+    names = {
+        ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
+        for path in folder.rglob("*.py")
+    } - {"__init__"}
+    if not find_spec("stable_baselines3"):
+        names -= {"sb3", "envs.sb3"}
+    assert sorted(fragments.module_names()) == sorted(names)
+    listed = [name for package in ("", *names) for name in fragments.modules_in(package)]
+    assert sorted(listed) == sorted(names)
+
+
+def test_page_of_a_module_without_code_says_where_its_names_are_described(fragments):
+    page = fragments.module_page("env")
+    assert "`HydrogelEnv <hydrogel_gym.envs.single.HydrogelEnv>`" in page
+    assert ":no-members:" in page
+    assert ":no-members:" not in fragments.module_page("envs.single")
+
+
 def test_pictures_are_what_their_script_draws(load_checkout_script):
     diagrams = load_checkout_script("docs/diagrams.py")
     for theme in diagrams.THEMES:
@@ -175,6 +196,8 @@ def understood(words: list[str], ppo, load) -> None:
         return None
     if rest[0] == "-m":
         script, flags = ROOT / (rest[1].replace(".", "/") + ".py"), rest[2:]
+        if script.with_suffix("").is_dir():
+            script = script.with_suffix("") / "__main__.py"
     else:
         script, flags = ROOT / rest[0], rest[1:]
     assert script.is_file(), script

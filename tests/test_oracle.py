@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
 from pathlib import Path
 
 import gymnasium as gym
@@ -21,6 +25,7 @@ from hydrogel_gym import (
     load_reward_model,
     oracle,
 )
+from hydrogel_gym.oracle import __main__ as command_line
 from hydrogel_gym.oracle import best_designs, cached_best_designs
 from hydrogel_gym.problem.fields import (
     COVERAGES,
@@ -178,7 +183,7 @@ def test_a_patients_design_does_not_depend_on_the_others(best):
 
 
 def test_memory_is_bounded_by_the_patients_searched_at_once(cohort, best, mechanistic, monkeypatch):
-    monkeypatch.setattr(oracle, "PATIENTS_AT_ONCE", {"cpu": 5})
+    monkeypatch.setattr(oracle.best, "PATIENTS_AT_ONCE", {"cpu": 5})
     largest = 0
 
     def watching(patient, polymer_id, formulation, coverage):
@@ -188,7 +193,7 @@ def test_memory_is_bounded_by_the_patients_searched_at_once(cohort, best, mechan
         return outcomes
 
     chunked = best_designs(cohort, watching)
-    assert largest == 5 * 96 * oracle.NUM_SOBOL
+    assert largest == 5 * 96 * oracle.search.NUM_SOBOL
     torch.testing.assert_close(chunked.score, best.score, rtol=0, atol=1e-3)
 
 
@@ -213,15 +218,15 @@ def test_calls_of_a_search_are_as_stated(three_patients):
         calls += outcomes.delta_ef_pct.numel()
         return outcomes
 
-    oracle.search(three_patients.features.float(), counting, RewardConfig(), seed=0)
-    assert calls == 3 * oracle.CALLS_PER_SEARCH
+    oracle.search.search(three_patients.features.float(), counting, RewardConfig(), seed=0)
+    assert calls == 3 * oracle.search.CALLS_PER_SEARCH
 
 
 def test_search_reads_nothing_on_the_host(monkeypatch):
-    shorter = tuple(stage._replace(generations=2) for stage in oracle.ROUNDS)
-    monkeypatch.setattr(oracle, "ROUNDS", shorter)
+    shorter = tuple(stage._replace(generations=2) for stage in oracle.search.ROUNDS)
+    monkeypatch.setattr(oracle.search, "ROUNDS", shorter)
     model = load_reward_model("mechanistic", "meta")
-    design = oracle.search(torch.empty(7, 11, device="meta"), model, RewardConfig(), seed=0)
+    design = oracle.search.search(torch.empty(7, 11, device="meta"), model, RewardConfig(), seed=0)
     assert [tuple(part.shape) for part in design] == [(7,), (7, 4), (7,)]
     assert {part.device.type for part in design} == {"meta"}
 
@@ -307,11 +312,11 @@ def searched(monkeypatch):
     """Seeds of the searches that were run."""
     seeds = []
 
-    def search(patients, model, config, seed, original=oracle.search):
+    def search(patients, model, config, seed, original=oracle.search.search):
         seeds.append(seed)
         return original(patients, model, config, seed)
 
-    monkeypatch.setattr(oracle, "search", search)
+    monkeypatch.setattr(oracle.best, "search", search)
     return seeds
 
 
@@ -366,10 +371,31 @@ def test_cache_is_passed_over_when_anything_it_depends_on_changes(
     elif changed == "seed":
         arguments["seed"] = 1
     else:
-        monkeypatch.setattr(oracle.inspect, "getsource", lambda module: "another version")
+        another_version = tmp_path.with_suffix(".py")
+        another_version.write_text("another version")
+        monkeypatch.setattr(oracle.cache, "sources", lambda: [another_version])
     best_designs(**arguments)
     assert len(searched) == 4
     assert len(cache_files(tmp_path)) == 2
+
+
+PACKAGE = Path(str(files("hydrogel_gym")))
+KEYED = [Path(str(source)).relative_to(PACKAGE).as_posix() for source in oracle.cache.sources()]
+
+
+@pytest.mark.parametrize("changed", [*KEYED, "polymers.csv"])
+def test_key_of_the_cache_changes_with_each_source_it_depends_on(
+    tmp_path, three_patients, monkeypatch, changed
+):
+    arguments = (tmp_path, three_patients, three_patients.features.float(), peaked_model)
+    arguments += (RewardConfig(), 0)
+    package = tmp_path / "hydrogel_gym"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(oracle.cache, "files", lambda name: package)
+    before = oracle.cache.cache_entry(*arguments)
+    assert oracle.cache.cache_entry(*arguments) == before
+    (package / changed).write_bytes((package / changed).read_bytes() + b"\n")
+    assert oracle.cache.cache_entry(*arguments) != before
 
 
 @pytest.mark.parametrize("damage", ["cut short", "text", "other rows", "other key", "column"])
@@ -407,7 +433,7 @@ def test_interrupted_search_leaves_no_file(tmp_path, three_patients, monkeypatch
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(oracle, "search", interrupted)
+    monkeypatch.setattr(oracle.best, "search", interrupted)
     with pytest.raises(KeyboardInterrupt):
         best_designs(three_patients, cache_dir=tmp_path)
     assert cache_files(tmp_path) == []
@@ -429,7 +455,7 @@ def test_interrupted_write_leaves_no_file(tmp_path, three_patients, monkeypatch)
 @pytest.fixture
 def table_of_patients(tmp_path):
     path = tmp_path / "mine.csv"
-    text = (oracle.files("hydrogel_gym.patients") / "cohort.csv").read_text().splitlines()
+    text = (files("hydrogel_gym.patients") / "cohort.csv").read_text().splitlines()
     path.write_text("\n".join(text[:4]) + "\n")
     return path
 
@@ -437,11 +463,18 @@ def table_of_patients(tmp_path):
 @pytest.mark.parametrize("suffix", [".csv", ".parquet"])
 def test_command_line_writes_the_table(tmp_path, table_of_patients, suffix, capsys):
     output = tmp_path / f"best{suffix}"
-    assert oracle.main(["--cohort", str(table_of_patients), "--output", str(output)]) == 0
+    assert command_line.main(["--cohort", str(table_of_patients), "--output", str(output)]) == 0
     table = pd.read_csv(output) if suffix == ".csv" else pd.read_parquet(output)
     best = best_designs(table_of_patients)
     assert table["reward"].to_numpy() == pytest.approx(best.score.numpy(), abs=1e-4)
     assert "two searches agree within 0.02 for 100.0 %" in capsys.readouterr().out
+
+
+def test_module_runs_as_a_command():
+    run = [sys.executable, "-m", "hydrogel_gym.oracle", "--help"]
+    done = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("usage: python -m hydrogel_gym.oracle")
+    assert done.stderr == ""
 
 
 @pytest.mark.parametrize(
@@ -459,7 +492,7 @@ def test_bad_command_line_is_one_line_and_writes_nothing(
     tmp_path, monkeypatch, capsys, flags, message
 ):
     monkeypatch.chdir(tmp_path)
-    assert oracle.main(flags) == 2
+    assert command_line.main(flags) == 2
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1

@@ -3,46 +3,82 @@
 from __future__ import annotations
 
 import ast
+import graphlib
+import importlib
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from configparser import ConfigParser
+from fnmatch import fnmatch
 from importlib.metadata import version
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
 import pytest
+from gymnasium.envs.registration import load_env_creator
 
 import hydrogel_gym
+from hydrogel_gym.oracle.cache import sources
 
 CHECKOUT = Path(__file__).parents[1]
-MODULES = {path.stem: path for path in sorted((CHECKOUT / "hydrogel_gym").glob("*.py"))}
-LEAVES = {"spaces", "polymers", "cohort"}
-MAY_IMPORT = {
-    "spaces": set(),
-    "polymers": {"spaces"},
-    "cohort": {"spaces"},
-    "mechanistic": LEAVES,
-    "dynamics": LEAVES,
-    "stage1": LEAVES | {"files"},
-    "exported": LEAVES,
-    "reward_model": LEAVES | {"mechanistic", "exported", "stage1"},
-    "designs": LEAVES,
-    "files": set(),
-    "memory": set(),
-    "compiled": {"memory"},
-    "oracle": LEAVES | {"dynamics", "reward_model", "files"},
-    "ranking": LEAVES | {"dynamics"},
-    "actions": LEAVES,
-    "problem": LEAVES | {"dynamics", "reward_model", "actions"},
-    "rendering": LEAVES | {"dynamics"},
-    "env": LEAVES
-    | {"dynamics", "reward_model", "actions", "problem", "rendering", "compiled", "memory"},
-    "wrappers": {"spaces", "actions"},
-    "sb3": set(),
-    "__main__": {"spaces", "wrappers"},
-    # The adapter to a library that need not be there is imported by whoever uses it.
-    "__init__": set(MODULES) - {"__init__", "sb3"},
+# Top-level folders that are installed as packages.
+FOLDERS = {
+    "hydrogel_gym": CHECKOUT / "hydrogel_gym",
+    "hydrogel_gym.patients": CHECKOUT / "patients",
+    "hydrogel_gym.train": CHECKOUT / "train",
 }
+LEAVES = ("errors", "files", "memory", "compiled")
+# Names that users and saved specs import; what they stand for lives in the rooms.
+SHIMS = ("__init__", "__main__", "env", "spaces", "wrappers", "sb3")
+# Each room with those it may import, itself included; imports go one way.
+MAY_IMPORT = {
+    name: {name, *others.split()}
+    for name, others in {
+        "leaves": "",
+        "problem": "leaves",
+        "models": "leaves problem",
+        "envs": "leaves problem models",
+        "oracle": "leaves problem models envs",
+        "designs": "leaves problem models envs",
+        "runs": "leaves problem models envs oracle designs",
+        "report": "leaves problem models envs oracle designs runs",
+        "shims": "leaves problem models envs",
+        # Scripts, which use the package as anybody does.
+        "patients": "leaves problem models envs shims",
+        "train": "leaves problem models envs oracle designs runs report shims",
+    }.items()
+}
+# What is slow to import, and what only some of its users have installed.
+HEAVY = {"matplotlib", "pandas", "plotly", "wandb"}
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of the packages by its dotted name; a package stands for its `__init__`."""
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in sorted(folder.rglob("*.py")):
+            parts = [package, *path.relative_to(folder).with_suffix("").parts]
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+MODULES = module_files()
+
+
+def room(module: str) -> str | None:
+    """The room that a module is in, or none where there is no such room."""
+    first, *below = module.removeprefix("hydrogel_gym").removeprefix(".").split(".")
+    if not below and first in LEAVES:
+        return "leaves"
+    if not below and first in ("", *SHIMS):
+        return "shims"
+    return first if first in MAY_IMPORT and first not in ("leaves", "shims") else None
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -55,78 +91,138 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
-
-
 def third_party(names: Iterator[str]) -> set[str]:
     return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_only_the_modules_it_may(module):
-    ours = [name.split(".") for name in imports(parse(MODULES[module]))]
-    used = {parts[1] for parts in ours if parts[0] == "hydrogel_gym" and len(parts) > 1}
-    assert used <= MAY_IMPORT[module]
+def module_of(name: str, importer: str) -> str | None:
+    """The module of the packages that an imported name is in, if it is in one."""
+    beside = f"{importer.rpartition('.')[0]}.{name.partition('.')[0]}"
+    if beside in MODULES and room(importer) in ("train", "patients"):
+        return beside  # as a script imports the one that lies beside it
+    while name and name not in MODULES:
+        name = name.rpartition(".")[0]
+    return name or None
+
+
+def used_by(module: str, tree: ast.AST | None = None) -> set[str]:
+    """Modules of the packages that one imports, or that a part of it does."""
+    names = imports(tree or parse(MODULES[module]))
+    return {used for name in names if (used := module_of(name, module))}
+
+
+def reached_from(module: str, part: Callable[[Path], ast.Module]) -> set[str]:
+    """A module and all of the packages that it imports, directly or not, in that part of a file."""
+    reached, waiting = set(), [module]
+    while waiting:
+        if (name := waiting.pop()) not in reached:
+            reached.add(name)
+            waiting += used_by(name, part(MODULES[name]))
+    return reached
+
+
+def at_import(path: Path) -> ast.Module:
+    """What runs at an import: no bodies of functions, nothing for type checkers alone."""
+
+    class Trimmed(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        visit_AsyncFunctionDef = visit_FunctionDef
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    return Trimmed().visit(parse(path))
+
+
+# Rooms
+
+
+def test_every_module_is_in_a_known_room():
+    assert [module for module in MODULES if room(module) is None] == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module)])
+def test_module_imports_only_rooms_before_its_own(module):
+    allowed = MAY_IMPORT[room(module)]
+    assert [used for used in sorted(used_by(module)) if room(used) not in allowed] == []
+
+
+def test_modules_import_each_other_in_no_circle():
+    graphlib.TopologicalSorter({module: used_by(module) for module in MODULES}).prepare()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if room(m) not in ("train", "patients")])
+def test_library_imports_no_script(module):
+    scripts = {
+        path.stem for name in ("train", "patients") for path in (CHECKOUT / name).glob("*.py")
+    }
+    parts = [name.split(".") for name in imports(parse(MODULES[module]))]
+    assert [name for name in parts if name[0] in {"train", "patients", *scripts}] == []
+
+
+@pytest.mark.parametrize(
+    ("module", "broken"),
+    {
+        "hydrogel_gym.problem.reward": "from hydrogel_gym.models import mechanistic",
+        "hydrogel_gym.envs.single": "from hydrogel_gym.oracle import best_designs",
+        "hydrogel_gym.oracle.search": "from hydrogel_gym.designs.grid import on_grid",
+        "hydrogel_gym.designs.top": "import hydrogel_gym",
+        "hydrogel_gym.models.contract": "def f():\n    from hydrogel_gym.env import HydrogelEnv",
+        "hydrogel_gym.memory": "import hydrogel_gym.problem.fields",
+    }.items(),
+)
+def test_import_against_the_order_of_the_rooms_is_seen(module, broken):
+    (used,) = used_by(module, ast.parse(broken))
+    assert room(used) not in MAY_IMPORT[room(module)]
+
+
+@pytest.mark.parametrize("name", ["utils", "rooms.utils", "problems", "leaves", "shims.env"])
+def test_module_outside_the_rooms_is_seen(name):
+    assert room(f"hydrogel_gym.{name}") is None
+
+
+# Other libraries
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_only_what_adapts_to_gymnasium_imports_more_of_it_than_spaces(module):
+def test_gymnasium_is_imported_only_by_what_adapts_to_it(module):
     used = {name for name in imports(parse(MODULES[module])) if name.startswith("gymnasium")}
-    if module not in ("env", "wrappers", "sb3", "__main__", "__init__"):
-        assert {name for name in used if not name.startswith("gymnasium.spaces")} == set()
-    else:
-        assert used != set()
+    if room(module) in ("leaves", "problem", "models", "oracle", "designs", "report"):
+        assert used == set()
+    elif module == "hydrogel_gym.envs.spaces":
+        assert used == {"gymnasium.spaces"}
 
 
 def test_drawing_library_is_imported_only_within_the_functions_that_draw():
-    tree = parse(MODULES["rendering"])
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    inside = {name for node in functions for name in imports(node)}
-    assert third_party(iter(inside)) == {"PIL"}
-    assert third_party(iter(set(imports(tree)) - inside)) == {"hydrogel_gym", "numpy"}
+    path = MODULES["hydrogel_gym.envs.rendering"]
+    outside = third_party(imports(at_import(path)))
+    assert third_party(imports(parse(path))) - outside == {"PIL"}
+    assert outside == {"hydrogel_gym", "numpy"}
 
 
-def test_dynamics_needs_nothing_but_torch():
-    assert third_party(imports(parse(MODULES["dynamics"]))) == {"hydrogel_gym", "torch"}
+@pytest.mark.parametrize("name", ["dynamics", "reward"])
+def test_dynamics_and_reward_need_nothing_but_torch(name):
+    used = third_party(imports(parse(MODULES[f"hydrogel_gym.problem.{name}"])))
+    assert used == {"hydrogel_gym", "torch"}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_module_imports_neither_trainer_nor_generator(module):
-    parts = {part for name in imports(parse(MODULES[module])) for part in name.split(".")}
-    assert not parts & {"train", "ppo_hybrid", "patients", "generate", "make_outcomes"}
+def test_trainer_and_what_it_loads_import_heavy_libraries_only_inside_functions():
+    reached = reached_from("hydrogel_gym.train.ppo_hybrid", at_import)
+    assert "hydrogel_gym.envs.vector" in reached
+    heavy = {module: third_party(imports(at_import(MODULES[module]))) & HEAVY for module in reached}
+    assert {module: names for module, names in heavy.items() if names} == {}
 
 
-def test_trainer_imports_few_public_names_and_figures_only_inside_functions():
-    tree = parse(CHECKOUT / "train" / "ppo_hybrid.py")
-    names = set(imports(tree))
-    assert {name for name in names if name.startswith("hydrogel_gym")} == {
-        "hydrogel_gym",
-        "hydrogel_gym.compiled.CompileError",
-        "hydrogel_gym.dynamics.RewardTerms",
-        "hydrogel_gym.files.write_atomically",
-        "hydrogel_gym.memory.available_bytes",
-        "hydrogel_gym.memory.keep_freed_memory",
-        "hydrogel_gym.oracle.best_designs",
-        "hydrogel_gym.spaces.COVERAGES",
-        "hydrogel_gym.spaces.FORMULATION_FIELDS",
-        "hydrogel_gym.spaces.PATIENT_FIELDS",
-    }
-    libraries = {"numpy", "pandas", "torch", "gymnasium", "tyro", "tqdm", "matplotlib"}
-    libraries |= {"wandb", "plotly"}
-    assert third_party(names) <= libraries | {"hydrogel_gym"}
-    top_level = {name for node in tree.body if not hasattr(node, "name") for name in imports(node)}
-    assert not third_party(top_level) & {"matplotlib", "wandb", "plotly", "pandas"}
-
-
-def test_report_imports_few_public_names_and_the_trainer():
-    names = set(imports(parse(CHECKOUT / "train" / "report.py")))
-    modules = {name.rpartition(".")[0] for name in names if name.startswith("hydrogel_gym.")}
-    assert modules == {f"hydrogel_gym.{name}" for name in ("dynamics", "files", "oracle", "spaces")}
-    libraries = {"itables", "jinja2", "numpy", "pandas", "plotly", "torch", "tyro"}
-    assert third_party(names) == libraries | {"hydrogel_gym", "ppo_hybrid"}
-    private = [name for name in names if any(part.startswith("_") for part in name.split("."))]
-    assert private == ["__future__.annotations"]
+def test_package_loads_neither_runs_nor_reports_nor_what_draws_and_tracks():
+    program = "import hydrogel_gym, sys; print(*sys.modules)"
+    run = [sys.executable, "-c", program]
+    loaded = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    others = {"tyro", "matplotlib", "plotly", "wandb", "pandas.plotting"}
+    others |= {f"hydrogel_gym.{name}" for name in ("runs", "report", "train", "patients")}
+    assert "hydrogel_gym.envs.vector" in loaded
+    assert {name for name in loaded if any(f"{name}.".startswith(f"{o}.") for o in others)} == set()
 
 
 def test_patient_folder_is_data_and_the_scripts_that_make_it():
@@ -141,15 +237,79 @@ def test_patient_folder_is_data_and_the_scripts_that_make_it():
 @pytest.mark.parametrize(
     ("script", "modules"),
     {
-        "generate.py": {"cohort", "spaces"},
-        "make_outcomes.py": {"cohort", "files", "mechanistic", "polymers", "spaces"},
+        "generate": {"problem.cohort", "problem.fields"},
+        "make_outcomes": {
+            "files",
+            "models.mechanistic",
+            "problem.cohort",
+            "problem.fields",
+            "problem.polymers",
+        },
     }.items(),
 )
 def test_script_for_patients_imports_public_names_of_few_modules(script, modules):
-    names = imports(parse(CHECKOUT / "patients" / script))
-    ours = [name.split(".") for name in names if name.startswith("hydrogel_gym")]
-    assert {module for _, module, _ in ours} == modules
-    assert not any(name.startswith("_") for *_, name in ours)
+    script = f"hydrogel_gym.patients.{script}"
+    assert used_by(script) == {f"hydrogel_gym.{module}" for module in modules}
+    names = [name for name in imports(parse(MODULES[script])) if name.startswith("hydrogel_gym")]
+    assert [name for name in names if "._" in name] == []
+
+
+# The oracle's cache
+
+
+def test_cache_of_the_oracle_depends_on_all_the_code_that_it_searches_with():
+    package = Path(str(files("hydrogel_gym")))
+    keyed = {Path(str(source)).relative_to(package).as_posix() for source in sources()}
+    needed = {MODULES[module] for module in reached_from("hydrogel_gym.oracle.search", parse)}
+    needed |= set((CHECKOUT / "hydrogel_gym" / "problem").glob("*.py"))
+    assert {p.relative_to(CHECKOUT / "hydrogel_gym").as_posix() for p in needed} - keyed == set()
+
+
+# What is installed
+
+
+@pytest.fixture(scope="module")
+def config() -> ConfigParser:
+    parser = ConfigParser()
+    parser.read(CHECKOUT / "setup.cfg", encoding="utf-8")
+    return parser
+
+
+def packages() -> dict[str, Path]:
+    """Every package in the checkout with its folder."""
+    return {name: path.parent for name, path in MODULES.items() if path.name == "__init__.py"}
+
+
+def test_folder_with_modules_in_the_package_is_a_package():
+    folders = {path.parent for path in FOLDERS["hydrogel_gym"].rglob("*.py")}
+    assert folders - set(packages().values()) == set()
+
+
+def test_every_package_is_installed_from_its_folder(config):
+    options = config["options"]
+    assert set(options["packages"].split()) == set(packages())
+    places = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
+    for name, folder in packages().items():
+        around = max((known for known in places if f"{name}.".startswith(f"{known}.")), key=len)
+        below = name.removeprefix(around).strip(".").replace(".", "/")
+        assert CHECKOUT / places[around] / below == folder
+
+
+def test_every_data_file_of_a_package_is_installed(config):
+    folders = {folder: name for name, folder in packages().items()}
+    left_out = []
+    for folder in {FOLDERS[name] for name in FOLDERS if name in packages()}:
+        for path in folder.rglob("*"):
+            # Of the recipes' folder a launcher's files are used from the checkout alone.
+            wanted = path.suffix == ".html" if folder.name == "train" else path.suffix != ".py"
+            if path.is_dir() or "__pycache__" in path.parts or not wanted:
+                continue
+            owner = next(parent for parent in path.parents if parent in folders)
+            patterns = config["options.package_data"].get(folders[owner], "").split()
+            name = path.relative_to(owner).as_posix()
+            if not any(fnmatch(name, pattern) for pattern in patterns):
+                left_out.append(path.relative_to(CHECKOUT).as_posix())
+    assert left_out == []
 
 
 @pytest.mark.parametrize(
@@ -171,9 +331,52 @@ def test_version_is_that_of_the_distribution():
     assert hydrogel_gym.__version__ == version("hydrogel_gym")
 
 
-def test_public_names_are_sorted_and_there():
+# Public names
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    {
+        "hydrogel_gym": (
+            "Cohort CohortError HydrogelEnv HydrogelVectorEnv Outcomes PolymerTable RewardConfig "
+            "RewardModel RewardModelError compute_reward load_cohort load_polymers "
+            "load_reward_model"
+        ),
+        "hydrogel_gym.env": "HydrogelEnv HydrogelVectorEnv",
+        "hydrogel_gym.spaces": (
+            "COVERAGES COVERAGE_FRACTIONS Design FLAT_ACTION_DIM FORMULATION_FIELDS "
+            "FORMULATION_HIGH FORMULATION_LEVELS FORMULATION_LOW Field NUM_POLYMERS OUTCOME_FIELDS "
+            "Outcomes PATIENT_FIELDS action_space decode_box decode_multidiscrete encode_box "
+            "encode_multidiscrete from_unit_range observation_space split_observation to_unit_range"
+        ),
+        "hydrogel_gym.oracle": "BestDesigns best_designs cached_best_designs",
+        "hydrogel_gym.wrappers": (
+            "DiscretizeHybridAction FlattenHybridAction RescaleFormulation "
+            "VectorDiscretizeHybridAction VectorFlattenHybridAction VectorRescaleFormulation"
+        ),
+        "hydrogel_gym.sb3": "BatchedVecEnv",
+        "hydrogel_gym.designs": (
+            "FORMULATION_COLUMNS NUMBERS NUM_CELLS NUM_LEVELS RESOLUTION SCHEMA TopDesigns "
+            "design_keys load_designs numbers_of on_grid partition"
+        ),
+    }.items(),
+)
+def test_module_for_users_exports_its_names(module, names):
+    if module == "hydrogel_gym.sb3":
+        pytest.importorskip("stable_baselines3")
+    exporting = importlib.import_module(module)
+    assert sorted(exporting.__all__) == sorted(names.split())
+    assert [name for name in names.split() if not hasattr(exporting, name)] == []
+
+
+def test_memory_and_the_commands_are_where_users_find_them():
+    assert callable(importlib.import_module("hydrogel_gym.memory").keep_freed_memory)
+    for command in ("hydrogel_gym.__main__", "hydrogel_gym.oracle.__main__"):
+        assert find_spec(command) is not None
+
+
+def test_public_names_are_sorted():
     assert hydrogel_gym.__all__ == sorted(hydrogel_gym.__all__)
-    assert all(hasattr(hydrogel_gym, name) for name in hydrogel_gym.__all__)
 
 
 def test_ids_are_registered_by_strings_so_that_their_specs_can_be_written():
@@ -186,3 +389,5 @@ def test_ids_are_registered_by_strings_so_that_their_specs_can_be_written():
         assert spec.entry_point == "hydrogel_gym.env:HydrogelEnv"
         assert spec.vector_entry_point == "hydrogel_gym.env:HydrogelVectorEnv"
         assert spec.kwargs == kwargs
+    assert load_env_creator(spec.entry_point) is hydrogel_gym.HydrogelEnv
+    assert load_env_creator(spec.vector_entry_point) is hydrogel_gym.HydrogelVectorEnv

@@ -87,7 +87,7 @@ def test_factory_of_a_module_is_called(user_module):
     user_module(
         "stage1_good",
         """
-        from hydrogel_gym.mechanistic import MechanisticModel
+        from hydrogel_gym.models.mechanistic import MechanisticModel
 
         def build():
             return MechanisticModel(outcome_scale="literature")
