@@ -4,7 +4,7 @@
     python -m hydrogel_gym --device cuda
 
 Prints versions, environment ids and the hashes of the data, then steps environments and compares
-what they say with figures worked out elsewhere. Exit code 0 if all is well, 1 if not, 2 for a
+what they return with figures worked out elsewhere. Exit code 0 if all is well, 1 if not, 2 for a
 device that is not there.
 """
 
@@ -24,7 +24,8 @@ import torch
 
 import hydrogel_gym
 from hydrogel_gym.envs.wrappers import VectorDiscretizeHybridAction, VectorFlattenHybridAction
-from hydrogel_gym.problem.fields import COVERAGES
+from hydrogel_gym.errors import first_line
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_HIGH, FORMULATION_LOW
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 DATA = {
@@ -68,7 +69,7 @@ def check_rewards(device: str) -> str:
 
 
 def check_agreement(device: str) -> str:
-    """The single environment and the row of a vector say the same."""
+    """The single environment and the row of a vector return the same."""
     env = gym.make("HydrogelDesign-v0", device=device)
     envs = gym.make_vec("HydrogelDesign-v0", NUM_ENVS, device=device, patient_assignment="random")
     first, _ = envs.reset(seed=0)
@@ -88,7 +89,7 @@ def check_forms(device: str) -> str:
     envs = gym.make_vec("HydrogelDesign-v0", NUM_POLYMERS * len(COVERAGES), device=device)
     pairs = np.indices((NUM_POLYMERS, len(COVERAGES))).reshape(2, -1)
     # On the middle of the levels, so that the discrete form has it exactly.
-    formulation = np.tile(np.array([17.5, 93.5, 0.5, 3.0], np.float32), (envs.num_envs, 1))
+    formulation = np.tile((FORMULATION_LOW + FORMULATION_HIGH) / 2, (envs.num_envs, 1))
     action = {"polymer_id": pairs[0], "formulation": formulation, "coverage": pairs[1]}
     envs.reset()
     _, rewards, *_ = envs.step(action)
@@ -142,15 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         torch.zeros(1, device=device).item()
     except (AssertionError, NotImplementedError, RuntimeError) as error:
-        first_line = str(error).partition("\n")[0]
-        print(f"--device is {device!r}, which is not there: {first_line}", file=sys.stderr)
+        print(f"--device is {device!r}, which is not there: {first_line(error)}", file=sys.stderr)
         return 2
     _describe()
     failed = 0
     for name, check in CHECKS.items():
         try:
             print(f"ok: {name}: {check(device)}")
-        except Exception as error:  # whatever is broken here is what is to be told
+        except Exception as error:  # whatever is broken here is what to print
             failed += 1
             print(f"FAILED: {name}: {type(error).__name__}: {error}")
     return int(failed > 0)

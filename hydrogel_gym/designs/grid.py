@@ -13,15 +13,11 @@ from torch import Tensor
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
-RESOLUTION = (0.01, 0.1, 0.001, 0.01)  # kPa, days, S/m, mm; as `FORMULATION_FIELDS`
-
-
+RESOLUTION = tuple(field.resolution for field in FORMULATION_FIELDS)
 NUM_LEVELS = tuple(
     round((field.high - field.low) / step) + 1
     for field, step in zip(FORMULATION_FIELDS, RESOLUTION, strict=True)
 )
-
-
 NUM_CELLS = NUM_POLYMERS * len(COVERAGES)  # a cell is a polymer and a coverage
 
 
@@ -29,10 +25,10 @@ def on_grid(share: Tensor) -> Tensor:
     """Formulations of `RESOLUTION` nearest to a share of the way through their ranges.
 
     Args:
-        share: (..., 4), 0 to 1.
+        share: (..., D), 0 to 1.
 
     Returns:
-        (..., 4) in the units of `FORMULATION_FIELDS`.
+        (..., D) in the units of `FORMULATION_FIELDS`.
     """
     columns = zip(share.unbind(-1), FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=True)
     values = []
@@ -47,12 +43,13 @@ def design_keys(cell: np.ndarray, numbers: np.ndarray) -> np.ndarray:
     """(B,) int64, one number for each design of the grid.
 
     Args:
-        cell: (B,) polymer * 4 + coverage.
-        numbers: (11, B) or more rows of `NUMBERS`, formulations on the grid.
+        cell: (B,) polymer * number of coverages + coverage.
+        numbers: (R, B) rows of `NUMBERS`, the first of which are a formulation on the grid.
     """
     keys = cell.astype(np.int64)
+    formulation = numbers[: len(FORMULATION_FIELDS)]
     for row, field, step, n in zip(
-        numbers, FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=False
+        formulation, FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=True
     ):
         keys = keys * n + np.rint((row.astype(np.float64) - field.low) / step).astype(np.int64)
     return keys

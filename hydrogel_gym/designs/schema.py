@@ -13,19 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hydrogel_gym.problem.fields import COVERAGES, Outcomes
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-
 SCHEMA = "hydrogel_gym.designs.v1"
-
-
-FORMULATION_COLUMNS = ("stiffness_kPa", "degradation_days", "conductivity_S_m", "thickness_mm")
-
-
+FORMULATION_COLUMNS = tuple(field.stage2_name for field in FORMULATION_FIELDS)
 # What a design is known by in numbers; the rows of the arrays below, float32.
 NUMBERS = (
     *FORMULATION_COLUMNS,
@@ -37,13 +32,11 @@ NUMBERS = (
     "structural_integrity",
     "fibrosis_risk",
 )
-
-
 REWARD = NUMBERS.index("reward")
 
 
 def numbers_of(formulation: Tensor, outcomes: Outcomes, reward: Tensor) -> Tensor:
-    """(11, B) rows of `NUMBERS`, from (B, 4), outcomes of (B,) and (B,)."""
+    """(R, B) rows of `NUMBERS`, from (B, D), outcomes of (B,) and (B,)."""
     rows = dict(zip(FORMULATION_COLUMNS, formulation.unbind(-1), strict=True))
     rows |= {
         "predicted_delta_EF": outcomes.delta_ef_pct,
@@ -62,12 +55,14 @@ def arrow_table(cell: np.ndarray, numbers: np.ndarray) -> pa.Table:
     import pyarrow as pa
 
     polymer, coverage = (part.astype(np.int8) for part in np.divmod(cell, len(COVERAGES)))
+    named = {name: pa.array(row) for name, row in zip(NUMBERS, numbers, strict=True)}
+    formulation = {name: named.pop(name) for name in FORMULATION_COLUMNS}
     columns = {
         "polymer_id": pa.array(polymer),
         "polymer_name": pa.DictionaryArray.from_arrays(polymer, list(load_polymers().names)),
-        **{name: pa.array(row) for name, row in zip(NUMBERS[:4], numbers[:4], strict=True)},
+        **formulation,
         "coverage": pa.DictionaryArray.from_arrays(coverage, list(COVERAGES)),
-        **{name: pa.array(row) for name, row in zip(NUMBERS[4:], numbers[4:], strict=True)},
+        **named,
     }
     return pa.table(columns).replace_schema_metadata({"hydrogel_gym": SCHEMA})
 

@@ -36,7 +36,7 @@ class TopDesigns:
         return np.flatnonzero(reward >= (floor[cell] if self.per_cell else floor[0]))
 
     def add(self, cell: np.ndarray, numbers: np.ndarray) -> None:
-        """Show designs: (B,) cells and (11, B) numbers."""
+        """Show designs: (B,) cells and (R, B) rows of `NUMBERS`."""
         if not len(cell):
             return
         if not self.per_cell and len(cell) > 16 * self.size:

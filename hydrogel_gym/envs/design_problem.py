@@ -1,4 +1,4 @@
-"""What the two environments share: the design problem, from what a user sends to what is told.
+"""What the two environments share: the design problem, from what a user sends to the results.
 
 Checks that read a value on the host can be switched off, since on an accelerator each of them is a
 synchronisation.
@@ -89,11 +89,11 @@ class DesignProblem:
         )
 
     def observe(self, state: State) -> Tensor | dict[str, Tensor]:
-        """Observation of every environment in the format asked for."""
+        """Observation of every environment in the chosen format."""
         return self.group(dynamics.observation(state, self.params))
 
     def group(self, obs: Tensor) -> Tensor | dict[str, Tensor]:
-        """A (B, 13) or (B, 37) observation in the format asked for (views, no copy)."""
+        """A (B, F) observation in the chosen format (views, no copy)."""
         return obs if self.obs_format == "box" else split_observation(obs)
 
     def patient_indices(self, patients: Any, batch_shape: tuple[int, ...]) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from hydrogel_gym.envs.codec import check_choice
 from hydrogel_gym.envs.design_problem import DesignProblem, check_options, map_arrays, stream_keys
 from hydrogel_gym.envs.frames import evaluations_of, frames, scene_of, warn_that_no_mode_was_chosen
+from hydrogel_gym.envs.manual import with_numbers
 from hydrogel_gym.envs.rendering import RENDER_FPS, RENDER_MODES, RenderMode
 from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat
 from hydrogel_gym.models.contract import RewardModel
@@ -25,7 +26,7 @@ from hydrogel_gym.problem.reward import RewardConfig
 
 
 def _step_info(result: Transition) -> dict[str, Tensor]:
-    """Everything a step tells beside reward and observation, each under its own name."""
+    """Everything a step reports beside reward and observation, each under its own name."""
     return {
         **result.outcomes._asdict(),
         **result.terms._asdict(),
@@ -37,87 +38,72 @@ def _step_info(result: Transition) -> dict[str, Tensor]:
     }
 
 
+@with_numbers
 class HydrogelEnv(gym.Env):
     """Choose a hydrogel for one virtual patient after a heart attack.
 
     ## Description
 
     A patch or injectate of hydrogel is designed for a patient whose left ventricle is scarred by an
-    infarct: which of 24 polymers, how stiff, how long-lived, how conductive and how thick, and how
-    much of the border zone around the scar it covers. A frozen Stage-1 model predicts what the
-    design does, and the reward weighs the predicted gain in ejection fraction against safety. The
-    built-in model is an educational prior fitted to no patient, the patients are synthetic, and no
-    figure here is a clinical fact.
+    infarct: which of $num_polymers polymers, how stiff, how long-lived, how conductive and how
+    thick, and how much of the border zone around the scar it covers. A frozen Stage-1 model
+    predicts what the design does, and the reward weighs the predicted gain in ejection fraction
+    against safety. The built-in model is an educational prior fitted to no patient, the patients
+    are synthetic, and no figure here is a clinical fact.
 
     ## Action Space
 
-    `action_format="dict"` (default) is
-    `Dict(polymer_id=Discrete(24), formulation=Box(4,), coverage=Discrete(4))`, `"tuple"` the same
-    three in this order.
+    `action_format="dict"` (default) is a `Dict` of `polymer_id`, `Discrete($num_polymers)`,
+    `formulation`, `Box($num_parameters,)`, and `coverage`, `Discrete($num_coverages)`; `"tuple"` is
+    the same three in this order.
 
     | Head | Num | Action | Min | Max | Unit |
     |---|---|---|---|---|---|
-    | polymer_id | | row of the polymer table | 0 | 23 | index |
-    | formulation | 0 | youngs_modulus_kpa | 5 | 30 | kPa |
-    | formulation | 1 | half_life_days | 7 | 180 | days |
-    | formulation | 2 | conductivity_s_per_m | 0 | 1 | S/m |
-    | formulation | 3 | thickness_mm | 1 | 5 | mm |
-    | coverage | | scar_only, scar_bz25, scar_bz50, scar_bz100 | 0 | 3 | index |
+    $action_rows
 
     A finite formulation outside its box is clipped and `info["formulation_clipped"]` says so.
     Anything else that is not in the space is a `ValueError` that leaves the state untouched.
 
     Two flat forms serve libraries that take no composite action. `"box"` (`HydrogelDesignFlat-v0`)
-    is `Box(-1, 1, (32,))`: the formulation, rescaled, then a score per polymer and per coverage,
-    the largest of which is chosen. `"multidiscrete"` (`HydrogelDesignDiscrete-v0`) is
-    `MultiDiscrete([24, 11, 11, 11, 11, 4])`: polymer, 11 evenly spaced levels per formulation
-    parameter with both bounds among them, coverage.
+    is `Box(-1, 1, ($flat_dim,))`: the formulation, rescaled, then a score per polymer and per
+    coverage, the largest of which is chosen. `"multidiscrete"` (`HydrogelDesignDiscrete-v0`) is
+    `MultiDiscrete($nvec)`: polymer, $num_levels evenly spaced levels per formulation parameter
+    with both bounds among them, coverage.
 
     ## Observation Space
 
-    `obs_format="box"` (default) is a `Box(13,)` of float32 in physical units.
+    `obs_format="box"` (default) is a `Box($obs_dim,)` of float32 in physical units.
 
     | Num | Observation | Min | Max | Unit |
     |---|---|---|---|---|
-    | 0 | lvef_pct | 15 | 55 | % |
-    | 1 | gls_pct | -20 | -3 | % |
-    | 2 | edv_ml | 90 | 400 | mL |
-    | 3 | esv_ml | 40.5 | 340 | mL |
-    | 4 | scar_fraction_pct | 5 | 45 | % of the left ventricle |
-    | 5 | bz_fraction_pct | 4 | 28 | % of the left ventricle |
-    | 6 | bz_stress_kpa | 7.2 | 90 | kPa |
-    | 7 | healthy_stress_kpa | 6 | 35 | kPa |
-    | 8 | stress_concentration | 1.2 | 3.5 | ratio |
-    | 9 | transmurality | 0.2 | 1 | fraction |
-    | 10 | wall_thickness_mm | 4 | 13 | mm |
-    | 11 | current_best_score | 0 | 302.6 | reward |
-    | 12 | iteration | 0 | horizon | steps |
+    $observation_rows
 
-    `obs_format="dict"` groups them: `patient_features` (0 to 5), `tissue_features` (6 to 10),
-    `current_best_score`, `iteration`. `observe_explored=True` appends 24 entries (in the dict
-    `explored_polymers`), 1 for each polymer used in this episode: without them the novelty bonus is
-    not Markov when the horizon exceeds 1. The maximum of `current_best_score` is what the outcomes'
-    physical ranges allow under the default `RewardConfig`; good designs score 25 to 40.
+    `obs_format="dict"` groups them: `patient_features` ($patient_rows), `tissue_features`
+    ($tissue_rows), `current_best_score`, `iteration`. `observe_explored=True` appends $num_polymers
+    entries (in the dict `explored_polymers`), 1 for each polymer used in this episode: without them
+    the novelty bonus is not Markov when the horizon exceeds 1. The maximum of `current_best_score`
+    is what the outcomes' physical ranges allow under the default `RewardConfig`; good designs score
+    25 to 40.
 
     ## Rewards
 
-    The score of a design is the sum of seven terms, each in `info` under the name given here:
+    The score of a design is the sum of these terms, each in `info` under its name:
 
-    - `reward_delta_ef`: 3.0 x predicted change in ejection fraction (percentage points)
-    - `reward_stress_reduction`: 1.5 x border-zone stress reduction (%) / 100
-    - `reward_optimal_prob`: 1.0 x probability that the design is optimal
-    - `reward_toxicity`: -2.0 if toxicity risk > 0.15
-    - `reward_integrity`: -1.0 if structural integrity < 0.80
-    - `reward_fibrosis`: -0.5 if fibrosis risk > 0.20
-    - `reward_novelty`: +0.1 if the polymer was not yet used in this episode
+    - `reward_delta_ef`: $delta_ef_weight x change in ejection fraction (percentage points)
+    - `reward_stress_reduction`: $stress_reduction_weight x border-zone stress reduction (%) / 100
+    - `reward_optimal_prob`: $optimal_prob_weight x probability that the design is optimal
+    - `reward_toxicity`: -$toxicity_penalty if toxicity risk > $toxicity_limit
+    - `reward_integrity`: -$integrity_penalty if structural integrity < $integrity_limit
+    - `reward_fibrosis`: -$fibrosis_penalty if fibrosis risk > $fibrosis_limit
+    - `reward_novelty`: +$novelty_bonus if the polymer was not yet used in this episode
 
     `reward_mode="score"` (default) pays the score at every step; `"improvement"` pays only what the
     episode's best score gains, so that an episode's return is its best score (or 0).
 
-    `info` also holds the six outcomes (`delta_ef_pct`, `stress_reduction_pct`, `optimal_logit`,
-    `toxicity_risk`, `structural_integrity`, `fibrosis_risk`), `score`, `is_optimal` (gain of at
-    least 3 points and stress reduction of at least 15 %), `formulation` as evaluated,
-    `formulation_clipped` and `patient_index`.
+    `info` also has the outcomes (`delta_ef_pct`, `stress_reduction_pct`, `optimal_logit`,
+    `toxicity_risk`, `structural_integrity`, `fibrosis_risk`), `score`, `is_optimal` (gain of
+    $optimal_delta_ef_pct points or more and stress reduction of $optimal_stress_reduction_pct % or
+    more), `formulation` as evaluated, `formulation_clipped` and `patient_index`.
 
     ## Starting State
 

@@ -31,20 +31,14 @@ from hydrogel_gym.problem.fields import (
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 ActionFormat = Literal["dict", "tuple", "box", "multidiscrete"]
-
-
 ObsFormat = Literal["box", "dict"]
-
 
 # Levels per formulation parameter of the `multidiscrete` format, both bounds included: zero
 # conductivity must be reachable, since most polymers can be made at no other value.
 FORMULATION_LEVELS = (11,) * len(FORMULATION_FIELDS)
 
-
 # Layout of the `box` format: formulation, one score per polymer, one score per coverage.
 _SCORES = slice(len(FORMULATION_FIELDS), len(FORMULATION_FIELDS) + NUM_POLYMERS)
-
-
 FLAT_ACTION_DIM = _SCORES.stop + len(COVERAGES)
 
 
@@ -86,7 +80,7 @@ def observation_space(
 
 
 def split_observation(obs: Tensor) -> dict[str, Tensor]:
-    """Group a (..., 13) or (..., 37) observation as the `dict` format does (views, no copy)."""
+    """Group a (..., F) observation as the `dict` format does (views, no copy)."""
     num_patient_fields = len(PATIENT_FIELDS)
     groups = {
         "patient_features": obs[..., :NUM_PATIENT_FEATURES],
@@ -134,13 +128,13 @@ def action_space(
 
 
 def decode_box(action: Tensor) -> Design:
-    """Design of a (B, 32) flat action; the formulation is left unclipped."""
+    """Design of a (B, FLAT_ACTION_DIM) action; the formulation is left unclipped."""
     formulation, polymer, coverage = action.tensor_split([_SCORES.start, _SCORES.stop], dim=-1)
     return Design(polymer.argmax(-1), from_unit_range(formulation), coverage.argmax(-1))
 
 
 def encode_box(design: Design) -> Tensor:
-    """A (B, 32) flat action of designs: the score of what is chosen is 1, every other -1."""
+    """The (B, FLAT_ACTION_DIM) action of designs: what is chosen scores 1, everything else -1."""
     formulation = to_unit_range(design.formulation)
     scores = [
         2.0 * functional.one_hot(index, size).to(formulation.dtype) - 1.0
@@ -150,14 +144,14 @@ def encode_box(design: Design) -> Tensor:
 
 
 def decode_multidiscrete(action: Tensor, num_levels: Sequence[int] = FORMULATION_LEVELS) -> Design:
-    """Design of a (B, 6) integer action."""
+    """Design of a (B, 1 + D + 1) integer action."""
     levels = zip(action[..., 1:-1].unbind(-1), num_levels, strict=True)
     formulation = formulation_at(level.to(torch.float32) / (size - 1) for level, size in levels)
     return Design(action[..., 0], formulation, action[..., -1])
 
 
 def encode_multidiscrete(design: Design, num_levels: Sequence[int] = FORMULATION_LEVELS) -> Tensor:
-    """The (B, 6) int64 action whose levels are nearest to the formulation of designs."""
+    """The (B, 1 + D + 1) int64 action whose levels are nearest to the formulation of designs."""
     levels = [
         (share * (size - 1)).round().clamp(0, size - 1).to(torch.int64)
         for share, size in zip(formulation_shares(design.formulation), num_levels, strict=True)

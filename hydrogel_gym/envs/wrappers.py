@@ -1,7 +1,7 @@
 """Wrappers that put the hybrid action into a form which more libraries take.
 
-- `FlattenHybridAction`: `Box(-1, 1, (32,))`
-- `DiscretizeHybridAction`: `MultiDiscrete([24, levels..., 4])`
+- `FlattenHybridAction`: `Box(-1, 1, (FLAT_ACTION_DIM,))`
+- `DiscretizeHybridAction`: `MultiDiscrete([polymers, levels..., coverages])`
 - `RescaleFormulation`: `Dict` or `Tuple` as before, with the formulation in [-1, 1]
 
 The first two are what `HydrogelDesignFlat-v0` and `HydrogelDesignDiscrete-v0` have built in: the
@@ -212,9 +212,9 @@ class VectorHybridActionWrapper(
 class FlattenHybridAction(HybridActionWrapper):
     """One vector in [-1, 1] for the whole action.
 
-    `Box(-1, 1, (32,))`: the formulation, rescaled, then a score per polymer and a score per
-    coverage, the largest of which is chosen. `reverse_action` gives the chosen ones 1 and the
-    others -1; polymer and coverage survive the way there and back, the formulation to rounding.
+    `Box(-1, 1, (FLAT_ACTION_DIM,))`: the formulation, rescaled, then a score per polymer and a
+    score per coverage, the largest of which is chosen. `reverse_action` gives the chosen ones 1 and
+    the others -1; polymer and coverage survive the way there and back, the formulation to rounding.
 
     Args:
         env: with the hybrid action of `HydrogelDesign-v0`, dict or tuple.
@@ -229,7 +229,7 @@ class FlattenHybridAction(HybridActionWrapper):
 
 
 class VectorFlattenHybridAction(VectorHybridActionWrapper):
-    """`FlattenHybridAction` for a vector of B environments: actions are (B, 32).
+    """`FlattenHybridAction` for a vector of B environments: actions are (B, FLAT_ACTION_DIM).
 
     Args:
         env: a vector with the hybrid action of `HydrogelDesign-v0`, dict or tuple.
@@ -246,9 +246,9 @@ class VectorFlattenHybridAction(VectorHybridActionWrapper):
 class DiscretizeHybridAction(HybridActionWrapper):
     """Whole numbers for the whole action.
 
-    `MultiDiscrete([24, levels, levels, levels, levels, 4])`: polymer, one of evenly spaced levels
-    per formulation parameter with both bounds among them, coverage. `reverse_action` takes the
-    nearest level; of an action of this space it is the exact inverse.
+    `MultiDiscrete([polymers, levels..., coverages])`: polymer, one of evenly spaced levels per
+    formulation parameter with both bounds among them, coverage. `reverse_action` takes the nearest
+    level; of an action of this space it is the exact inverse.
 
     Args:
         env: with the hybrid action of `HydrogelDesign-v0`, dict or tuple.
@@ -264,7 +264,7 @@ class DiscretizeHybridAction(HybridActionWrapper):
 
 
 class VectorDiscretizeHybridAction(VectorHybridActionWrapper):
-    """`DiscretizeHybridAction` for a vector of B environments: actions are (B, 6).
+    """`DiscretizeHybridAction` for a vector of B environments: actions are (B, 1 + D + 1).
 
     Args:
         env: a vector with the hybrid action of `HydrogelDesign-v0`, dict or tuple.
@@ -300,7 +300,7 @@ class RescaleFormulation(HybridActionWrapper):
 
 
 class VectorRescaleFormulation(VectorHybridActionWrapper):
-    """`RescaleFormulation` for a vector of B environments: the formulation is (B, 4).
+    """`RescaleFormulation` for a vector of B environments: the formulation is (B, D).
 
     Args:
         env: a vector with the hybrid action of `HydrogelDesign-v0`, dict or tuple.

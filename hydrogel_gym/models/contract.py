@@ -37,9 +37,9 @@ class RewardModel(Protocol):
         """Predict the outcomes of a batch of designs.
 
         Args:
-            patient: (..., 11) in the order and units of `PATIENT_FIELDS`.
+            patient: (..., C) in the order and units of `PATIENT_FIELDS`.
             polymer_id: (...) int64 row of the polymer table.
-            formulation: (..., 4) in the order and units of `FORMULATION_FIELDS`.
+            formulation: (..., D) in the order and units of `FORMULATION_FIELDS`.
             coverage: (...) int64 index into `COVERAGES`.
 
         Returns:

@@ -26,8 +26,8 @@ from hydrogel_gym.problem.fields import FORMULATION_FIELDS, PATIENT_FIELDS, Outc
 
 INPUTS = ("patient", "polymer_id", "formulation", "coverage")
 _SIGNATURE = (
-    "patient (B, 11) float32, polymer_id (B,) int64, formulation (B, 4) float32, "
-    "coverage (B,) int64"
+    f"patient (B, {len(PATIENT_FIELDS)}) float32, polymer_id (B,) int64, "
+    f"formulation (B, {len(FORMULATION_FIELDS)}) float32, coverage (B,) int64"
 )
 _RETURNS = f"a dict of {Outcomes._fields}, or a tuple in that order"
 _DYNAMIC = (
@@ -154,9 +154,9 @@ def load_program(path: str | os.PathLike[str]) -> ExportedModel:
     """Load a `.pt2` file without running any code that it may hold.
 
     Args:
-        path: file of `torch.export.save`. The program takes patient (B, 11) float32, polymer_id
-            (B,) int64, formulation (B, 4) float32 and coverage (B,) int64, B dynamic, and returns
-            a dict of six (B,) tensors keyed by the names of `OUTCOME_FIELDS`, or a tuple of them in
+        path: file of `torch.export.save`. The program takes patient (B, C) float32, polymer_id
+            (B,) int64, formulation (B, D) float32 and coverage (B,) int64, B dynamic, and returns
+            a dict of (B,) tensors keyed by the names of `OUTCOME_FIELDS`, or a tuple of them in
             that order. (A NamedTuple is saved by torch only if registered by a private function.)
 
     Raises:
@@ -366,7 +366,7 @@ def _smallest_batch(exported: ExportedProgram) -> int:
 
 
 def _describe(value: Any) -> str:
-    """Shape and dtype of a tensor, `(s0, 11) float32`; the type of anything else."""
+    """Shape and dtype of a tensor, `(s0, 3) float32`; the type of anything else."""
     if not isinstance(value, Tensor):
         return type(value).__name__
     shape = f"({', '.join(map(str, value.shape))}{',' if value.ndim == 1 else ''})"

@@ -57,7 +57,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, softplus
 
-from hydrogel_gym.problem.fields import COVERAGE_FRACTIONS, Outcomes
+from hydrogel_gym.problem.fields import (
+    COVERAGE_FRACTIONS,
+    FORMULATION_FIELDS,
+    PATIENT_FIELDS,
+    Outcomes,
+    by_name,
+)
 from hydrogel_gym.problem.polymers import PolymerTable, load_polymers
 
 OutcomeScale = Literal["source", "literature"]
@@ -303,7 +309,7 @@ class MechanisticModel(nn.Module):
         # A window of one stiffness has no stiff end: its relative position is 0, not 0 / 0.
         stiffness_width = (windows[0, :, 1] - windows[0, :, 0]).clamp(min=1e-9)
         conducts = (windows[2, :, 1] > 0.0).to(windows.dtype)
-        # One table, one gather: (24, 14) as lower ends, upper ends, and the rest.
+        # One table, one gather: a row per polymer of lower ends, upper ends, and the rest.
         table = torch.stack(
             [*windows[..., 0], *windows[..., 1], conducts, *indices, stiffness_width], dim=-1
         )
@@ -318,18 +324,19 @@ class MechanisticModel(nn.Module):
 
         Args:
             polymer_id: (...) int64 row of the polymer table.
-            formulation: (..., 4) in the order and units of `FORMULATION_FIELDS`.
+            formulation: (..., D) in the order and units of `FORMULATION_FIELDS`.
 
         Returns:
             F of the broadcast batch shape, in the dtype of `formulation`.
         """
         properties = embedding(polymer_id, self.polymer_table.to(formulation.dtype))
-        return self._make(properties, formulation)[-1]
+        return self._make(properties, by_name(FORMULATION_FIELDS, formulation))[-1]
 
-    def _make(self, properties: Tensor, formulation: Tensor) -> tuple[Tensor, ...]:
+    def _make(self, properties: Tensor, requested: dict[str, Tensor]) -> tuple[Tensor, ...]:
         """E, tau, kappa as made, and F; the requests are E0, tau0, kappa0."""
         p = self.params
-        E0, tau0, kappa0, _ = formulation.unbind(-1)
+        E0, tau0 = requested["youngs_modulus_kpa"], requested["half_life_days"]
+        kappa0 = requested["conductivity_s_per_m"]
         E_lo, tau_lo, kappa_lo, E_hi, tau_hi, kappa_hi, conducts = properties[..., :7].unbind(-1)
         E = E0.clamp(E_lo, E_hi)
         tau = tau0.clamp(tau_lo, tau_hi)
@@ -385,9 +392,9 @@ class MechanisticModel(nn.Module):
         """Predict the outcomes of a batch of designs; the batch shapes broadcast.
 
         Args:
-            patient: (..., 11) float, order and units of `PATIENT_FIELDS`.
+            patient: (..., C) float, order and units of `PATIENT_FIELDS`.
             polymer_id: (...) int64 row of the polymer table.
-            formulation: (..., 4), order and units of `FORMULATION_FIELDS`.
+            formulation: (..., D), order and units of `FORMULATION_FIELDS`.
             coverage: (...) int64 index into `COVERAGES`.
 
         Returns:
@@ -395,14 +402,16 @@ class MechanisticModel(nn.Module):
         """
         p = self.params
         dtype = patient.dtype
-        EF, _, _, _, S, BZ, _, _, SC, T, w = patient.unbind(-1)
-        formulation = formulation.to(dtype)
+        known = by_name(PATIENT_FIELDS, patient)
+        EF, S, BZ = (known[x] for x in ("lvef_pct", "scar_fraction_pct", "bz_fraction_pct"))
+        SC, T, w = known["stress_concentration"], known["transmurality"], known["wall_thickness_mm"]
+        requested = by_name(FORMULATION_FIELDS, formulation.to(dtype))
         properties = embedding(polymer_id, self.polymer_table.to(dtype))
         c, f = embedding(coverage, self.coverage_table.to(dtype)).unbind(-1)
 
         # 1. What can be made of the request.
-        E, tau, kappa, F = self._make(properties, formulation)
-        t = formulation[..., 3]
+        E, tau, kappa, F = self._make(properties, requested)
+        t = requested["thickness_mm"]
         E_lo = properties[..., 0]
         b, a0, m, kappa50, phi, chi, E_width = properties[..., 7:].unbind(-1)
         eta = p.efficacy_floor + (1.0 - p.efficacy_floor) * F

@@ -38,7 +38,7 @@ class BestDesigns:
 
     Attributes:
         patient_ids: P names.
-        design: polymer_id (P,), formulation (P, 4), coverage (P,).
+        design: polymer_id (P,), formulation (P, D), coverage (P,).
         score: (P,) float32 reward of the design as a first step, novelty bonus included.
         outcomes: what the reward model predicts for it, (P,) each.
         seed_gap: (P,) float32 >= 0, difference between the scores of two independent searches, the
@@ -157,7 +157,7 @@ def _problem(
     reward_config: RewardConfig | None,
     device: str | torch.device,
 ) -> tuple[Cohort, Tensor, RewardModel, RewardConfig]:
-    """Cohort, its (P, 11) features on the device, reward model and configuration."""
+    """Cohort, its (P, C) features on the device, reward model and configuration."""
     cohort = cohort if isinstance(cohort, Cohort) else load_cohort(cohort)
     if len(cohort) == 0:
         raise ValueError(f"cohort {cohort.name!r} has no patients; the oracle needs at least one")

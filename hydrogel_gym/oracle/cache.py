@@ -75,7 +75,8 @@ def _content_key(
     add(cohort.features.numpy().tobytes())
     add(f"{config!r} {seed}".encode())
 
-    share = torch.quasirandom.SobolEngine(6, scramble=True, seed=0).draw(NUM_PROBES)
+    dim = 2 + len(FORMULATION_FIELDS)
+    share = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(NUM_PROBES)
     low, high = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH)
     design = Design(
         (share[:, 0] * NUM_POLYMERS).long().clamp(max=NUM_POLYMERS - 1),

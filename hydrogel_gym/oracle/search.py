@@ -69,13 +69,13 @@ def search(
     caller gets to see.
 
     Args:
-        patients: (P, 11) float32.
+        patients: (P, C) float32.
         reward_model: the Stage-1 model.
         config: weights and limits.
         seed: of the samples and of the evolution, the same for every patient.
 
     Returns:
-        `Design` of (P,), (P, 4) and (P,) tensors on the patients' device.
+        `Design` of (P,), (P, D) and (P,) tensors on the patients' device.
     """
     device = patients.device
     num_patients, dim = patients.shape[0], len(FORMULATION_FIELDS)
@@ -84,7 +84,7 @@ def search(
     config = config.stricter(LIMIT_MARGIN)
 
     def judge(pairs: Tensor, share: Tensor) -> Tensor:
-        """(P, K, N) scores of formulations (P, K, N, 4), shares of the box, for pairs (P, K, 2)."""
+        """(P, K, N) scores of formulations (P, K, N, D), shares of the box, for pairs (P, K, 2)."""
         batch = share.shape[:-1]
         # One batch dimension, as in the environments: not every model broadcasts.
         outcomes = reward_model(

@@ -50,7 +50,7 @@ class Cohort:
 
     Attributes:
         patient_ids: P unique names.
-        features: (P, 11) float64 on the CPU, columns and units of `PATIENT_FIELDS`.
+        features: (P, C) float64 on the CPU, columns and units of `PATIENT_FIELDS`.
         extra: P rows of the table's other columns, untouched.
         name: path of the file; "shipped train" or "shipped holdout".
     """

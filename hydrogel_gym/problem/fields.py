@@ -4,6 +4,8 @@ Order, unit and bounds of everything that crosses the environment's boundary are
 patient limits are those of the virtual cohort (`patients/README.md` gives the evidence for each);
 the formulation limits and the coverage levels are the action space of the HYDRA-BERT Stage-2
 document, section 2.1.
+
+Shapes, here and elsewhere: B designs, C columns of `PATIENT_FIELDS`, D of `FORMULATION_FIELDS`.
 """
 
 from __future__ import annotations
@@ -18,12 +20,16 @@ from torch import Tensor
 
 
 class Field(NamedTuple):
-    """One scalar field: its name (unit last), closed range and meaning."""
+    """One scalar field: its name (unit last), closed range and meaning (unit last)."""
 
     name: str
     low: float
     high: float
     meaning: str
+    # Of a formulation alone: the precision that a laboratory can keep, in the field's unit, and the
+    # name that the column has in the HYDRA-BERT Stage-2 document, section 5.2.
+    resolution: float = math.nan
+    stage2_name: str = ""
 
 
 # Order of the source's `patient_features`, then `tissue_features`.
@@ -45,10 +51,24 @@ PATIENT_FIELDS = (
 NUM_PATIENT_FEATURES = 6  # the rest of PATIENT_FIELDS are the source's tissue features
 
 FORMULATION_FIELDS = (
-    Field("youngs_modulus_kpa", 5.0, 30.0, "stiffness requested, kPa"),
-    Field("half_life_days", 7.0, 180.0, "degradation half-life requested, days"),
-    Field("conductivity_s_per_m", 0.0, 1.0, "conductivity requested, S/m"),
-    Field("thickness_mm", 1.0, 5.0, "patch thickness, mm"),
+    Field("youngs_modulus_kpa", 5.0, 30.0, "stiffness requested, kPa", 0.01, "stiffness_kPa"),
+    Field(
+        "half_life_days",
+        7.0,
+        180.0,
+        "degradation half-life requested, days",
+        0.1,
+        "degradation_days",
+    ),
+    Field(
+        "conductivity_s_per_m",
+        0.0,
+        1.0,
+        "conductivity requested, S/m",
+        0.001,
+        "conductivity_S_m",
+    ),
+    Field("thickness_mm", 1.0, 5.0, "patch thickness, mm", 0.01, "thickness_mm"),
 )
 
 COVERAGES = ("scar_only", "scar_bz25", "scar_bz50", "scar_bz100")
@@ -83,7 +103,7 @@ class Outcomes(NamedTuple):
 class Design(NamedTuple):
     """A complete action: polymer row, formulation and coverage level.
 
-    Shapes, for a batch of B designs: polymer_id (B,) int64, formulation (B, 4) float32 in the order
+    Shapes, for a batch of B designs: polymer_id (B,) int64, formulation (B, D) float32 in the order
     and units of `FORMULATION_FIELDS`, coverage (B,) int64 index into `COVERAGES`.
     """
 
@@ -98,7 +118,7 @@ def flat_designs(
     """What a reward model is given, of any batch shapes that broadcast, in one batch dimension.
 
     Returns:
-        The broadcast batch shape; and of its B designs patient (B, 11) and formulation (B, 4) in
+        The broadcast batch shape; and of its B designs patient (B, C) and formulation (B, D) in
         float32, polymer_id (B,) and coverage (B,) in int64, in the order of the arguments.
     """
     shape = torch.broadcast_shapes(
@@ -114,6 +134,12 @@ def flat_designs(
     return tuple(shape), [patient, polymer_id, formulation, coverage]
 
 
+def by_name(fields: tuple[Field, ...], values: Tensor) -> dict[str, Tensor]:
+    """Columns (...) of (..., len(fields)) values under the names of the fields; views."""
+    names = (field.name for field in fields)
+    return dict(zip(names, values.unbind(-1), strict=True))
+
+
 def bounds(fields: tuple[Field, ...]) -> tuple[np.ndarray, np.ndarray]:
     """Lower and upper bounds of fields, float32."""
     return (
@@ -126,20 +152,20 @@ FORMULATION_LOW, FORMULATION_HIGH = bounds(FORMULATION_FIELDS)
 
 
 def formulation_at(shares: Iterable[Tensor]) -> Tensor:
-    """Formulation (..., 4) at shares, four of (...), of the way from lower to upper bounds."""
+    """Formulation (..., D) at shares, D of (...), of the way from lower to upper bounds."""
     # Bounds as a tensor would be copied to an accelerator at every step, a synchronisation.
     columns = zip(shares, FORMULATION_FIELDS, strict=True)
     return torch.stack([item.low + part * (item.high - item.low) for part, item in columns], -1)
 
 
 def formulation_shares(formulation: Tensor) -> list[Tensor]:
-    """Where a formulation (..., 4) lies between its bounds, four of (...)."""
+    """Where a formulation (..., D) lies between its bounds, D of (...)."""
     columns = zip(formulation.unbind(-1), FORMULATION_FIELDS, strict=True)
     return [(value - item.low) / (item.high - item.low) for value, item in columns]
 
 
 def from_unit_range(formulation: Tensor) -> Tensor:
-    """Formulation (..., 4) in physical units of one in [-1, 1]; not clipped."""
+    """Formulation (..., D) in physical units of one in [-1, 1]; not clipped."""
     return formulation_at(((formulation + 1.0) / 2.0).unbind(-1))
 
 

@@ -1,4 +1,4 @@
-"""The polymer table: what each of the 24 hydrogels can be made to be, and how tissue takes it.
+"""The polymer table: what each of the hydrogels can be made to be, and how tissue takes it.
 
 `polymers.csv` holds one row per polymer with the evidence for it in the columns `source` and
 `confidence` (A read in a study's abstract, B secondary source, C from memory of the literature,
@@ -50,7 +50,7 @@ _COLUMNS = (
 
 @dataclass(frozen=True, eq=False)
 class PolymerTable:
-    """Properties of the polymers; row i is `polymer_id` i.
+    """Properties of N polymers; row i is `polymer_id` i.
 
     Attributes:
         names: unique name, as in [Potluri2026].
@@ -59,18 +59,18 @@ class PolymerTable:
             since it cannot be read; not used by the built-in model.
         sources: the evidence behind the row.
         confidences: grade of the windows, of the indices and of the order of the indices.
-        youngs_modulus_kpa: (24, 2) lowest and highest stiffness it can be made with, kPa.
-        half_life_days: (24, 2) shortest and longest degradation half-life, days. Read the upper
+        youngs_modulus_kpa: (N, 2) lowest and highest stiffness it can be made with, kPa.
+        half_life_days: (N, 2) shortest and longest degradation half-life, days. Read the upper
             end of the PEGDA windows as "slower than that".
-        conductivity_s_per_m: (24, 2) lowest and highest conductivity, S/m; 0 to 0 without filler.
-        bioactivity: (24,) index, 0 (inert) to 1: how well cells take to it.
-        base_toxicity: (24,) index: hazard of the gel itself at a reference dose.
-        filler_toxicity: (24,) index: additional hazard of a conductive filler at saturation, 0
+        conductivity_s_per_m: (N, 2) lowest and highest conductivity, S/m; 0 to 0 without filler.
+        bioactivity: (N,) index, 0 (inert) to 1: how well cells take to it.
+        base_toxicity: (N,) index: hazard of the gel itself at a reference dose.
+        filler_toxicity: (N,) index: additional hazard of a conductive filler at saturation, 0
             without filler.
-        filler_mid_dose_s_per_m: (24,) conductivity at which half of that hazard is reached, S/m;
+        filler_mid_dose_s_per_m: (N,) conductivity at which half of that hazard is reached, S/m;
             1 without filler, where the file is blank.
-        foreign_body_tendency: (24,) index, 0 to 1: tendency to be walled off while it persists.
-        cohesion: (24,) index, 0 to 1: how well it holds together and in place.
+        foreign_body_tendency: (N,) index, 0 to 1: tendency to be walled off while it persists.
+        cohesion: (N,) index, 0 to 1: how well it holds together and in place.
 
     All numbers are float64 CPU tensors.
     """
