@@ -586,7 +586,7 @@ def test_program_with_a_branch_on_the_batch_size_is_refused(tmp_path, predictor)
         return outcomes if rows % 2 == 0 else {**outcomes, "toxicity_risk": outcomes["x"]}
 
     path = export(Returning(predictor, even), tmp_path / "stage1.pt2", size=Dim.AUTO)
-    with pytest.raises(RewardModelError, match=r"only holds for some batches, where .* % 2"):
+    with pytest.raises(RewardModelError, match=r"only works for some batches, where .* % 2"):
         load_reward_model(path)
 
 
@@ -688,7 +688,7 @@ def test_pickled_weight_or_constant_is_refused(tmp_path, program, folder, file, 
         root = archive.namelist()[0].partition("/")[0]
         archive.writestr(f"{root}/{member}", pickled(ran, by_torch=by_torch))
     with pytest.raises(
-        RewardModelError, match=rf"holds a pickle \({file}, of [\w.]+\); expected plai"
+        RewardModelError, match=rf"contains a pickle \({file}, of [\w.]+\); expected plai"
     ):
         load_reward_model(path)
     assert not ran.exists()
@@ -697,9 +697,9 @@ def test_pickled_weight_or_constant_is_refused(tmp_path, program, folder, file, 
 @pytest.mark.parametrize(
     ("member", "message"),
     [
-        ("data/weights/model.pt", "holds a pickle"),
-        ("data/constants/model.pt", "holds a pickle"),
-        ("data/aotinductor/model/run.so", "holds compiled code"),
+        ("data/weights/model.pt", "contains a pickle"),
+        ("data/constants/model.pt", "contains a pickle"),
+        ("data/aotinductor/model/run.so", "contains compiled code"),
     ],
 )
 def test_member_that_torch_would_run_is_refused(tmp_path, program, member, message):
@@ -775,11 +775,11 @@ def set_argument(program, code):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (set_size, r"holds expr_str .open\("),
-        (set_target, r"holds target 'torch.os.remove'; expected plain tensors and operators only"),
-        (set_name, r"holds name .p=open\("),
-        (set_parameter, r"holds parameter_name 'polymer.x\", open\("),
-        (set_guard, r"only holds for some batches, where .*open\("),
+        (set_size, r"contains expr_str .open\("),
+        (set_target, r"contains target 'torch.os.remove'; expected plain tensors and operators only"),
+        (set_name, r"contains name .p=open\("),
+        (set_parameter, r"contains parameter_name 'polymer.x\", open\("),
+        (set_guard, r"only works for some batches, where .*open\("),
         (set_enum, r"returns a builtins.dict; expected a dict of"),
         (set_argument, r"failed on \(96,\) designs .*approximate"),
     ],
@@ -804,5 +804,5 @@ def test_operator_that_writes_files_is_refused(tmp_path, program, name):
         value["graph_module"]["graph"]["nodes"][0]["target"] = f"torch.ops.aten.{name}.default"
 
     path = rewrite(program, tmp_path / "x.pt2", with_json(change))
-    with pytest.raises(RewardModelError, match=f"holds target 'torch.ops.aten.{name}.default'"):
+    with pytest.raises(RewardModelError, match=f"contains target 'torch.ops.aten.{name}.default'"):
         load_reward_model(path)

@@ -15,13 +15,13 @@ from hydrogel_gym.models.ensemble import (
     NUMERIC_FIELDS,
     OPTIMAL,
     WORSE,
-    MemberLinear,
     Stage1Error,
     load_stage1,
     raw_numeric,
     read_stage1,
     save_stage1,
 )
+from hydrogel_gym.models.network import MemberLinear
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, OUTCOME_FIELDS, PATIENT_FIELDS
 
 NUM_DESIGNS = 64

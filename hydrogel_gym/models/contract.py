@@ -1,4 +1,4 @@
-"""Stage-1 models: what the environment asks of one, how one is loaded, and how it is checked.
+"""Stage-1 models: what the environment needs of one, how one is loaded, and how it is checked.
 
 A reward model is any callable `(patient, polymer_id, formulation, coverage) -> Outcomes` on batched
 tensors. It is frozen: evaluation mode, no gradients to its parameters.
@@ -49,7 +49,7 @@ class RewardModel(Protocol):
 
 
 class RewardModelError(ValueError):
-    """A reward model that cannot be loaded, or that does not return what is asked of it."""
+    """A reward model that cannot be loaded, or that does not return what it must."""
 
 
 def load_reward_model(
@@ -69,7 +69,7 @@ def load_reward_model(
             a model; or a model.
         device: where it will run.
         outcome_scale: `"source"` or `"literature"`, for the built-in model only.
-        pessimism: for a checkpoint only, see `stage1.Stage1Ensemble`; None is its own.
+        pessimism: for a checkpoint only, see `ensemble.Stage1Ensemble`; None is its own.
         compute_dtype: for a checkpoint only, of its products; None is float32.
 
     Returns:
@@ -78,7 +78,7 @@ def load_reward_model(
 
     Raises:
         RewardModelError: it cannot be loaded, or its outcomes for one design of every polymer and
-            coverage are not the six fields of `Outcomes` with the batch's shape, dtype and device,
+            coverage are not the fields of `Outcomes` with the batch's shape, dtype and device,
             finite and in range.
     """
     if isinstance(spec, os.PathLike):

@@ -1,11 +1,9 @@
 """The project's own Stage-1 network: an ensemble that predicts outcomes, and knows where it cannot.
 
-The shape follows the Stage-1 network of HYDRA-BERT: an adapter on a polymer embedding, an encoder
-of the numeric features, an embedding of the polymer's category, a trunk that joins the three, and
-one head per outcome. What is added is a second opinion: the members of an ensemble, each fitted
-without some of the patients. A policy finds whatever a reward model overrates, so the outcomes that
-are rewarded can be pessimistic: the mean of the members, moved to the worse side by a number of
-their standard deviations, and further outside what was fitted.
+To the Stage-1 network of HYDRA-BERT, in `network`, it adds a second opinion: the members of an
+ensemble, each fitted without some of the patients. A policy finds whatever a reward model
+overrates, so the outcomes that are rewarded can be pessimistic: the mean of the members, moved to
+the worse side by a number of their standard deviations, and further outside what was fitted.
 
 `train/fit_stage1.py` fits one; nothing that is needed there alone is needed here.
 """
@@ -17,16 +15,15 @@ import io
 import math
 import os
 import zipfile
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
+from hydrogel_gym.errors import first_line
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.models.network import NUMERIC_FIELDS, Architecture, Stage1Network, raw_numeric
 from hydrogel_gym.problem.fields import (
-    COVERAGES,
     FORMULATION_FIELDS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
@@ -34,21 +31,15 @@ from hydrogel_gym.problem.fields import (
     flat_designs,
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
+from hydrogel_gym.problem.reward import SAFETY
 
 FORMAT = "hydrogel_gym.stage1.v1"
-# Order of the numeric features: 19, as in the source.
-NUMERIC_FIELDS = (
-    *(item.name for item in PATIENT_FIELDS),
-    *(item.name for item in FORMULATION_FIELDS),
-    *(f"coverage_{name}" for name in COVERAGES),
-)
-# Positive, and wrong by factors rather than by differences.
-LOG_FIELDS = ("edv_ml", "esv_ml", "youngs_modulus_kpa", "half_life_days")
 OPTIMAL = Outcomes._fields.index("optimal_logit")
 
-# Which way is worse, in the order of `Outcomes`: down for what is rewarded, up for a risk.
-WORSE = (-1.0, -1.0, -1.0, 1.0, -1.0, 1.0)
-# A standard deviation per outcome says nothing of a logit; this takes 95 % to even odds.
+# Which way is worse, in the order of `Outcomes`: up for what has a ceiling, down for all else.
+_CEILINGS = [item.outcome for item in SAFETY if item.is_ceiling]
+WORSE = tuple(1.0 if name in _CEILINGS else -1.0 for name in Outcomes._fields)
+# A standard deviation per outcome means nothing for a logit; this takes 95 % to even odds.
 OPTIMAL_LOGIT_SPREAD = 3.0
 # Of what a feature may be: a fitted range is not taken for narrower. Else whatever was always the
 # same in a table (no conductivity, of a gel that cannot conduct) could not be missed by anything.
@@ -60,160 +51,31 @@ class Stage1Error(ValueError):
     """A Stage-1 checkpoint that cannot be used."""
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """Sizes of a `Stage1Network`.
-
-    `polymer_dim` is the width of the polymer embedding, `num_categories` the number of polymer
-    categories; the rest are numbers of units.
-    """
-
-    polymer_dim: int
-    num_categories: int
-    num_members: int = 5
-    adapter_dim: int = 32
-    category_dim: int = 8
-    encoder_dim: int = 128
-    trunk_dim: int = 128
-    head_dim: int = 16
-
-
-class MemberLinear(nn.Module):
-    """One linear layer per member, computed in one product.
-
-    Args:
-        num_members: K.
-        in_features: of each.
-        out_features: of each.
-    """
-
-    def __init__(self, num_members: int, in_features: int, out_features: int) -> None:
-        super().__init__()
-        bound = 1.0 / math.sqrt(in_features)  # as `nn.Linear`
-        self.weight = nn.Parameter(
-            torch.empty(num_members, in_features, out_features).uniform_(-bound, bound)
-        )
-        self.bias = nn.Parameter(torch.empty(num_members, 1, out_features).uniform_(-bound, bound))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(K, B, in) or (B, in), for all members alike, to (K, B, out)."""
-        if x.dim() == 2:
-            x = x.expand(self.weight.shape[0], -1, -1)
-        return torch.baddbmm(self.bias, x, self.weight)
-
-
-class Stage1Network(nn.Module):
-    """K members of the same shape with weights of their own.
-
-    Predictions are standardised, but for the logit; `Stage1Ensemble` puts them into units.
-
-    Args:
-        architecture: the sizes.
-        polymer_embedding: (24, polymer_dim), standardised, in the order of the polymer table.
-        polymer_category: (24,) int64, below `num_categories`.
-    """
-
-    polymer_embedding: Tensor
-    polymer_category: Tensor
-
-    def __init__(
-        self, architecture: Architecture, polymer_embedding: Tensor, polymer_category: Tensor
-    ) -> None:
-        super().__init__()
-        a = self.architecture = architecture
-        K = a.num_members
-        self.register_buffer("polymer_embedding", polymer_embedding)
-        self.register_buffer("polymer_category", polymer_category)
-        self.adapter = MemberLinear(K, a.polymer_dim, a.adapter_dim)
-        self.category = nn.Parameter(0.1 * torch.randn(K, a.num_categories, a.category_dim))
-        self.encoder = nn.ModuleList(
-            [
-                MemberLinear(K, len(NUMERIC_FIELDS), a.encoder_dim),
-                MemberLinear(K, a.encoder_dim, a.encoder_dim),
-            ]
-        )
-        # The first layer of the trunk in two parts, so that the one of the polymer is a table.
-        self.join_numeric = MemberLinear(K, a.encoder_dim, a.trunk_dim)
-        self.join_polymer = MemberLinear(K, a.adapter_dim + a.category_dim, a.trunk_dim)
-        self.trunk = MemberLinear(K, a.trunk_dim, a.trunk_dim)
-        self.heads = MemberLinear(K, a.trunk_dim, len(Outcomes._fields) * a.head_dim)
-        self.out = nn.Parameter(torch.randn(K, 1, len(Outcomes._fields), a.head_dim) / a.head_dim)
-        self.out_bias = nn.Parameter(torch.zeros(K, 1, len(Outcomes._fields)))
-
-    def polymer_table(self) -> Tensor:
-        """(K, 24, trunk_dim): all that depends on the polymer alone."""
-        adapted = silu(self.adapter(self.polymer_embedding))
-        category = self.category[:, self.polymer_category]
-        table: Tensor = self.join_polymer(torch.cat([adapted, category], -1))
-        return table
-
-    def forward(
-        self, numeric: Tensor, polymer_id: Tensor, polymer_table: Tensor | None = None
-    ) -> Tensor:
-        """Standardised predictions.
-
-        Args:
-            numeric: (B, 19) or (K, B, 19), standardised, in the order of `NUMERIC_FIELDS`.
-            polymer_id: (B,) or (K, B) int64.
-            polymer_table: what `polymer_table` returns, of a network that is frozen.
-
-        Returns:
-            (K, B, 6) in the order of `Outcomes`.
-        """
-        table = self.polymer_table() if polymer_table is None else polymer_table
-        if polymer_id.dim() == 1:
-            polymer = table[:, polymer_id]
-        else:
-            polymer = torch.stack([rows[i] for rows, i in zip(table, polymer_id, strict=True)])
-        x = numeric
-        for layer in self.encoder:
-            x = silu(layer(x))
-        x = silu(self.join_numeric(x) + polymer)
-        x = x + silu(self.trunk(x))
-        x = silu(self.heads(x)).unflatten(-1, self.out.shape[-2:])
-        predictions: Tensor = (x * self.out).sum(-1) + self.out_bias
-        return predictions
-
-
 class Scaling(NamedTuple):
     """What the numbers of a table are divided by; from the rows that were fitted."""
 
-    numeric_mean: Tensor  # (19,), of the logarithm for `LOG_FIELDS`
-    numeric_std: Tensor  # (19,)
-    outcome_mean: Tensor  # (6,), 0 for the logit
-    outcome_std: Tensor  # (6,), 1 for the logit
+    numeric_mean: Tensor  # (features,), of the logarithm for `LOG_FIELDS`
+    numeric_std: Tensor  # (features,)
+    outcome_mean: Tensor  # (outcomes,), 0 for the logit
+    outcome_std: Tensor  # (outcomes,), 1 for the logit
 
 
 class FittedRange(NamedTuple):
     """Where there was something to fit, in physical units."""
 
-    patient_low: Tensor  # (11,)
-    patient_high: Tensor  # (11,)
-    formulation_low: Tensor  # (24, 4), per polymer
-    formulation_high: Tensor  # (24, 4)
-    seen: Tensor  # (24, 4) float, 1 where a polymer was tried with a coverage
+    patient_low: Tensor  # (C,)
+    patient_high: Tensor  # (C,)
+    formulation_low: Tensor  # (polymers, D)
+    formulation_high: Tensor  # (polymers, D)
+    seen: Tensor  # (polymers, coverages) float, 1 where a polymer was tried with a coverage
 
 
 class Prediction(NamedTuple):
-    """What an ensemble says of a batch of designs; the fields have `Outcomes` of (B,) tensors."""
+    """What an ensemble predicts for a batch of designs."""
 
     mean: Outcomes
     std: Outcomes  # among the members
     distance: Tensor  # (B,), outside what was fitted, in widths of the fitted range
-
-
-def raw_numeric(patient: Tensor, formulation: Tensor, coverage: Tensor) -> Tensor:
-    """(B, 19) in the order of `NUMERIC_FIELDS`, in physical units or their logarithm.
-
-    Args:
-        patient: (B, 11) in the order and units of `PATIENT_FIELDS`.
-        formulation: (B, 4) in the order and units of `FORMULATION_FIELDS`.
-        coverage: (B,) int64 index into `COVERAGES`.
-    """
-    levels = [(coverage == level).to(patient.dtype) for level in range(len(COVERAGES))]
-    columns = [*patient.unbind(-1), *formulation.unbind(-1), *levels]
-    named = zip(NUMERIC_FIELDS, columns, strict=True)
-    return torch.stack([x.log() if name in LOG_FIELDS else x for name, x in named], -1)
 
 
 def _outside(x: Tensor, low: Tensor, high: Tensor, least: Tensor) -> Tensor:
@@ -292,12 +154,12 @@ class Stage1Ensemble(nn.Module):
     def members(
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
     ) -> Tensor:
-        """(K, B, 6): what each member says, in the units of `OUTCOME_FIELDS` and not clipped.
+        """(K, B, outcomes): what each of K members predicts, in the outcomes' units, not clipped.
 
         Args:
-            patient: (B, 11) float32 in the order and units of `PATIENT_FIELDS`.
+            patient: (B, C) float32 in the order and units of `PATIENT_FIELDS`.
             polymer_id: (B,) int64.
-            formulation: (B, 4) float32 in the order and units of `FORMULATION_FIELDS`.
+            formulation: (B, D) float32 in the order and units of `FORMULATION_FIELDS`.
             coverage: (B,) int64.
         """
         numeric = raw_numeric(patient, formulation, coverage)
@@ -306,7 +168,7 @@ class Stage1Ensemble(nn.Module):
         return self.outcome_mean + self.outcome_std * z
 
     def patient_distance(self, patient: Tensor) -> Tensor:
-        """(B,): how far a (B, 11) patient is outside those that were fitted, in widths of a range.
+        """(B,): how far a (B, C) patient is outside those that were fitted, in widths of a range.
 
         The sum over the features.
         """
@@ -363,7 +225,7 @@ class Stage1Ensemble(nn.Module):
 
 
 def _outcomes(columns: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Outcomes:
-    """Outcomes of (B, 6) columns, in the batch shape that was asked for."""
+    """Outcomes of (B, outcomes) columns, in the given batch shape."""
     return Outcomes(*(column.reshape(shape).to(dtype) for column in columns.unbind(-1)))
 
 
@@ -412,8 +274,7 @@ def read_stage1(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the reader raises of a damaged or malicious file
-        first_line = str(error).partition("\n")[0]
-        raise fail(f"it cannot be read: {type(error).__name__}: {first_line}") from error
+        raise fail(f"it cannot be read: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         raise fail(f"its format is {found!r}; expected {FORMAT!r}, as train/fit_stage1.py writes")
@@ -430,8 +291,8 @@ def read_stage1(path: str | os.PathLike[str]) -> dict[str, Any]:
                 for i, (a, b) in enumerate(zip(there, here, strict=False))
                 if a != b
             ]
-            told = differing[0] if differing else f"there are {len(there)}, here {len(here)}"
-            raise fail(f"{key} differ from this version's: {told}; fit it again")
+            first = differing[0] if differing else f"there are {len(there)}, here {len(here)}"
+            raise fail(f"{key} differ from this version's: {first}; fit it again")
     return saved
 
 
@@ -473,10 +334,9 @@ def load_stage1(
         if broken:
             raise ValueError(f"{broken[0]} is not finite")
     except Exception as error:  # whatever a file of the right format can lack
-        first_line = str(error).partition("\n")[0]
         raise Stage1Error(
             f"Stage-1 checkpoint {os.fspath(path)}: it does not fit: "
-            f"{type(error).__name__}: {first_line}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
     return Stage1Ensemble(
         network,

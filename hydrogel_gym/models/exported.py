@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from hydrogel_gym.errors import first_line
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, PATIENT_FIELDS, Outcomes, flat_designs
 
 INPUTS = ("patient", "polymer_id", "formulation", "coverage")
@@ -151,7 +152,7 @@ def _rebuild(archive: bytes, device: torch.device) -> ExportedModel:
 
 
 def load_program(path: str | os.PathLike[str]) -> ExportedModel:
-    """Load a `.pt2` file without running any code that it may hold.
+    """Load a `.pt2` file without running any code that it may contain.
 
     Args:
         path: file of `torch.export.save`. The program takes patient (B, C) float32, polymer_id
@@ -160,7 +161,7 @@ def load_program(path: str | os.PathLike[str]) -> ExportedModel:
             that order. (A NamedTuple is saved by torch only if registered by a private function.)
 
     Raises:
-        ProgramError: the file is missing, not a program, not such a program, or holds something
+        ProgramError: the file is missing, not a program, not such a program, or contains something
             that could run code.
     """
     name = f"reward_model {os.fspath(path)!r}"
@@ -173,9 +174,8 @@ def load_program(path: str | os.PathLike[str]) -> ExportedModel:
     except ProgramError as error:
         raise ProgramError(f"{name} {error}") from error
     except Exception as error:  # whatever torch raises at a file that is damaged
-        reason = str(error).strip().partition("\n")[0]
         raise ProgramError(
-            f"{name} cannot be loaded: {type(error).__name__}: {reason}; "
+            f"{name} cannot be loaded: {type(error).__name__}: {first_line(error)}; "
             "expected a program saved by torch.export.save"
         ) from error
 
@@ -184,7 +184,7 @@ def _checked_archive(path: str | os.PathLike[str]) -> bytes:
     """Archive of one program of which nothing is evaluated, imported or unpickled.
 
     Raises:
-        ProgramError: says what stands in the way, without the path.
+        ProgramError: names what stands in the way, without the path.
     """
     with open(path, "rb") as file:
         content = file.read()
@@ -206,9 +206,9 @@ def _checked_archive(path: str | os.PathLike[str]) -> bytes:
         )
     for name in members:
         if name.startswith("data/aotinductor/"):
-            raise ProgramError(f"holds compiled code ({name}); {_EXPORT_PLAIN}")
+            raise ProgramError(f"contains compiled code ({name}); {_EXPORT_PLAIN}")
         if name in ("data/weights/model.pt", "data/constants/model.pt"):
-            raise ProgramError(f"holds a pickle ({name}); {_EXPORT_PLAIN}")
+            raise ProgramError(f"contains a pickle ({name}); {_EXPORT_PLAIN}")
 
     checked = {name: members[name] for name in needed[:3]}
     checked["archive_format"] = b"pt2"
@@ -220,7 +220,7 @@ def _checked_archive(path: str | os.PathLike[str]) -> bytes:
         for key, entry in config["config"].items():
             file = entry["path_name"]
             if entry["use_pickle"] is not False or not numbers.fullmatch(file):
-                raise ProgramError(f"holds a pickle ({file}, of {key}); {_EXPORT_PLAIN}")
+                raise ProgramError(f"contains a pickle ({file}, of {key}); {_EXPORT_PLAIN}")
             checked[f"data/{folder}/{file}"] = members[f"data/{folder}/{file}"]
         checked[name] = json.dumps(config).encode()
 
@@ -245,7 +245,7 @@ def _checked_program(text: bytes) -> bytes:
     for guard in program.pop("guards_code", ()):
         if not _SAME_LENGTH.fullmatch(guard):
             raise ProgramError(
-                f"only holds for some batches, where {guard!r}; expected a program that takes "
+                f"only works for some batches, where {guard!r}; expected a program that takes "
                 "any batch size"
             )
     program["guards_code"] = []
@@ -255,10 +255,10 @@ def _checked_program(text: bytes) -> bytes:
 
 
 def _check_strings(value: Any, key: str = "") -> None:
-    """Hold every string to its pattern; put tensors on the CPU and drop metadata, in place."""
+    """Compare every string with its pattern; put tensors on the CPU and drop metadata, in place."""
     if isinstance(value, str):
         if not _PATTERNS.get(key, _PLAIN).fullmatch(value):
-            raise ProgramError(f"holds {key or 'the name'} {value[:80]!r}; {_EXPORT_PLAIN}")
+            raise ProgramError(f"contains {key or 'the name'} {value[:80]!r}; {_EXPORT_PLAIN}")
     elif isinstance(value, list):
         for entry in value:
             _check_strings(entry, key)

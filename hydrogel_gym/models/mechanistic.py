@@ -80,12 +80,12 @@ class MechanisticParams:
     """Every constant of the model; vary them for a sensitivity analysis.
 
     Names end in the unit; `_ln` is a difference of natural logarithms, `_pp` percentage points of
-    LVEF. The rest are dimensionless. A comment line holds for the constants below it, as far as
+    LVEF. The rest are dimensionless. A comment line is about the constants below it, as far as
     the next blank line; a comment at the end of a line for that constant. `names_graded("D")`
     lists the assumptions.
     """
 
-    # Feasibility: how far outside its window a polymer is asked to be; tolerance of one width.
+    # Feasibility: how far outside its window a polymer is requested; tolerance of one width.
     stiffness_mismatch_width_ln: float = graded("D", 0.6)
     half_life_mismatch_width_ln: float = graded("D", 0.8)
     conductivity_mismatch_width_s_per_m: float = graded("D", 0.5)

@@ -116,7 +116,7 @@ def best_designs(
             rows = slice(start, start + at_once)
             one, other = (search(patients[rows], model, config, 2 * seed + k) for k in (0, 1))
             ids = cohort.patient_ids[rows]
-            scores = [_judge(ids, patients[rows], x, model, config)[0] for x in (one, other)]
+            scores = [_score(ids, patients[rows], x, model, config)[0] for x in (one, other)]
             gap = (scores[0] - scores[1]).abs()
             chunks.append((_better(one, other, scores[0] >= scores[1]), gap))
             bar.update(len(ids))
@@ -180,7 +180,7 @@ def _better(one: Design, other: Design, one_is_better: Tensor) -> Design:
 
 
 @torch.no_grad()
-def _judge(
+def _score(
     patient_ids: tuple[str, ...],
     patients: Tensor,
     design: Design,
@@ -215,7 +215,7 @@ def _result(
     config: RewardConfig,
 ) -> BestDesigns:
     design = Design(*(part.to(patients.device) for part in design))
-    score, outcomes = _judge(cohort.patient_ids, patients, design, model, config)
+    score, outcomes = _score(cohort.patient_ids, patients, design, model, config)
     return BestDesigns(
         cohort.patient_ids,
         Design(*(part.cpu() for part in design)),

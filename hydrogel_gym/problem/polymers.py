@@ -17,8 +17,10 @@ import io
 import math
 from dataclasses import dataclass
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from os import PathLike, fspath
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -117,61 +119,16 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
             allowed.
     """
     resource = files("hydrogel_gym") / "polymers.csv" if path is None else Path(fspath(path))
-    # Line ends as they are: what to make of them is the reader's to say.
-    reader = csv.DictReader(io.StringIO(resource.read_bytes().decode("utf-8-sig"), newline=""))
-    missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
-    rows = list(reader)
-    if missing:
-        raise ValueError(f"{resource}: columns {missing} are missing")
-    if path is not None and len(rows) != NUM_POLYMERS:
-        raise ValueError(f"{resource}: {len(rows)} rows; expected {NUM_POLYMERS}, one per polymer")
-
-    def fail(row: int, column: str, allowed: str) -> ValueError:
-        return ValueError(
-            f"{resource}, row {row}, column {column}: value {rows[row][column]!r}; "
-            f"allowed: {allowed}"
+    table = _Cells(str(resource), _rows(resource))
+    if path is not None and len(table.rows) != NUM_POLYMERS:
+        raise ValueError(
+            f"{resource}: {len(table.rows)} rows; expected {NUM_POLYMERS}, one per polymer"
         )
-
-    def number(row: int, column: str) -> float:
-        try:
-            value = float(rows[row][column])
-        except (TypeError, ValueError):  # TypeError: a row with too few cells
-            value = math.nan
-        if not (math.isfinite(value) and value >= 0.0):
-            raise fail(row, column, "a finite number, at least 0")
-        return value
-
-    def window(row: int, field: str) -> list[float]:
-        low, high = WINDOWS[field]
-        ends = [number(row, low), number(row, high)]
-        if ends[0] > ends[1]:
-            raise fail(row, high, f"at least {low}, {ends[0]:g}")
-        if field in _POSITIVE_WINDOWS and ends[0] == 0.0:
-            raise fail(row, low, "a number above 0")
-        return ends
-
-    def index_value(row: int, column: str) -> float:
-        if column != "filler_mid_dose_s_per_m":
-            return number(row, column)
-        if number(row, "filler_toxicity") == 0.0 and not rows[row][column]:
-            return 1.0  # divides the dose, then is multiplied by zero: any number but 0 will do
-        value = number(row, column)
-        if value == 0.0:
-            raise fail(row, column, "a number above 0")
-        return value
-
-    every_row = range(len(rows))
-    for row in every_row:
-        if rows[row]["polymer_id"] != str(row):
-            raise fail(row, "polymer_id", f"the row number, {row}")
-        if rows[row]["name"] in [earlier["name"] for earlier in rows[:row]]:
-            raise fail(row, "name", "a name that no other row has")
-        for column in _TEXT_COLUMNS:
-            if not rows[row][column]:
-                raise fail(row, column, "a text that is not empty")
+    table.check_texts()
+    every_row = range(len(table.rows))
 
     def texts(column: str) -> tuple[str, ...]:
-        return tuple(row[column] for row in rows)
+        return tuple(row[column] for row in table.rows)
 
     def floats(values: list[float] | list[list[float]]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device="cpu")
@@ -182,9 +139,79 @@ def load_polymers(path: str | PathLike[str] | None = None) -> PolymerTable:
         smiles=texts("smiles"),
         sources=texts("source"),
         confidences=texts("confidence"),
-        **{field: floats([window(row, field) for row in every_row]) for field in WINDOWS},
-        **{field: floats([index_value(row, field) for row in every_row]) for field in _INDICES},
+        **{field: floats([table.window(row, field) for row in every_row]) for field in WINDOWS},
+        **{
+            field: floats([table.index_value(row, field) for row in every_row])
+            for field in _INDICES
+        },
     )
+
+
+def _rows(resource: Traversable) -> list[dict[str, str]]:
+    """Rows of a table, which must have every column."""
+    # Line ends as they are: what to make of them is for the reader to decide.
+    reader = csv.DictReader(io.StringIO(resource.read_bytes().decode("utf-8-sig"), newline=""))
+    missing = [column for column in _COLUMNS if column not in (reader.fieldnames or ())]
+    rows = list(reader)
+    if missing:
+        raise ValueError(f"{resource}: columns {missing} are missing")
+    return rows
+
+
+class _Cells(NamedTuple):
+    """The cells of a table, read one by one; what is not allowed is a ValueError that names it."""
+
+    name: str
+    rows: list[dict[str, str]]
+
+    def fault(self, row: int, column: str, allowed: str) -> ValueError:
+        """What to raise of a cell."""
+        return ValueError(
+            f"{self.name}, row {row}, column {column}: value {self.rows[row][column]!r}; "
+            f"allowed: {allowed}"
+        )
+
+    def check_texts(self) -> None:
+        """Raise unless the rows are numbered, their names differ and no text is empty."""
+        for row, cells in enumerate(self.rows):
+            if cells["polymer_id"] != str(row):
+                raise self.fault(row, "polymer_id", f"the row number, {row}")
+            if cells["name"] in [earlier["name"] for earlier in self.rows[:row]]:
+                raise self.fault(row, "name", "a name that no other row has")
+            for column in _TEXT_COLUMNS:
+                if not cells[column]:
+                    raise self.fault(row, column, "a text that is not empty")
+
+    def number(self, row: int, column: str) -> float:
+        """A finite number, at least 0."""
+        try:
+            value = float(self.rows[row][column])
+        except (TypeError, ValueError):  # TypeError: a row with too few cells
+            value = math.nan
+        if not (math.isfinite(value) and value >= 0.0):
+            raise self.fault(row, column, "a finite number, at least 0")
+        return value
+
+    def window(self, row: int, field: str) -> list[float]:
+        """Lower and upper end of what a polymer can be made with."""
+        low, high = WINDOWS[field]
+        ends = [self.number(row, low), self.number(row, high)]
+        if ends[0] > ends[1]:
+            raise self.fault(row, high, f"at least {low}, {ends[0]:g}")
+        if field in _POSITIVE_WINDOWS and ends[0] == 0.0:
+            raise self.fault(row, low, "a number above 0")
+        return ends
+
+    def index_value(self, row: int, column: str) -> float:
+        """One of `_INDICES`."""
+        if column != "filler_mid_dose_s_per_m":
+            return self.number(row, column)
+        if self.number(row, "filler_toxicity") == 0.0 and not self.rows[row][column]:
+            return 1.0  # divides the dose, then is multiplied by zero: any number but 0 will do
+        value = self.number(row, column)
+        if value == 0.0:
+            raise self.fault(row, column, "a number above 0")
+        return value
 
 
 NUM_POLYMERS = len(load_polymers())
