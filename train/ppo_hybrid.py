@@ -11,9 +11,8 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
     python train/evaluate.py runs/quick-s1                                     # a saved policy
 
-What any run needs beside the algorithm (options, devices, ranks, the run directory, checkpoints,
-metrics, logs, evaluation) is in `hydrogel_gym.runs`. Figures of *the source* are those of the
-HYDRA-BERT Stage-2 document, whose faults that are mended here the documentation lists.
+What any run needs besides (options, ranks, run directory, checkpoints, logs, evaluation) is in
+`hydrogel_gym.runs`. *The source* is the HYDRA-BERT Stage-2 document, faults of which are mended.
 """
 
 from __future__ import annotations
@@ -34,42 +33,21 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
 import hydrogel_gym
+from hydrogel_gym import runs
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.problem.fields import PATIENT_FIELDS, Outcomes
 from hydrogel_gym.problem.reward import compute_reward
-from hydrogel_gym.runs.checkpoints import Learner
-from hydrogel_gym.runs.command_line import check_ranges, run_process, run_script
-from hydrogel_gym.runs.compiled import (
-    CompiledStep,
-    compile_function,
-    compiled_or_plain,
-    flatten_weights,
-)
-from hydrogel_gym.runs.devices import Precision, check_rollout_memory
-from hydrogel_gym.runs.environments import at_step, make_envs, observation_statistics
-from hydrogel_gym.runs.metrics import INFOS
-from hydrogel_gym.runs.options import ProblemOptions, RunOptions, check_options, check_shares
-from hydrogel_gym.runs.presets import read_run_options
-from hydrogel_gym.runs.ranks import (
-    ALONE,
-    World,
-    average_gradients,
-    averaging,
-    world_from_environment,
-)
-from hydrogel_gym.runs.run import print_summary, start_run
 
 Preset = Literal["source", "quick", "full"]
 Policy = Literal["factored", "autoregressive"]
 
 
 @dataclass
-class Args(RunOptions, ProblemOptions):
+class Args(runs.RunOptions, runs.ProblemOptions):
     """Train a hybrid-action PPO policy on HydrogelDesign-v0."""
 
     preset: Preset = "source"
-    """starting values of all other flags: the source's table, a run of half a minute, or the
-    best policy that a few minutes give"""
+    """start of all other flags: the source's table, half a minute, or the best in a few minutes"""
 
     # Learned reward
     limit_margin: float = 0.01
@@ -87,8 +65,7 @@ class Args(RunOptions, ProblemOptions):
     num_iterations: int = 200
     """rollouts, each followed by its updates"""
     num_envs: int = 2000
-    """parallel environments, over all ranks; environment i treats patient i modulo the size of the
-    cohort"""
+    """parallel environments, over all ranks"""
     num_steps: int = 100
     """steps per environment and iteration"""
     minibatch_size: int = 2000
@@ -122,36 +99,21 @@ class Args(RunOptions, ProblemOptions):
         samples = self.num_iterations * self.num_steps * self.num_envs
         return samples * self.num_epochs // self.minibatch_size
 
+    @property
+    def is_stricter(self) -> bool:
+        """Whether the learned reward is another than the environment's."""
+        return (self.limit_margin, self.penalty_scale) != (0.0, 1.0)
 
+
+# Short rollouts, so that what was learnt is tried at once: `benchmark/learning_quality.py`.
+SHORT = dict(minibatch_size=1000, num_epochs=4, learning_rate=2e-3, vf_coef=2.0)
 PRESETS: dict[Preset, dict[str, Any]] = {
-    # Args itself holds the source's numbers; its network has independent heads.
+    # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
-    # Short rollouts, so that what was learnt is tried at once: `benchmark/learning_quality.py`.
-    "quick": dict(
-        num_iterations=100,
-        num_steps=2,
-        minibatch_size=1000,
-        num_epochs=4,
-        learning_rate=2e-3,
-        vf_coef=2.0,
-    ),
-    "full": dict(
-        num_iterations=200,
-        num_steps=5,
-        minibatch_size=1000,
-        num_epochs=4,
-        learning_rate=2e-3,
-        vf_coef=2.0,
-    ),
+    "quick": SHORT | dict(num_iterations=100, num_steps=2),
+    "full": SHORT | dict(num_iterations=200, num_steps=5),
 }
 
-REMOVED_FLAGS = {
-    "--evaluate": "use python train/evaluate.py POLICY",
-    "--true-reward-model": "use python train/evaluate.py POLICY --reward-model MODEL",
-    "--wandb-project": "set $WANDB_PROJECT",
-    "--wandb-entity": "set $WANDB_ENTITY",
-    "--reward-precision": "the reward model computes in float32",
-}
 ADAM_EPS = 1e-5
 # Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
 LOG_STD_RANGE = (-6.0, 1.0)
@@ -218,7 +180,7 @@ class Head(nn.Module):
         return take(out.unflatten(-1, (self.num_contexts, -1)), context)
 
 
-# Nodes and weights for the mean of a function of a standard normal variable.
+# Gauss-Hermite nodes and weights: the mean of a function of a standard normal, without noise.
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(8)
 
 
@@ -243,10 +205,7 @@ class SquashedNormal(NamedTuple):
         return self.mean
 
     def sample(self, normal: Tensor, temperature: float = 1.0) -> Tensor:
-        """(B, d) sample before tanh, from (B, d) standard normal numbers.
-
-        A normal density to the power 1 / T is one of T times the variance.
-        """
+        """(B, d) sample before tanh of the density to the power 1 / T, from standard normals."""
         return self.mean + self.log_std.exp() * math.sqrt(temperature) * normal
 
     def logprob(self, u: Tensor) -> Tensor:
@@ -256,11 +215,7 @@ class SquashedNormal(NamedTuple):
         return (normal - log_tanh_jacobian(u)).sum(-1)
 
     def entropy(self) -> Tensor:
-        """(B,) entropy.
-
-        The normal part is exact; the mean log-Jacobian has no closed form and is estimated by
-        Gauss-Hermite quadrature, which has no sampling noise.
-        """
+        """(B,) entropy: that of the normal, and the mean log-Jacobian by quadrature."""
         u = self.mean.unsqueeze(-1) + self.log_std.exp().unsqueeze(-1) * self.nodes[0]
         jacobian = (log_tanh_jacobian(u) * self.nodes[1]).sum(-1)
         return (self.log_std + 0.5 * math.log(2.0 * math.pi * math.e) + jacobian).sum(-1)
@@ -278,19 +233,8 @@ class Agent(nn.Module):
     The continuous head is a Gaussian squashed by tanh onto the formulation's box. With
     autoregressive heads, coverage and formulation have a block of outputs for each polymer.
     Observations are normalised by fixed buffers, and the critic works in units of the return's
-    standard deviation; both are saved with the weights.
-
-    Args:
-        obs_dim: width of the observation.
-        num_polymers: categories of the polymer head.
-        num_coverages: categories of the coverage head.
-        formulation_low: lower bounds of the formulation, physical units.
-        formulation_high: upper bounds.
-        policy: `"factored"` or `"autoregressive"`.
-        state_std: let the Gaussian's spread depend on the state.
-        hidden_dim: width of the trunk.
-        precision: `"bf16"` does the two large matrix products in bfloat16, `"fp64"` everything in
-            float64.
+    standard deviation; both are saved with the weights. Bounds of the formulation are in physical
+    units; `policy`, `state_std`, `hidden_dim` and `precision` are those of `Args`.
     """
 
     def __init__(
@@ -304,7 +248,7 @@ class Agent(nn.Module):
         policy: Policy,
         state_std: bool,
         hidden_dim: int,
-        precision: Precision = "fp32",
+        precision: runs.Precision = "fp32",
     ) -> None:
         super().__init__()
         self.state_std = state_std
@@ -366,59 +310,37 @@ class Agent(nn.Module):
         return self.return_mean + self.return_std * self.critic(hidden).squeeze(-1)
 
     def forward(
-        self,
-        obs: Tensor,
-        action: HybridAction | None = None,
-        *,
-        noise: Noise | None = None,
+        self, obs: Tensor, action: HybridAction | None = None, *, noise: Noise | None = None
     ) -> PolicyOutput:
-        """Choose an action, or evaluate a given one.
+        """Evaluate an action for (B, obs_dim) observations, or choose one.
 
-        Args:
-            obs: (B, obs_dim), physical units.
-            action: to evaluate; None chooses one.
-            noise: what to sample from; None chooses the most probable categories and the median
-                formulation.
+        Chosen are, without `noise`, the most probable categories and the median formulation.
         """
         pick_polymer, pick_coverage = noise.uniform.unbind(-1) if noise else (None, None)
         polymer_in, formulation_in, coverage_in, value_in = self.head_inputs(obs)
         polymer_logp = self.polymer_head(polymer_in).log_softmax(-1)
-        if action is None:
-            polymer_id = choose(polymer_logp, pick_polymer)
-        else:
-            polymer_id = action.polymer_id
+        polymer_id = choose(polymer_logp, pick_polymer) if action is None else action.polymer_id
         coverage_logp = self.coverage_head(coverage_in, polymer_id).log_softmax(-1)
-        if action is None:
-            coverage = choose(coverage_logp, pick_coverage)
-        else:
-            coverage = action.coverage
+        coverage = choose(coverage_logp, pick_coverage) if action is None else action.coverage
         formulation = self.formulation_distribution(formulation_in, polymer_id, coverage)
         if action is None:
             presquash = formulation.sample(noise.normal) if noise else formulation.median()
             action = HybridAction(polymer_id, presquash, coverage)
-        logprob = (
-            take(polymer_logp, action.polymer_id)
-            + take(coverage_logp, action.coverage)
-            + formulation.logprob(action.presquash)
-        )
+        logprob = take(polymer_logp, action.polymer_id) + take(coverage_logp, action.coverage)
+        logprob = logprob + formulation.logprob(action.presquash)
         # With autoregressive heads the conditional entropies at the sampled categories are an
         # unbiased estimate of their mean over categories.
-        entropy = (
-            categorical_entropy(polymer_logp)
-            + categorical_entropy(coverage_logp)
-            + formulation.entropy()
-        )
+        entropy = categorical_entropy(polymer_logp) + categorical_entropy(coverage_logp)
+        entropy = entropy + formulation.entropy()
         return PolicyOutput(action, logprob, entropy, self._value(value_in))
 
     def formulation_distribution(
         self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
     ) -> SquashedNormal:
-        """Distribution of the formulation.
+        """Distribution of the formulation, given the (B, 128) pre-activation of its head.
 
-        Args:
-            hidden: (B, 128) pre-activation of the head.
-            polymer_id: (B,); factored heads do not look at it.
-            coverage: (B,); no head looks at it, for a block per coverage too was no better.
+        Factored heads do not look at the polymer, and none looks at the coverage, for a block of
+        outputs per coverage too was no better.
         """
         out = self.formulation_head(hidden, polymer_id)
         if self.state_std:
@@ -433,11 +355,8 @@ class Agent(nn.Module):
         share = (action.presquash.tanh() + 1.0) / 2.0
         # lerp is exact at both ends, so that no formulation leaves its box by a rounding error.
         formulation = torch.lerp(self.formulation_low, self.formulation_high, share)
-        return {
-            "polymer_id": action.polymer_id,
-            "formulation": formulation,
-            "coverage": action.coverage,
-        }
+        polymer_id, _, coverage = action
+        return {"polymer_id": polymer_id, "formulation": formulation, "coverage": coverage}
 
     def design(
         self, obs: Tensor, generator: torch.Generator | None = None
@@ -449,19 +368,13 @@ class Agent(nn.Module):
 
 
 def choose(logp: Tensor, uniform: Tensor | None) -> Tensor:
-    """Category of each row of (B, K) log-probabilities, the likeliest without (B,) numbers.
-
-    With them, the category whose share of the cumulative distribution contains the row's number.
-    """
+    """Category of each row of (B, K) log-probabilities: the likeliest, or drawn by `uniform`."""
     if uniform is None:
         return logp.argmax(-1)
     cumulative = logp.exp().cumsum(-1)
     # Times the last entry, which rounding may leave off 1: no number may lie beyond it.
-    return (
-        (cumulative <= uniform.unsqueeze(-1) * cumulative[:, -1:])
-        .sum(-1)
-        .clamp(max=logp.shape[-1] - 1)
-    )
+    is_below = cumulative <= uniform.unsqueeze(-1) * cumulative[:, -1:]
+    return is_below.sum(-1).clamp(max=logp.shape[-1] - 1)
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
@@ -489,18 +402,8 @@ def compute_gae(
     `terminated` stops the bootstrap; `done` (terminated or truncated) stops the trace, since what
     follows belongs to another episode. Returns come from the raw advantages.
 
-    Args:
-        rewards: (T, B).
-        values: (T, B) value of the observation before each step.
-        next_values: (T, B) value of the observation after it: that of the final observation where
-            the episode was truncated.
-        terminated: (T, B) bool.
-        done: (T, B) bool.
-        gamma: discount.
-        gae_lambda: lambda.
-
-    Returns:
-        Advantages and returns, (T, B) each.
+    All are (T, B): `values` are of the observation before each step, `next_values` of that after it
+    (where the episode was truncated, of its last one). Gives advantages and returns.
 
     References:
         [Schulman2016] Schulman et al. High-dimensional continuous control using generalized
@@ -533,11 +436,6 @@ class Batch(NamedTuple):
         action = HybridAction(*(part[index] for part in action))
         return Batch(obs[index], action, *(part[index] for part in rest))
 
-    @property
-    def num_samples(self) -> int:
-        """T * B."""
-        return self.logprob.shape[0]
-
 
 def normalize_advantage(advantage: Tensor) -> Tensor:
     """(K, M) advantages of K minibatches, each with mean 0 and standard deviation 1."""
@@ -546,62 +444,41 @@ def normalize_advantage(advantage: Tensor) -> Tensor:
 
 
 def ppo_loss(
-    output: PolicyOutput,
-    batch: Batch,
-    *,
-    clip_coef: float,
-    vf_coef: float,
-    ent_coef: float,
-    return_std: Tensor | float = 1.0,
-    clip_vloss: bool = False,
+    output: PolicyOutput, batch: Batch, args: Args, return_std: Tensor | float = 1.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss with value loss and entropy bonus [Schulman2017], and its parts.
 
     Only the policy's part takes the advantages, which are normalised per minibatch. The value loss
-    is the mean squared error in units of `return_std`.
-
-    Args:
-        output: what the current policy makes of the batch's actions.
-        batch: M samples with normalised advantages.
-        clip_coef: clipping range of the ratio (and, with `clip_vloss`, of the scaled value).
-        vf_coef: weight of the value loss.
-        ent_coef: weight of the entropy.
-        return_std: scale of the returns.
-        clip_vloss: take the larger of the plain and the clipped squared error.
+    is the mean squared error in units of `return_std`; with `args.clip_vloss` the larger of the
+    plain and the clipped squared error. `output` is what the policy now makes of the actions.
 
     References:
         [Schulman2017] Schulman et al. Proximal policy optimization algorithms. arXiv:1707.06347.
     """
     logratio = output.logprob - batch.logprob
     ratio = logratio.exp()
-    clipped = ratio.clamp(1.0 - clip_coef, 1.0 + clip_coef)
+    clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = -torch.minimum(batch.advantage * ratio, batch.advantage * clipped).mean()
 
     error = (output.value - batch.returns) / return_std
     squared_error = error.square()
-    if clip_vloss:
-        change = ((output.value - batch.value) / return_std).clamp(-clip_coef, clip_coef)
+    if args.clip_vloss:
+        change = ((output.value - batch.value) / return_std).clamp(-args.clip_coef, args.clip_coef)
         clipped_error = (batch.value - batch.returns) / return_std + change
         squared_error = torch.maximum(squared_error, clipped_error.square())
     value_loss = squared_error.mean()
 
     entropy = output.entropy.mean()
-    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     with torch.no_grad():
         approx_kl = (ratio - 1.0 - logratio).mean()  # the k3 estimator
-        clipfrac = ((ratio - 1.0).abs() > clip_coef).to(ratio.dtype).mean()
-    return loss, {
-        "policy_loss": policy_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.detach(),
-        "approx_kl": approx_kl,
-        "clipfrac": clipfrac,
-    }
+        clipfrac = ((ratio - 1.0).abs() > args.clip_coef).to(ratio.dtype).mean()
+    parts = {"policy_loss": policy_loss, "value_loss": value_loss, "entropy": entropy}
+    parts |= {"approx_kl": approx_kl, "clipfrac": clipfrac}
+    return loss, {name: part.detach() for name, part in parts.items()}
 
 
-def act(
-    agent: Agent, obs: Tensor, noise: Noise
-) -> tuple[HybridAction, Tensor, Tensor, dict[str, Tensor]]:
+def act(agent: Agent, obs: Tensor, noise: Noise) -> tuple[HybridAction, Tensor, Tensor, dict]:
     """Sample an action; returns it, its log-probability, the state's value, and its design."""
     output = agent(obs, noise=noise)
     return output.action, output.logprob, output.value, agent.to_env(output.action)
@@ -615,13 +492,12 @@ def rollout(
     args: Args,
     generator: torch.Generator,
     act: Callable[..., Any] = act,
-    world: World = ALONE,
+    world: runs.World = runs.ALONE,
 ) -> tuple[Tensor, Batch, dict[str, Tensor]]:
     """Take `num_steps` steps in every environment.
 
-    Returns:
-        The observation to go on from, of this rank's environments; of those of all ranks the
-        flattened batch, and (T, B) tensors of the steps' rewards and infos.
+    Returns the observation to go on from, of this rank's environments; of those of all ranks the
+    flattened batch, and (T, B) tensors of the steps' rewards and infos.
     """
     # Our environments never truncate from inside. Of others it is not known, and asking the data
     # would be a read on the host: the value of every final observation is computed.
@@ -637,7 +513,8 @@ def rollout(
         next_obs, reward, terminated, truncated, info = envs.step(design)
         step = {"obs": obs, **action._asdict(), "logprob": logprob, "value": value}
         step |= {"reward": reward.to(value.dtype), "terminated": terminated}
-        step |= {"done": terminated | truncated, **{name: at_step(info, name) for name in INFOS}}
+        step |= {"done": terminated | truncated}
+        step |= {name: runs.at_step(info, name) for name in runs.INFOS}
         steps.append(step | ({"final_obs": info["final_obs"]} if may_truncate else {}))
         obs = next_obs
     data = {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
@@ -647,18 +524,13 @@ def rollout(
     if may_truncate:
         final_values = agent.value(data["final_obs"].flatten(0, 1)).view_as(next_values)
         next_values = torch.where(data["done"] & ~data["terminated"], final_values, next_values)
+    rewards, ends = learned_reward(data, envs, args), (data["terminated"], data["done"])
     advantages, returns = compute_gae(
-        learned_reward(data, envs, args),
-        data["value"],
-        next_values,
-        data["terminated"],
-        data["done"],
-        args.gamma,
-        args.gae_lambda,
+        rewards, data["value"], next_values, *ends, args.gamma, args.gae_lambda
     )
     action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
     batch = Batch(data["obs"], action, data["logprob"], advantages, returns, data["value"])
-    infos = {name: data[name] for name in ("reward", *INFOS)}
+    infos = {name: data[name] for name in ("reward", *runs.INFOS)}
     batch, infos = tree_map(lambda part: world.gather(part, dim=1), (batch, infos))
     return obs, tree_map(lambda part: part.flatten(0, 1), batch), infos
 
@@ -670,7 +542,7 @@ def learned_reward(data: dict[str, Tensor], envs: gym.vector.VectorEnv, args: Ar
     that is right on average breaks the limit for half of the patients who are best served close to
     it. Larger penalties from tighter limits move neither: the best designs break no limit.
     """
-    if args.limit_margin == 0.0 and args.penalty_scale == 1.0:
+    if not args.is_stricter:
         return data["reward"]
     params = envs.unwrapped.problem.params
     strict = params.reward_config.stricter(args.limit_margin, args.penalty_scale)
@@ -691,37 +563,18 @@ def gradient_step(
 ) -> dict[str, Tensor]:
     """One step of the optimiser; returns the parts of the loss and the norm of the gradient.
 
-    Args:
-        agent: the policy, updated in place.
-        optimizer: of its weights.
-        args: for the loss.
-        minibatch: this rank's share of it.
-        average: the mean of a vector over the ranks, if there are several.
+    With several ranks, `minibatch` is the share of this one, and `average` the mean over them.
     """
-    loss, parts = minibatch_loss(agent, args, agent, minibatch)
+    output = agent(minibatch.obs, minibatch.action)
+    loss, parts = ppo_loss(output, minibatch, args, agent.return_std)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     weights = optimizer.param_groups[0]["params"]
     if average is not None:
-        average_gradients(weights, average)
+        runs.average_gradients(weights, average)
     parts["grad_norm"] = nn.utils.clip_grad_norm_(weights, args.max_grad_norm)
     optimizer.step()
     return parts
-
-
-def minibatch_loss(
-    agent: Agent, args: Args, forward: Callable[..., PolicyOutput], minibatch: Batch
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """`ppo_loss` of a minibatch; `forward` is the agent, or its compiled form."""
-    return ppo_loss(
-        forward(minibatch.obs, minibatch.action),
-        minibatch,
-        clip_coef=args.clip_coef,
-        vf_coef=args.vf_coef,
-        ent_coef=args.ent_coef,
-        return_std=agent.return_std,
-        clip_vloss=args.clip_vloss,
-    )
 
 
 def update(
@@ -729,7 +582,7 @@ def update(
     batch: Batch,
     args: Args,
     generator: torch.Generator,
-    world: World = ALONE,
+    world: runs.World = runs.ALONE,
 ) -> dict[str, Tensor]:
     """Epochs of minibatch updates; returns the mean of each part of the loss over them.
 
@@ -737,7 +590,7 @@ def update(
     """
     history: list[dict[str, Tensor]] = []
     for _ in range(args.num_epochs):
-        order = torch.randperm(batch.num_samples, generator=generator, device=generator.device)
+        order = torch.randperm(len(batch.logprob), generator=generator, device=generator.device)
         # Minibatches are the same for any number of ranks, and so are their statistics; each rank
         # takes an equal share of every one.
         order = order.view(-1, args.minibatch_size)
@@ -745,7 +598,7 @@ def update(
         advantage = normalize_advantage(batch.advantage[order])[:, share].flatten()
         shuffled = batch.rows(order[:, share].flatten())._replace(advantage=advantage)
         rows = args.minibatch_size // world.size
-        for start in range(0, shuffled.num_samples, rows):
+        for start in range(0, len(shuffled.logprob), rows):
             history.append(step(shuffled.rows(slice(start, start + rows))))
         if args.target_kl is not None:
             # On every rank, or one would go on and wait for the others for ever.
@@ -765,15 +618,16 @@ def learning_rate_at(iteration: int, args: Args) -> float:
 
 
 def make_learner(
-    args: Args, cohort: hydrogel_gym.Cohort, device: torch.device, world: World, compile: bool
-) -> tuple[Learner, Callable[..., Any], Callable[..., dict[str, Tensor]]]:
-    """A learner with initial weights, how it acts and how it takes a gradient step.
-
-    Raises:
-        CompileError: with `compile`, compiling is not possible here.
-    """
-    make = functools.partial(make_envs, args, cohort, device, dtype=args.dtype)
+    args: Args, cohort: hydrogel_gym.Cohort, device: torch.device, world: runs.World, compile: bool
+) -> tuple[runs.Learner, Callable[..., Any], Callable[..., dict[str, Tensor]]]:
+    """A learner with initial weights, how it acts and how it takes a gradient step."""
+    make = functools.partial(runs.make_envs, args, cohort, device, dtype=args.dtype)
     envs = make(num_envs=args.num_envs // world.size, compile=compile)
+    if args.is_stricter and not hasattr(envs.unwrapped, "problem"):
+        raise UsageError(
+            f"--env-id {args.env_id} does not say what its limits are (env.unwrapped.problem); "
+            "pass --limit-margin 0 --penalty-scale 1"
+        )
     torch.manual_seed(args.seed)  # initial weights
     space = envs.single_action_space
     architecture = {
@@ -782,72 +636,69 @@ def make_learner(
         "num_coverages": int(space["coverage"].n),
         "formulation_low": space["formulation"].low.tolist(),
         "formulation_high": space["formulation"].high.tolist(),
-        "policy": args.policy,
-        "state_std": args.state_std,
-        "hidden_dim": args.hidden_dim,
-        "precision": args.precision,
+        **{
+            name: getattr(args, name) for name in ("policy", "state_std", "hidden_dim", "precision")
+        },
     }
     agent = Agent(**architecture).to(device)
     # Of the environments of all ranks, not of this one's patients.
     every = envs if world.size == 1 else make(num_envs=args.num_envs)
-    agent.obs_mean[:], agent.obs_std[:] = observation_statistics(every, args.horizon, args.seed)
-    weights = [flatten_weights(agent)] if compile else list(agent.parameters())
+    statistics = runs.observation_statistics(every, args.horizon, args.seed)
+    agent.obs_mean[:], agent.obs_std[:] = statistics
+    weights = [runs.flatten_weights(agent)] if compile else list(agent.parameters())
     fused = device.type in ("cpu", "cuda")
     optimizer = torch.optim.Adam(weights, eps=ADAM_EPS, fused=fused)
     generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
-    learner = Learner(envs, agent, architecture, optimizer, generator)
+    learner = runs.Learner(envs, agent, architecture, optimizer, generator)
     if compile:
         return learner, *compile_learner(agent, optimizer, args, world)
     return learner, act, functools.partial(gradient_step, agent, optimizer, args)
 
 
 def compile_learner(
-    agent: Agent, optimizer: torch.optim.Optimizer, args: Args, world: World
-) -> tuple[Callable[..., Any], CompiledStep]:
-    """`act` and `gradient_step` as one graph each, run once so that what follows is fast.
+    agent: Agent, optimizer: torch.optim.Optimizer, args: Args, world: runs.World
+) -> tuple[Callable[..., Any], Callable[..., dict[str, Tensor]]]:
+    """`act` and `gradient_step` as one graph each; `runs.compiled` has the machinery."""
 
-    Raises:
-        CompileError: something that compiling needs is missing; says what.
-    """
-    loss = functools.partial(minibatch_loss, agent, args)
-    step = CompiledStep(agent, optimizer, loss, args.max_grad_norm, world)
-    device = agent.obs_mean.device
-    fast_act = compile_function(functools.partial(act, agent), device)
-    rows, num_envs = args.minibatch_size // world.size, args.num_envs // world.size
+    def loss(forward: Callable[..., Any], minibatch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        output = forward(minibatch.obs, minibatch.action)
+        return ppo_loss(output, minibatch, args, agent.return_std)
+
+    # An example of the inputs of each, by which they are compiled.
+    device, num_envs = agent.obs_mean.device, args.num_envs // world.size
+    rows = args.minibatch_size // world.size
     obs = agent.obs_mean.expand(max(rows, num_envs), -1).contiguous()
     generator = torch.Generator(device).manual_seed(0)
     noise = draw_noise(len(obs), dim=agent.formulation_dim, generator=generator)
     with torch.no_grad():
-        fast_act(obs[:num_envs], noise.rows(slice(num_envs)))
         action, logprob, value, _ = act(agent, obs[:rows], noise.rows(slice(rows)))
-    step.warm_up(Batch(obs[:rows], action, logprob, value, value, value))
-    return lambda _, obs, noise: fast_act(obs, noise), step
+    act_inputs = (obs[:num_envs], noise.rows(slice(num_envs)))
+    minibatch = Batch(obs[:rows], action, logprob, value, value, value)
+    examples = {"act_inputs": act_inputs, "minibatch": minibatch}
+    return runs.compile_training(agent, optimizer, act, loss, args.max_grad_norm, world, **examples)
 
 
 def train(args: Args) -> dict[str, Any]:
-    """Train a policy and write its run directory.
-
-    Returns:
-        The content of `summary.json`; on ranks other than 0 only whether it was interrupted.
+    """Train a policy and write its run directory; returns the content of `summary.json`.
 
     Raises:
         UsageError: the request cannot be carried out; raised before training.
         FloatingPointError: the loss stopped being a number; the run so far is on disk.
         OSError: the run could not be saved; says from where it can go on.
     """
-    world = world_from_environment()
+    world = runs.world_from_environment()
     check_args(args, world)
     labels = {"preset": args.preset, "policy": args.policy}
-    with start_run(args, world, labels, args.num_iterations, args.num_steps) as run:
+    with runs.start_run(args, world, labels, args.num_iterations, args.num_steps) as run:
         world, device = run.world, run.device
-        check_rollout_memory(args.num_envs, args.num_steps, device, world)
+        runs.check_rollout_memory(args.num_envs, args.num_steps, device, world)
         make = functools.partial(make_learner, args, run.cohorts["train"], device, world)
-        (learner, act, step), compile_seconds = compiled_or_plain(
+        (learner, act, step), compile_seconds = runs.compiled_or_plain(
             make, args.compile, args.num_updates, world, device
         )
         envs, agent, _, optimizer, generator = learner
         obs = run.restore(learner, agent.design, compile_seconds)
-        step = functools.partial(step, average=averaging(list(agent.parameters()), world))
+        step = functools.partial(step, average=runs.averaging(list(agent.parameters()), world))
 
         for iteration in run.iterations():
             obs, batch, infos = rollout(envs, agent, obs, args, generator, act, world)
@@ -864,39 +715,35 @@ def train(args: Args) -> dict[str, Any]:
         return run.finish()
 
 
-def check_args(args: Args, world: World) -> None:
-    """Refuse, before anything is done, what cannot be carried out.
-
-    Raises:
-        UsageError: names the flag, its value and what is allowed.
-    """
-    check_options(args)
+def check_args(args: Args, world: runs.World) -> None:
+    """Refuse, before anything is done, what cannot be carried out, as a `UsageError`."""
+    runs.check_options(args)
     if args.policy not in get_args(Policy):
         raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
     sizes = "num_envs num_steps num_iterations num_epochs minibatch_size hidden_dim"
-    check_ranges(
+    runs.check_ranges(
         args,
         (sizes, "1 or more", lambda x: x >= 1),
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
         ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
     )
-    check_shares(args.num_envs, args.num_steps, args.minibatch_size, world.size)
+    runs.check_shares(args.num_envs, args.num_steps, args.minibatch_size, world.size)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
 
     def body() -> int:
-        args = read_run_options(Args, PRESETS, argv, prog="ppo_hybrid.py", removed=REMOVED_FLAGS)
-        return print_summary(train(args))
+        args = runs.read_run_options(Args, PRESETS, argv, prog="ppo_hybrid.py")
+        return runs.print_summary(train(args))
 
-    return run_script(body, out_of_memory="take fewer --num-envs or --num-steps")
+    return runs.run_script(body, out_of_memory="take fewer --num-envs or --num-steps")
 
 
 def command() -> None:
     """Run the command line as a process of its own: `hydrogel-train`."""
-    run_process(main)
+    runs.run_process(main)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Nothing here changes what is computed; a test compares the two.
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from collections.abc import Callable
@@ -91,6 +92,43 @@ def compile_function(function: Callable[..., Any], device: torch.device) -> Call
     options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
     graph = CompiledFunction(function, options=options)
     return Replayed(graph) if device.type == "cuda" else graph
+
+
+def compile_training(
+    agent: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    act: Callable[..., Any],
+    loss: Loss,
+    max_grad_norm: float,
+    world: World,
+    *,
+    act_inputs: tuple[Any, ...],
+    minibatch: Any,
+) -> tuple[Callable[..., Any], CompiledStep]:
+    """Acting and the gradient step as one graph each, run once so that what follows is fast.
+
+    Args:
+        agent: the policy, updated in place.
+        optimizer: of `flatten_weights(agent)` alone.
+        act: of the agent and `act_inputs`.
+        loss: of a minibatch.
+        max_grad_norm: largest norm of the gradient.
+        world: the ranks.
+        act_inputs: an example.
+        minibatch: an example.
+
+    Returns:
+        `act`, and what takes a minibatch and updates the agent.
+
+    Raises:
+        CompileError: something that compiling needs is missing; says what.
+    """
+    step = CompiledStep(agent, optimizer, loss, max_grad_norm, world)
+    fast_act = compile_function(functools.partial(act, agent), step.flat.device)
+    with torch.no_grad():
+        fast_act(*act_inputs)
+    step.warm_up(minibatch)
+    return lambda _, *inputs: fast_act(*inputs), step
 
 
 def flatten_weights(module: nn.Module) -> nn.Parameter:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hydrogel_gym.errors import UsageError
+from hydrogel_gym.errors import UsageError, differences
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.runs.options import plain_config
 from hydrogel_gym.runs.ranks import World
@@ -56,12 +56,6 @@ def surroundings(world: World, compiled: bool) -> dict[str, Any]:
     del libraries["hydrogel_gym"]  # is part of the identity
     threads = torch.get_num_threads()
     return libraries | {"threads": threads, "ranks": world.size, "compiled": compiled}
-
-
-def differences(saved: dict[str, Any], here: dict[str, Any], where: str) -> str:
-    """Fields that differ, as "name: value WHERE, now value"."""
-    names = [name for name in {**saved, **here} if saved.get(name) != here.get(name)]
-    return "; ".join(f"{name}: {saved.get(name)} {where}, now {here.get(name)}" for name in names)
 
 
 def refuse_differences(saved: dict[str, Any] | None, here: dict[str, Any]) -> None:

@@ -16,6 +16,14 @@ from hydrogel_gym.runs.compiled import Compile
 from hydrogel_gym.runs.devices import Precision
 
 BUILT_IN = "mechanistic"
+# Flags of training that earlier versions had, and what replaces each.
+REMOVED_FLAGS = {
+    "--evaluate": "use python train/evaluate.py POLICY",
+    "--true-reward-model": "use python train/evaluate.py POLICY --reward-model MODEL",
+    "--wandb-project": "set $WANDB_PROJECT",
+    "--wandb-entity": "set $WANDB_ENTITY",
+    "--reward-precision": "a reward model computes in float32",
+}
 
 
 @dataclass

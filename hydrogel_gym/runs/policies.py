@@ -77,7 +77,23 @@ def load_policy(
     return agent.to(device), saved
 
 
-def policy_path(given: Path) -> Path:
+def agent_of(
+    checkpoint: dict[str, Any], make: Callable[..., Agent], device: str | torch.device
+) -> Agent:
+    """The policy of a checkpoint's content.
+
+    Raises:
+        UsageError: it is of another version.
+    """
+    try:
+        agent = make(**checkpoint["architecture"])
+        agent.load_state_dict(checkpoint["policy_state_dict"])
+    except (RuntimeError, TypeError, KeyError) as error:
+        raise UsageError(f"the checkpoint is of another version: {first_line(error)}") from error
+    return agent.to(device)
+
+
+def policy_path(given: Path, flag: str = "--policy") -> Path:
     """File of the policy that a run directory contains, or that is given.
 
     Raises:
@@ -86,7 +102,7 @@ def policy_path(given: Path) -> Path:
     path = given / POLICY_FILE if given.is_dir() or not given.suffix else given
     if not path.exists():
         raise UsageError(
-            f"--policy {given}: there is no {path}; `python train/ppo_hybrid.py --preset quick` "
+            f"{flag} {given}: there is no {path}; `python train/ppo_hybrid.py --preset quick` "
             "trains one in a minute"
         )
     return path

@@ -11,7 +11,7 @@ from typing import Any
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.runs.checkpoints import checkpoint_at, unseal
 from hydrogel_gym.runs.command_line import read_command_line, spelled_as_flags
-from hydrogel_gym.runs.options import from_config
+from hydrogel_gym.runs.options import REMOVED_FLAGS, from_config
 
 
 def read_run_options(
@@ -20,7 +20,6 @@ def read_run_options(
     argv: Sequence[str] | None = None,
     *,
     prog: str,
-    removed: Mapping[str, str],
 ) -> Any:
     """Options of the command line, on top of the preset that it names or the run that it resumes.
 
@@ -29,7 +28,6 @@ def read_run_options(
         presets: options by the name of the preset.
         argv: the flags; those of this process by default.
         prog: name of the script.
-        removed: as for `read_command_line`.
 
     Raises:
         UsageError: a flag or a value is unknown, or the run cannot be resumed.
@@ -45,7 +43,7 @@ def read_run_options(
         default = kind(preset=given.preset, **presets[given.preset])
     else:
         default = options_of_checkpoint(kind, Path(given.resume))
-    return read_command_line(kind, argv, prog=prog, default=default, removed=removed)
+    return read_command_line(kind, argv, prog=prog, default=default, removed=REMOVED_FLAGS)
 
 
 def options_of_checkpoint(kind: type, path: Path) -> Any:

@@ -401,14 +401,19 @@ SHOWN = (
 )
 
 
+def print_figures(figures: dict[str, Any], written_to: str) -> None:
+    """Print the figures that matter most."""
+    for name in SHOWN:
+        if figures.get(name) is not None:
+            print(f"{name:>40}  {figures[name]:.3f}")
+    print(f"{'written to':>40}  {written_to}")
+
+
 def print_summary(summary: dict[str, Any]) -> int:
     """Print the figures that matter most; returns the exit code."""
     interrupted = summary.get("interrupted", False)
     if "output_dir" in summary:  # not on ranks other than 0
-        for name in SHOWN:
-            if summary.get(name) is not None:
-                print(f"{name:>40}  {summary[name]:.3f}")
-        print(f"{'written to':>40}  {summary['output_dir']}")
+        print_figures(summary, summary["output_dir"])
         if interrupted:
             print(
                 "interrupted: what was trained so far is saved; --resume auto continues",

@@ -1,0 +1,162 @@
+"""Evaluate a saved policy, or every checkpoint of a run, on any patients and by any reward model.
+
+    python train/evaluate.py runs/quick-s1                                  # on the shipped cohorts
+    python train/evaluate.py runs/quick-s1 --cohort mine.csv
+    python train/evaluate.py runs/quick-s1 --reward-model mechanistic       # another than trained
+    python train/evaluate.py runs/quick-s1 --every-checkpoint
+
+Writes `evaluation-COHORT.json` (with `--reward-model`, `evaluation-COHORT-MODEL.json`) beside the
+policy; with `--every-checkpoint` a CSV with a row for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from hydrogel_gym.train.ppo_hybrid import Agent
+
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
+from hydrogel_gym.runs.command_line import read_command_line, run_process, run_script
+from hydrogel_gym.runs.devices import fast_float32, resolve_device
+from hydrogel_gym.runs.directory import write_csv, write_json
+from hydrogel_gym.runs.evaluation import evaluation_sets, final_figures
+from hydrogel_gym.runs.identity import versions
+from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
+from hydrogel_gym.runs.ranks import world_from_environment
+from hydrogel_gym.runs.run import print_figures
+
+
+@dataclass
+class Args:
+    """Evaluate a saved policy, or every checkpoint of a run."""
+
+    policy: tyro.conf.Positional[Path]
+    """a run directory, or a `stage2_policy.pt`"""
+    every_checkpoint: bool = False
+    """evaluate the checkpoints of the run instead of its policy"""
+    cohort: Path | None = None
+    """evaluate on these patients alone, CSV or Parquet; default the shipped cohorts"""
+    holdout_cohort: Path | None = None
+    """patients to evaluate on besides; default, without --cohort, the shipped hold-out cohort"""
+    reward_model: str | None = None
+    """Stage-1 model to evaluate by, whose oracle is then the yardstick; default the one that the
+    policy was trained on"""
+    pessimism: float | None = None
+    """of a checkpoint's ensemble; default the one of training, or the model's own"""
+    oracle: bool = True
+    """search for every patient's best design (kept beside the run), to measure regret"""
+    output_dir: Path | None = None
+    """where to; default the folder of the policy"""
+    seed: int = 1
+    """of the sampled designs"""
+    device: str = "auto"
+    """auto (cuda if there is one, else cpu) or a torch device"""
+
+
+def problem_of(config: dict[str, Any], args: Args) -> ProblemOptions:
+    """The problem that a policy was trained on, with the patients and the model wanted here."""
+    problem = ProblemOptions.of(config)
+    if args.reward_model is not None:
+        problem = dataclasses.replace(problem, reward_model=args.reward_model, pessimism=None)
+    if args.pessimism is not None:
+        problem = dataclasses.replace(problem, pessimism=args.pessimism)
+    return dataclasses.replace(problem, cohort=args.cohort, holdout_cohort=args.holdout_cohort)
+
+
+def evaluate_saved(args: Args) -> dict[str, Any]:
+    """Evaluate, and write the figures; returns those of the policy, or of the last checkpoint.
+
+    Raises:
+        UsageError: the policy cannot be read, or the figures cannot be written.
+    """
+    device = resolve_device(args.device)
+    path = args.policy if args.every_checkpoint else policy_path(args.policy, "POLICY")
+    if args.every_checkpoint:
+        saved = [unseal(read_checkpoint(each)) for each in checkpoints(path)]
+        if not saved:
+            raise UsageError(f"{path} has no checkpoints")
+        policies = [(agent_of(each, Agent, device), each["iteration"]) for each in saved]
+        config, folder = saved[-1]["args"], path
+    else:
+        agent, content = load_policy(path, Agent, device)
+        policies, config, folder = [(agent, None)], content["training_config"], path.parent
+    problem = problem_of(config, args)
+    cohorts = {"train": load_cohort(args.cohort)}
+    if args.cohort is None or args.holdout_cohort is not None:
+        cohorts["holdout"] = load_cohort(args.holdout_cohort or "holdout")
+    folder = args.output_dir or folder
+    sets = evaluation_sets(
+        problem,
+        cohorts,
+        device,
+        cache_dir=folder.parent / "oracle" if args.oracle else None,
+        dtype="float64" if config.get("precision") == "fp64" else "float32",
+    )
+    results = []
+    for agent, iteration in policies:
+        generator = torch.Generator(device).manual_seed(args.seed)
+        with fast_float32(device):  # as in training, whose figures this repeats
+            figures = final_figures(
+                agent.design, sets, horizon=problem.horizon, generator=generator
+            )
+        results.append(({} if iteration is None else {"iteration": iteration}) | figures)
+    about = {
+        "policy_file": str(path),
+        "cohort": str(args.cohort or "shipped"),
+        "num_patients": len(cohorts["train"]),
+        "reward_model": problem.reward_model,
+    }
+    about |= {"seed": args.seed, "device": str(device), "versions": versions()}
+    output = folder / f"{file_stem(args)}.{'csv' if args.every_checkpoint else 'json'}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if args.every_checkpoint:
+            write_csv(output, [flat(result) for result in results])
+        else:
+            write_json(output, about | results[0])
+    except OSError as error:
+        raise UsageError(f"{output} cannot be written: {error}") from error
+    return about | results[-1] | {"written_to": str(output)}
+
+
+def file_stem(args: Args) -> str:
+    """Name of the file of figures, without its suffix."""
+    parts = ["evaluation", "shipped" if args.cohort is None else args.cohort.stem]
+    if args.reward_model is not None:
+        parts.append(Path(args.reward_model).stem.replace(":", "-"))
+    return "-".join(parts) + ("-checkpoints" if args.every_checkpoint else "")
+
+
+def flat(figures: dict[str, Any]) -> dict[str, Any]:
+    """Figures as a row: the share of each polymer has a column of its own."""
+    shares = figures.pop("polymer_share")
+    return figures | {f"share of {name}": share for name, share in shares.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+
+    def body() -> None:
+        args = read_command_line(Args, argv, prog="evaluate.py")
+        if world_from_environment().rank == 0:
+            figures = evaluate_saved(args)
+            print_figures(figures, figures["written_to"])
+
+    return run_script(body)
+
+
+def command() -> None:
+    """Run the command line as a process of its own: `hydrogel-evaluate`."""
+    run_process(main)
+
+
+if __name__ == "__main__":
+    command()
