@@ -8,7 +8,7 @@
 was run and nobody was treated. The table serves to try out how a Stage-1 network is trained where
 the truth is known, and shows nothing about hydrogels.
 
-60 patients of the training cohort times 24 polymers times about 310 formulations: the cost of a
+60 patients of the training cohort times every polymer times about 310 formulations: the cost of a
 simulation is per run, so the runs are planned. `choose_patients` and `draw_designs` say how.
 `README.md` describes the columns. Numbers that decide how wrong a value is are all of grade D,
 assumption: no study of how far such simulations miss was used.
@@ -37,10 +37,12 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import UndefinedMetricWarning
 
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams, OutcomeScale
-from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, ID_COLUMN, SUFFIXES, load_cohort
+from hydrogel_gym.models.mechanistic import MechanisticModel, OutcomeScale
+from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, ID_COLUMN, SUFFIXES, Cohort, load_cohort
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, OUTCOME_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
+from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.reward import is_optimal as reaches_thresholds
 
 FORMULATION_COLUMNS = [field.name for field in FORMULATION_FIELDS]
 LABEL = "is_optimal"
@@ -51,7 +53,7 @@ class Noise(NamedTuple):
 
     floor: float  # in the outcome's unit
     per_size: float  # times the size of the noiseless outcome
-    per_infeasibility: float  # times 1 - F: what cannot be made as asked, converges badly
+    per_infeasibility: float  # times 1 - F: what cannot be made as requested converges badly
 
     def sd(self, outcome: np.ndarray, feasibility: np.ndarray) -> np.ndarray:
         """Standard deviation for noiseless outcomes and their feasibilities F, 0 to 1."""
@@ -60,7 +62,7 @@ class Noise(NamedTuple):
         )
 
 
-# Grade D throughout, and chosen so that a good network is told from a poor one: noise explains
+# Grade D throughout, and chosen so that a good network stands out from a poor one: noise explains
 # about a twentieth of the variance of the two mechanical outcomes.
 NOISE = {
     "delta_ef_pct": Noise(0.30, 0.06, 0.20),
@@ -120,6 +122,7 @@ def make_outcomes(
     """
     cohort = load_cohort()
     pairs = NUM_POLYMERS * patients
+    scales = get_args(OutcomeScale)
     for flag, value, good, allowed in (
         ("--patients", patients, 1 <= patients <= len(cohort), f"1 to {len(cohort)}, the cohort"),
         ("--rows", rows, rows >= pairs, f"{pairs} or more, one per patient and polymer"),
@@ -127,63 +130,88 @@ def make_outcomes(
         ("--outlier-share", outlier_share, 0.0 <= outlier_share <= 1.0, "0 to 1"),
         ("--missing-share", missing_share, 0.0 <= missing_share <= 1.0, "0 to 1"),
         ("--noise-scale", noise_scale, 0.0 <= noise_scale < math.inf, "a finite number, 0 or more"),
-        (
-            "--outcome-scale",
-            outcome_scale,
-            outcome_scale in get_args(OutcomeScale),
-            ", ".join(get_args(OutcomeScale)),
-        ),
+        ("--outcome-scale", outcome_scale, outcome_scale in scales, ", ".join(scales)),
     ):
         if not good:
             raise ValueError(f"{flag} is {value}; allowed: {allowed}")
 
     # A stream for each purpose, so that what one of them draws changes none of the others.
-    rng_patients, rng_designs, rng_noise, rng_outliers, rng_gaps = np.random.default_rng(
-        seed
-    ).spawn(5)
+    rng_patients, rng_designs, *rng_faults = np.random.default_rng(seed).spawn(5)
+    table = plan(cohort, patients, rows, rng_patients, rng_designs)
+    truth = noiseless(table, outcome_scale)
+    faults = Faults(noise_scale, outlier_share, missing_share)
+    for name, values in faults.laid_over(truth, *rng_faults).items():
+        table[name] = values
+    table[LABEL] = is_optimal(table)
+    return table[COLUMNS]
+
+
+class Faults(NamedTuple):
+    """How far a simulation may miss; see `make_outcomes`."""
+
+    noise_scale: float
+    outlier_share: float
+    missing_share: float
+
+    def laid_over(
+        self,
+        truth: pd.DataFrame,
+        rng_noise: np.random.Generator,
+        rng_outliers: np.random.Generator,
+        rng_gaps: np.random.Generator,
+    ) -> dict[str, np.ndarray]:
+        """The outcomes of `NOISE`, float32, from what `noiseless` returns."""
+        count, feasibility = len(truth), truth["feasibility"].to_numpy()
+        is_outlier = rng_outliers.random(count) < self.outlier_share
+        which = rng_outliers.integers(len(NOISE), size=count)
+        is_too_large = rng_outliers.random(count) < 0.5
+        outcomes = {}
+        for i, (name, noise) in enumerate(NOISE.items()):
+            low, high = LIMITS[name]
+            exact = truth[name].to_numpy()
+            sd = self.noise_scale * noise.sd(exact, feasibility)
+            value = exact + sd * rng_noise.standard_normal(count)
+            # Mirrored in its range: the other sign of a change, the complement of a risk.
+            wrong = np.where(is_too_large, OUTLIER_FACTOR * value, low + high - value)
+            value = np.where(is_outlier & (which == i), wrong, value).clip(low, high)
+            value[rng_gaps.random(count) < self.missing_share] = np.nan
+            outcomes[name] = value.astype(np.float32)
+        return outcomes
+
+
+def plan(
+    cohort: Cohort,
+    patients: int,
+    rows: int,
+    rng_patients: np.random.Generator,
+    rng_designs: np.random.Generator,
+) -> pd.DataFrame:
+    """The runs to simulate: patients and designs, ordered by patient and polymer."""
     chosen = choose_patients(cohort.features.numpy(), patients, rng_patients)
     columns, sizes = draw_designs(patients, rows, rng_designs)
     row = np.repeat(np.repeat(chosen, NUM_POLYMERS), sizes)
     ids = [cohort.patient_ids[i] for i in chosen]
     features = cohort.features.numpy().astype(np.float32)[row]
-    table = pd.DataFrame(
+    return pd.DataFrame(
         {
             ID_COLUMN: pd.Categorical.from_codes(np.searchsorted(chosen, row), ids),
             **dict(zip(FEATURE_COLUMNS, features.T, strict=True)),
             **columns,
         }
     )
-    truth = noiseless(table, outcome_scale)
-    feasibility = truth["feasibility"].to_numpy()
-
-    is_outlier = rng_outliers.random(len(table)) < outlier_share
-    which = rng_outliers.integers(len(NOISE), size=len(table))
-    is_too_large = rng_outliers.random(len(table)) < 0.5
-    for i, (name, noise) in enumerate(NOISE.items()):
-        low, high = LIMITS[name]
-        exact = truth[name].to_numpy()
-        sd = noise_scale * noise.sd(exact, feasibility)
-        value = exact + sd * rng_noise.standard_normal(len(table))
-        # Mirrored in its range: the other sign of a change, the complement of a risk.
-        wrong = np.where(is_too_large, OUTLIER_FACTOR * value, low + high - value)
-        value = np.where(is_outlier & (which == i), wrong, value).clip(low, high)
-        value[rng_gaps.random(len(table)) < missing_share] = np.nan
-        table[name] = value.astype(np.float32)
-    table[LABEL] = is_optimal(table)
-    return table[COLUMNS]
 
 
 def choose_patients(features: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Rows of the patients to simulate, in ascending order.
 
-    The medoids of k-means clusters in the standardised features. A network is asked about patients
+    The medoids of k-means clusters in the standardised features. A network is used on patients
     whom nobody simulated, and what k-means makes small is the mean squared distance to the nearest
     simulated one, over the whole cohort: every kind of patient is near one, common kinds are taken
     more densely, and rare ones not left out. A farthest-point design would take the rim of the
     cohort only, and a random draw leaves gaps.
 
     Args:
-        features: (P, 11), columns of `PATIENT_FIELDS`.
+        features: (P, C), columns of `PATIENT_FIELDS`.
         count: 1 to P.
         rng: where the clusters start.
     """
@@ -203,13 +231,13 @@ def draw_designs(
 ) -> tuple[dict[str, np.ndarray | pd.Categorical], np.ndarray]:
     """A fresh Latin hypercube for each pair of patient and polymer.
 
-    Of its five dimensions four are the formulation, over the full ranges of the action space since
-    a policy acts over them, and the fifth is cut into the coverages. The n designs of a pair have
-    one in every nth part of each range.
+    All but the last of its dimensions are the formulation, over the full ranges of the action space
+    since a policy acts over them, and the last is cut into the coverages. The n designs of a pair
+    have one in every nth part of each range.
 
     Returns:
         The columns `polymer_name`, `FORMULATION_COLUMNS` and `coverage`, ordered by patient and
-        polymer; and the number of designs per pair, (patients * 24,).
+        polymer; and the number of designs per pair, (patients * polymers,).
     """
     pairs = NUM_POLYMERS * patients
     sizes = np.full(pairs, rows // pairs)
@@ -230,7 +258,7 @@ def draw_designs(
 
 
 def noiseless(table: pd.DataFrame, outcome_scale: OutcomeScale = "source") -> pd.DataFrame:
-    """What the model says of a table's patients and designs, in float64.
+    """What the model predicts for a table's patients and designs, in float64.
 
     Returns:
         The columns of `OUTCOME_FIELDS` and `feasibility`, for the same rows.
@@ -254,10 +282,8 @@ def noiseless(table: pd.DataFrame, outcome_scale: OutcomeScale = "source") -> pd
 
 def is_optimal(table: pd.DataFrame) -> pd.Series:
     """Hard label of a table's own outcomes: 1 or 0 in float32, NaN where one is missing."""
-    p = MechanisticParams()
-    delta_ef, relief = table["delta_ef_pct"], table["stress_reduction_pct"]
-    label = (delta_ef >= p.optimal_delta_ef_pp) & (relief >= p.optimal_stress_reduction_pct)
-    return label.astype(np.float32).where(delta_ef.notna() & relief.notna())
+    known = table[["delta_ef_pct", "stress_reduction_pct"]].notna().all(axis=1)
+    return reaches_thresholds(table, RewardConfig()).astype(np.float32).where(known)
 
 
 def noise_ceiling(
@@ -313,7 +339,7 @@ def parquet(table: pd.DataFrame, settings: dict[str, object]) -> bytes:
 
 
 def summary(table: pd.DataFrame, outcome_scale: OutcomeScale) -> str:
-    """What a table holds, and how well a perfect network would do on it."""
+    """What a table contains, and how well a perfect network would do on it."""
     missing = table[list(NOISE)].isna().to_numpy().mean()
     lines = [
         f"{len(table):,} synthetic rows of {table[ID_COLUMN].nunique()} patients and "

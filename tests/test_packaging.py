@@ -244,6 +244,7 @@ def test_patient_folder_is_data_and_the_scripts_that_make_it():
             "problem.cohort",
             "problem.fields",
             "problem.polymers",
+            "problem.reward",
         },
     }.items(),
 )

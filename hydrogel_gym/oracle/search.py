@@ -16,6 +16,7 @@ References:
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from itertools import product
 from typing import NamedTuple
 
@@ -59,6 +60,17 @@ CROSSOVER_RATE = 0.9  # [Storn1997] for parameters that depend on each other
 LIMIT_MARGIN = 1e-5
 
 
+class Candidates(NamedTuple):
+    """N formulations for each of K pairs of P patients."""
+
+    pairs: Tensor  # (P, K, 2) int64, polymer and coverage
+    share: Tensor  # (P, K, N, D) formulations as shares of their box
+    score: Tensor  # (P, K, N)
+
+
+ScoreFunction = Callable[[Tensor, Tensor], Tensor]  # of `pairs` and `share`
+
+
 @torch.no_grad()
 def search(
     patients: Tensor, reward_model: RewardFunction, config: RewardConfig, seed: int
@@ -77,55 +89,85 @@ def search(
     Returns:
         `Design` of (P,), (P, D) and (P,) tensors on the patients' device.
     """
-    device = patients.device
-    num_patients, dim = patients.shape[0], len(FORMULATION_FIELDS)
+    device, num_patients = patients.device, len(patients)
     generator = torch.Generator().manual_seed(seed)
-    low, high = (torch.from_numpy(b).to(device) for b in (FORMULATION_LOW, FORMULATION_HIGH))
-    config = config.stricter(LIMIT_MARGIN)
+    score_of = _score_function(patients, reward_model, config.stricter(LIMIT_MARGIN))
+    engine = torch.quasirandom.SobolEngine(len(FORMULATION_FIELDS), scramble=True, seed=seed)
+    share = engine.draw(NUM_SOBOL).to(device).expand(num_patients, len(PAIRS), -1, -1)
+    pairs = torch.tensor(PAIRS, device=device).expand(num_patients, -1, -1)
+    found = Candidates(pairs, share, score_of(pairs, share))
+    for num_pairs, population, generations in ROUNDS:
+        found = _select_fittest(found, num_pairs, population)
+        for _ in range(generations):
+            found = _evolve(found, score_of, generator)
+    return _best(found)
 
-    def judge(pairs: Tensor, share: Tensor) -> Tensor:
-        """(P, K, N) scores of formulations (P, K, N, D), shares of the box, for pairs (P, K, 2)."""
+
+def _score_function(
+    patients: Tensor, reward_model: RewardFunction, config: RewardConfig
+) -> ScoreFunction:
+    """Score of formulations (P, K, N, D), shares of the box, for pairs (P, K, 2)."""
+
+    def score_of(pairs: Tensor, share: Tensor) -> Tensor:
         batch = share.shape[:-1]
         # One batch dimension, as in the environments: not every model broadcasts.
         outcomes = reward_model(
             patients[:, None, None].expand(*batch, -1).reshape(-1, patients.shape[-1]),
             pairs[..., None, 0].expand(batch).reshape(-1),
-            torch.lerp(low, high, share).reshape(-1, dim),
+            _formulation(share).reshape(-1, share.shape[-1]),
             pairs[..., None, 1].expand(batch).reshape(-1),
         )
         score = compute_reward(outcomes, config=config)
-        return torch.where(functools.reduce(torch.add, outcomes).isfinite(), score, torch.inf).view(
-            batch
-        )
+        is_finite = functools.reduce(torch.add, outcomes).isfinite()
+        return torch.where(is_finite, score, torch.inf).view(batch)
 
-    sobol = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(NUM_SOBOL)
-    pairs = torch.tensor(PAIRS, device=device).expand(num_patients, -1, -1)
-    share = sobol.to(device).expand(num_patients, len(PAIRS), -1, -1)
-    score = judge(pairs, share)
-    for num_pairs, population, generations in ROUNDS:
-        leading = score.amax(-1).topk(num_pairs, dim=1).indices
-        pairs = pairs.gather(1, leading[..., None].expand(-1, -1, 2))
-        score = score.gather(1, leading[..., None].expand(-1, -1, score.shape[2]))
-        share = share.gather(1, leading[..., None, None].expand(-1, -1, *share.shape[2:]))
-        score, fittest = score.topk(population, dim=2)
-        share = share.gather(2, fittest[..., None].expand(-1, -1, -1, dim))
-        for _ in range(generations):
-            members = (1, num_pairs, population, 1)
-            lowest, highest = DIFFERENTIAL_WEIGHT
-            weight = lowest + (highest - lowest) * torch.rand(members, generator=generator)
-            crossed = torch.rand((*members[:-1], dim), generator=generator) < CROSSOVER_RATE
-            weight, crossed = weight.to(device), crossed.to(device)
-            # Two distinct members other than the current one, by rotating the population.
-            shifts = 1 + torch.randperm(population - 1, generator=generator)[:2]
-            one, other = (share.roll(shift, 2) for shift in shifts.tolist())
-            leader = score.argmax(-1)[..., None, None].expand(-1, -1, 1, dim)
-            trial = share + weight * (share.gather(2, leader) - share + one - other)
-            trial = torch.where(crossed, trial, share).clamp(0.0, 1.0)
-            trial_score = judge(pairs, trial)
-            accepted = trial_score >= score
-            score = torch.where(accepted, trial_score, score)
-            share = torch.where(accepted[..., None], trial, share)
-    rows = torch.arange(num_patients, device=device)
+    return score_of
+
+
+def _formulation(share: Tensor) -> Tensor:
+    low, high = (torch.from_numpy(b).to(share.device) for b in (FORMULATION_LOW, FORMULATION_HIGH))
+    return torch.lerp(low, high, share)
+
+
+def _select_fittest(found: Candidates, num_pairs: int, population: int) -> Candidates:
+    """The leading pairs of each patient, and the best formulations of each of these."""
+    pairs, share, score = found
+    leading = score.amax(-1).topk(num_pairs, dim=1).indices
+    pairs = pairs.gather(1, leading[..., None].expand(-1, -1, 2))
+    score = score.gather(1, leading[..., None].expand(-1, -1, score.shape[2]))
+    share = share.gather(1, leading[..., None, None].expand(-1, -1, *share.shape[2:]))
+    score, fittest = score.topk(population, dim=2)
+    share = share.gather(2, fittest[..., None].expand(-1, -1, -1, share.shape[-1]))
+    return Candidates(pairs, share, score)
+
+
+def _evolve(found: Candidates, score_of: ScoreFunction, generator: torch.Generator) -> Candidates:
+    """One generation of differential evolution."""
+    pairs, share, score = found
+    _, num_pairs, population, dim = share.shape
+    members = (1, num_pairs, population, 1)
+    lowest, highest = DIFFERENTIAL_WEIGHT
+    weight = lowest + (highest - lowest) * torch.rand(members, generator=generator)
+    crossed = torch.rand((*members[:-1], dim), generator=generator) < CROSSOVER_RATE
+    weight, crossed = weight.to(share.device), crossed.to(share.device)
+    # Two distinct members other than the current one, by rotating the population.
+    shifts = 1 + torch.randperm(population - 1, generator=generator)[:2]
+    one, other = (share.roll(shift, 2) for shift in shifts.tolist())
+    leader = score.argmax(-1)[..., None, None].expand(-1, -1, 1, dim)
+    trial = share + weight * (share.gather(2, leader) - share + one - other)
+    trial = torch.where(crossed, trial, share).clamp(0.0, 1.0)
+    trial_score = score_of(pairs, trial)
+    accepted = trial_score >= score
+    return Candidates(
+        pairs,
+        torch.where(accepted[..., None], trial, share),
+        torch.where(accepted, trial_score, score),
+    )
+
+
+def _best(found: Candidates) -> Design:
+    pairs, share, score = found
+    rows = torch.arange(len(score), device=score.device)
     leader = score.flatten(1).argmax(-1)
     pair = pairs[rows, leader // score.shape[2]]
-    return Design(pair[:, 0], torch.lerp(low, high, share.flatten(1, 2)[rows, leader]), pair[:, 1])
+    return Design(pair[:, 0], _formulation(share.flatten(1, 2)[rows, leader]), pair[:, 1])
