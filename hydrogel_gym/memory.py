@@ -1,4 +1,4 @@
-"""How many environments fit into memory, what is said if they do not, and reuse of freed memory."""
+"""How many environments fit into memory, the message if they do not, and reuse of freed memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 # Peak while a step runs: spaces, states, what the step hands out and needs in between, and what the
-# step before handed out, which the caller still holds. The first three are what
+# step before handed out, which the caller still keeps. The first three are what
 # `benchmark/environment.py` measures, rounded; the last two were measured in the same way.
 _BYTES_PER_ENV = 1150  # compiled, torch
 _BYTES_UNCOMPILED = 150
@@ -41,7 +41,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def too_large(num_envs: int, bytes_each: int, device: torch.device) -> str:
-    """Line that says what `num_envs` needs and what would fit."""
+    """What `num_envs` needs and what would fit, in one line."""
     line = f"num_envs is {num_envs}; it needs about {num_envs * bytes_each / 1e9:,.1f} GB"
     available = available_bytes(device)
     if available is None:
@@ -60,7 +60,7 @@ def check_memory(num_envs: int, bytes_each: int, device: torch.device) -> None:
     no test.
 
     Raises:
-        MemoryError: says how many would fit.
+        MemoryError: names how many would fit.
     """
     available = available_bytes(device)
     if available is not None and num_envs * bytes_each > available:

@@ -165,7 +165,7 @@ class ActionCodec:
 
 
 def replace_rows(design: Design, mask: Tensor, formulation: float) -> Design:
-    """Designs with polymer 0, coverage 0 and the same formulation everywhere the mask holds."""
+    """Designs with polymer 0, coverage 0 and the same formulation everywhere the mask is true."""
     return Design(
         design.polymer_id.masked_fill(mask, 0),
         design.formulation.masked_fill(mask.unsqueeze(-1), formulation),
@@ -195,7 +195,7 @@ def as_tensor(value: Any, name: str, device: torch.device | None) -> Tensor:
     """Tensor of what a user sent.
 
     Raises:
-        ValueError: it holds no numbers.
+        ValueError: it contains no numbers.
     """
     if isinstance(value, Tensor):
         tensor = value.detach() if value.requires_grad else value
@@ -248,7 +248,7 @@ def _check_shape(name: str, tensor: Tensor, *allowed: tuple[int, ...]) -> None:
 
 
 def first_row(bad: Tensor, skip: Tensor | None) -> int | None:
-    """First environment, of those not skipped, for which the (B,) mask holds."""
+    """First environment, of those not skipped, for which the (B,) mask is true."""
     if skip is not None:
         bad = bad & ~skip
     return int(bad.nonzero()[0]) if bad.any() else None
@@ -264,7 +264,7 @@ def check_range(name: str, index: Tensor, size: int, skip: Tensor | None) -> Non
 
 
 def _check_finite(name: str, value: Tensor, clipped_to: list[str], skip: Tensor | None) -> None:
-    """Raise if a row is not finite; `clipped_to` holds the ranges of its first columns."""
+    """Raise if a row is not finite; `clipped_to` has the ranges of its first columns."""
     env = first_row(~value.isfinite().all(-1), skip)
     if env is not None:
         column = int((~value[env].isfinite()).nonzero()[0])

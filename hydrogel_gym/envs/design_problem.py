@@ -131,7 +131,7 @@ class DesignProblem:
         return self.ignore(self.actions.decode(tensors), skip)
 
     def ignore(self, design: Design, skip: Tensor | None) -> Design:
-        """Designs in which whatever an ignored action holds is replaced by zeros."""
+        """Designs in which whatever an ignored action contains is replaced by zeros."""
         return design if skip is None else replace_rows(design, skip, 0.0)
 
     def transition(self, state: State, design: Design, *, skip: Tensor | None = None) -> Transition:
@@ -174,7 +174,7 @@ class DesignProblem:
             outcomes of the built-in model not a number.
         """
         allowed = self.actions.allows(action)
-        # Whatever an action holds, it must not be read outside a table.
+        # Whatever an action contains, it must not be read outside a table.
         design = replace_rows(self.actions.decode(action), ~allowed, torch.nan)
         if autoreset == "NextStep":
             design = replace_rows(design, done, 0.0)

@@ -1,6 +1,6 @@
 """From the stacked tensors of a step to arrays under their names, and to the infos of Gymnasium.
 
-`dynamics.STEP_ROWS` says which row is which; nothing here counts rows.
+`dynamics.STEP_ROWS` names the rows; nothing here counts them.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ The picture is a short axis of the left ventricle at end-diastole, to scale. Wha
   its equator. A real ventricle is longer than wide, so this cavity is wider than an echo shows it.
 - The wall is everywhere as thick as in the treated region.
 - Scar and border zone take the same share of the circumference as of the ventricle. The scar lies
-  on the inside, as deep as its transmurality says; the border zone goes through the wall, half of
+  on the inside, as deep as its transmurality; the border zone goes through the wall, half of
   it on either side of the scar.
 - Where on the circumference they lie is not known; they are drawn at the top.
 - The patch lies on the epicardium over what the design covers.
@@ -55,7 +55,7 @@ def _largest(fields: tuple[Field, ...], name: str) -> float:
 
 
 def cavity_radius_mm(edv_ml: float) -> float:
-    """Radius of the sphere that holds the end-diastolic volume, mm."""
+    """Radius of the sphere of the end-diastolic volume, mm."""
     return 10.0 * math.cbrt(3.0 * edv_ml / (4.0 * math.pi))
 
 
@@ -99,7 +99,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything that a picture tells.
+    """Everything that a picture shows.
 
     Attributes:
         patient_id: name of the virtual patient.

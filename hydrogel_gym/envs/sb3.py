@@ -22,19 +22,19 @@ _ACTION_SPACES = (gym.spaces.Box, gym.spaces.Discrete, gym.spaces.MultiDiscrete)
 class BatchedVecEnv(VecEnv):
     """A Gymnasium vector environment as Stable-Baselines3 wants it.
 
-    `info` of an episode that was truncated holds `terminal_observation` and
+    `info` of an episode that was truncated has `terminal_observation` and
     `TimeLimit.truncated=True`, from which Stable-Baselines3 bootstraps. All other environments
     share one info of the step, `{"TimeLimit.truncated": False}`: after a termination no algorithm
     reads the last observation (on-policy ones return no value for it, replay buffers mask it), and
-    a dict for each of thousands of episodes of one step would cost more than it tells. Copy an info
-    before writing to it, as `VecMonitor` does.
+    a dict for each of thousands of episodes of one step would be slow. Copy an info before writing
+    to it, as `VecMonitor` does.
 
     Args:
         envs: resets in the same step; its single action space is `Box`, `Discrete` or
             `MultiDiscrete`. May return tensors: `make_vec("HydrogelDesignFlat-v0", num_envs=2000,
             output="torch")` is faster than numpy output, which makes an object per episode.
         all_terminal_observations: give `terminal_observation` for terminated episodes too, in an
-            info of their own. `VecFrameStack` and some callbacks ask for it.
+            info of their own. `VecFrameStack` and some callbacks need it.
 
     Raises:
         ValueError: `envs` is not a vector environment, resets in another mode, or has an action
@@ -72,7 +72,7 @@ class BatchedVecEnv(VecEnv):
             raise ValueError("the environments are one batch: give all of them the same options")
         seeds = None if self._seeds[0] is None else self._seeds
         options = self._options[0] or None
-        # A list of seeds is allowed, whatever the base class says.
+        # A list of seeds is allowed, whatever the base class declares.
         obs, _ = self.envs.reset(seed=seeds, options=options)  # type: ignore[arg-type]
         self._reset_seeds()
         self._reset_options()
@@ -89,10 +89,10 @@ class BatchedVecEnv(VecEnv):
         done = terminated | truncated
         truncated = truncated & ~terminated
         infos = [{"TimeLimit.truncated": False}] * self.num_envs
-        told = done if self.all_terminal_observations else truncated
-        if told.any():
+        with_infos = done if self.all_terminal_observations else truncated
+        if with_infos.any():
             final_obs = _to_numpy(info["final_obs"])
-            for row in np.flatnonzero(told).tolist():
+            for row in np.flatnonzero(with_infos).tolist():
                 infos[row] = {
                     "TimeLimit.truncated": bool(truncated[row]),
                     "terminal_observation": _row(final_obs, row),
@@ -109,7 +109,7 @@ class BatchedVecEnv(VecEnv):
         return frames or [None] * self.num_envs
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
-        """Of each environment asked for; where the environments are one batch, the batch's."""
+        """Of each wanted environment; where the environments are one batch, the batch's."""
         rows = self._rows(indices)
         if (members := self._members()) is not None:
             return [members[row].get_wrapper_attr(attr_name) for row in rows]
@@ -119,7 +119,7 @@ class BatchedVecEnv(VecEnv):
         """Set an attribute that is there; where the environments are one batch, for all of them.
 
         Raises:
-            NotImplementedError: it is asked for some of a batch.
+            NotImplementedError: it is wanted for some of a batch.
         """
         rows = self._rows(indices)
         if (members := self._members()) is not None:
@@ -134,7 +134,7 @@ class BatchedVecEnv(VecEnv):
     def env_method(
         self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
     ) -> list[Any]:
-        """Call a method of each environment asked for.
+        """Call a method of each wanted environment.
 
         Raises:
             NotImplementedError: the environments are one batch; call the method of `envs` instead.
@@ -147,7 +147,7 @@ class BatchedVecEnv(VecEnv):
         return [method(*method_args, **method_kwargs) for method in methods]
 
     def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
-        """Whether each environment asked for is wrapped; one in a batch never is."""
+        """Whether each wanted environment is wrapped; one in a batch never is."""
         members = self._members()
         return [
             members is not None and _is_wrapped(members[row], wrapper_class)

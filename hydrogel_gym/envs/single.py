@@ -61,7 +61,7 @@ class HydrogelEnv(gym.Env):
     |---|---|---|---|---|---|
     $action_rows
 
-    A finite formulation outside its box is clipped and `info["formulation_clipped"]` says so.
+    A finite formulation outside its box is clipped, which `info["formulation_clipped"]` reports.
     Anything else that is not in the space is a `ValueError` that leaves the state untouched.
 
     Two flat forms serve libraries that take no composite action. `"box"` (`HydrogelDesignFlat-v0`)
@@ -230,7 +230,7 @@ class HydrogelEnv(gym.Env):
 
         Short axis of the left ventricle at end-diastole, to scale: cavity, wall, scar, border zone
         and the patch over what the design covers, with what was predicted; the same scale for all
-        patients. `rendering` says what is assumed: the cavity is a sphere of the end-diastolic
+        patients. `rendering` lists what is assumed: the cavity is a sphere of the end-diastolic
         volume, and the site of the scar on the circumference is not known.
 
         Returns:

@@ -1,7 +1,7 @@
 """Many environments as one batch of tensors: a thin adapter over the functions of `dynamics`.
 
-It holds a `State`, has `DesignProblem` turn what a user sends into designs and apply them, and puts
-the result into the shape that Gymnasium asks for. Nothing is computed here.
+It keeps a `State`, has `DesignProblem` turn what a user sends into designs and apply them, and puts
+the result into the shape that Gymnasium wants. Nothing is computed here.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
-        MemoryError: `num_envs` is more than fits; says how many would. Also from `reset`, `step`.
+        MemoryError: `num_envs` is more than fits; names how many would. Also from `reset`, `step`.
         CompileError: the step cannot be compiled, as a `RuntimeError`; names the cause.
     """
 
@@ -209,7 +209,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """Begin an episode in every environment, or in those of a mask.
 
         Args:
-            seed: an int s seeds environment i with s + i; a list holds one seed (or None) each.
+            seed: an int s seeds environment i with s + i; a list has one seed (or None) each.
             options: `"patient_id"`, B ids or indices: under `fixed` assignment these patients stay
                 until others are chosen or a seed is given, under `random` for this episode.
                 `"reset_mask"`, a (B,) bool array: only these environments are reset.
@@ -412,10 +412,10 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """Keep the state of a step; return what Gymnasium wants of one, in the user's library."""
         self._done, rows = self._reader.read(step, self._to_output)
         self._state, terminated = step.state, rows["terminated"]
-        # As in Gymnasium, numpy infos have no key that says something of no environment.
-        says_all = self.output == "torch"
-        info = self._reader.info(rows, of_reset=not (says_all or rows["stepped"].any()))
-        if step.final_obs is not None and (says_all or terminated.any()):
+        # As in Gymnasium, numpy infos have no key that is true of no environment.
+        has_every_key = self.output == "torch"
+        info = self._reader.info(rows, of_reset=not (has_every_key or rows["stepped"].any()))
+        if step.final_obs is not None and (has_every_key or terminated.any()):
             info["final_info"] = self._reader.final_info(rows)
             info["_final_info"] = rows["_final_info"]
             info["final_obs"] = self._final_obs(step.final_obs, terminated)

@@ -11,7 +11,7 @@ vectors of Gymnasium lie between. Actions may be numpy or torch, as the environm
 passed on in the same library.
 
 A finite number beyond [-1, 1] is passed on beyond the formulation's box, where the environment
-clips it and says so. Everything else that is not in the space is a `ValueError` that names
+clips it and reports so. Everything else that is not in the space is a `ValueError` that names
 environment, field, value and range, and leaves the environment untouched. On an accelerator values
 are not looked at, which would be a synchronisation; there such an action becomes one whose
 formulation is not a number.

@@ -76,7 +76,7 @@ _PATTERNS = {
     "target": _OPERATOR,
     "as_operator": _OPERATOR,
 }
-# Which inputs have the same length: said of every program with one dynamic dimension.
+# Which inputs have the same length: stated of every program with one dynamic dimension.
 _LENGTH = r"L\['\w+'\](\[\d+\])?\.size\(\)\[0\]"
 _SAME_LENGTH = re.compile(f"{_LENGTH} == {_LENGTH}", re.ASCII)
 

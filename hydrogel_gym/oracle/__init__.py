@@ -2,7 +2,7 @@
 
     python -m hydrogel_gym.oracle --cohort mine.csv --output best_designs.csv
 
-`search` says how the best design is searched for, `best` how far its result can be trusted.
+`search` finds the best design, `best` measures how far its result can be trusted.
 """
 
 from hydrogel_gym.oracle.best import BestDesigns, best_designs, cached_best_designs

@@ -115,7 +115,7 @@ def write_cache(path: Path, key: str, design: Design, seed_gap: Tensor) -> None:
 
 
 def read_cache(path: Path, key: str, num_patients: int) -> tuple[Design, Tensor] | None:
-    """Designs and seed gap of an earlier search with this key, if the file holds them.
+    """Designs and seed gap of an earlier search with this key, if the file has them.
 
     A score is never read but computed again from its design.
     """

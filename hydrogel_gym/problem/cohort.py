@@ -29,9 +29,10 @@ FEATURE_COLUMNS = [field.name for field in PATIENT_FIELDS]
 SHIPPED = {"train": "cohort.csv", "holdout": "cohort_holdout.csv"}
 SUFFIXES = (".csv", ".parquet")
 
-# Users round their tables, so an identity holds to the rounding that is usual in print: with LVEF
-# in whole percent and volumes in whole mL the shipped cohort is off by up to 1.05 points; three
-# significant digits in both factors of the border-zone stress put their product off by up to 1 %.
+# Users round their tables, so an identity is checked to the rounding that is usual in print: with
+# LVEF in whole percent and volumes in whole mL the shipped cohort is off by up to 1.05 points;
+# three significant digits in both factors of the border-zone stress put their product off by up to
+# 1 %.
 LVEF_TOLERANCE_PP = 1.1
 BZ_STRESS_TOLERANCE_FRAC = 0.01
 # assumed: scar and border zone share one ventricle with the remote muscle that carries the load.

@@ -66,7 +66,7 @@ class State(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """Everything one step produces; (B,) tensors unless said otherwise."""
+    """Everything one step produces; (B,) tensors unless noted."""
 
     state: State
     reward: Tensor
@@ -147,7 +147,7 @@ def next_episode(state: State, params: EnvParams) -> State:
 
 
 def select(mask: Tensor, chosen: State, other: State) -> State:
-    """State whose rows come from `chosen` where the (B,) mask holds, else from `other`."""
+    """State whose rows come from `chosen` where the (B,) mask is true, else from `other`."""
     pairs = zip(chosen, other, strict=True)
     return State(*(a if a is b else torch.where(mask, a, b) for a, b in pairs))
 
@@ -251,7 +251,7 @@ def _step_rows(autoreset: Autoreset) -> StepRows:
     )
 
 
-# The one place that says what is where: `step` stacks by it, and `named_rows` takes apart by it.
+# The one place that decides the order: `step` stacks by it, and its readers take apart by it.
 STEP_ROWS: dict[Autoreset, StepRows] = {mode: _step_rows(mode) for mode in get_args(Autoreset)}
 
 

@@ -1,6 +1,6 @@
 """The polymer table: what each of the hydrogels can be made to be, and how tissue takes it.
 
-`polymers.csv` holds one row per polymer with the evidence for it in the columns `source` and
+`polymers.csv` has one row per polymer with the evidence for it in the columns `source` and
 `confidence` (A read in a study's abstract, B secondary source, C from memory of the literature,
 D assumption). The windows are those of the public HYDRA-BERT configuration [Potluri2026] and are
 not individually sourced there. The indices are ranks expressed as numbers, ordered by the studies
