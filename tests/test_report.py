@@ -1,4 +1,4 @@
-"""The report tells what a run directory holds, and what it does not; it runs nobody's script."""
+"""The report shows what a run directory contains, and what it lacks; it runs nobody's script."""
 
 from __future__ import annotations
 
@@ -12,21 +12,34 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydrogel_gym.train import ppo_hybrid, report
 
 from hydrogel_gym import Outcomes, RewardConfig, compute_reward, load_reward_model
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.report.analysis import SLICE_POINTS, design_patients, slices_of
+from hydrogel_gym.report.comparison import Group, comparison_page, overlay
+from hydrogel_gym.report.page import about, run_page
+from hydrogel_gym.report.patient_view import patient_columns, patient_data
+from hydrogel_gym.report.plots import BLUE, log_regret, new_figure, tertile_map
+from hydrogel_gym.report.reading import Run
+from hydrogel_gym.report.reading import read_run as read_run_with
+from hydrogel_gym.report.sections import beside_the_source, safety_section
 
 HOSTILE = "</script><script>alert(1)</script>"
 FETCHING = {"src", "href", "data", "srcset", "poster"}
 
 
+def read_run(path):
+    return read_run_with(path, ppo_hybrid.Agent)
+
+
 @pytest.fixture(scope="module")
-def trained(ppo, small_run, tmp_path_factory):
+def trained(small_run, tmp_path_factory):
     """A finished run on forty patients, without an oracle."""
     folder = tmp_path_factory.mktemp("runs")
     args = small_run(folder / "tiny")
-    ppo.train(args)
+    ppo_hybrid.train(args)
     return args.output_dir
 
 
@@ -37,28 +50,28 @@ def copy(trained, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def run(report, trained):
-    return report.read_run(trained)
+def run(trained):
+    return read_run(trained)
 
 
 @pytest.fixture(scope="module")
-def patients(report, run):
-    return report.design_patients(run)
+def patients(run):
+    return design_patients(run)
 
 
 @pytest.fixture(scope="module")
-def html(report, trained):
-    return report.report(report.read_run(trained)).decode()
+def html(trained):
+    return run_page(read_run(trained)).decode()
 
 
 @pytest.fixture
-def content(report, monkeypatch):
+def content(monkeypatch):
     """What a page would show, without filling the template."""
 
     def of(path):
         with monkeypatch.context() as patch:
-            patch.setattr(report, "page", lambda **content: content)
-            return report.report(report.read_run(path))
+            patch.setattr("hydrogel_gym.report.page.render", lambda **content: content)
+            return run_page(read_run(path))
 
     return of
 
@@ -82,7 +95,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_page_has_a_section_for_everything_that_a_finished_run_tells(report, trained, content):
+def test_page_has_a_section_for_everything_that_a_finished_run_shows(trained, content):
     shown = content(trained)
     assert [section.title for section in shown["sections"]] == [
         "What was run",
@@ -97,7 +110,7 @@ def test_page_has_a_section_for_everything_that_a_finished_run_tells(report, tra
     assert len(shown["patients"].cohort) == 40
 
 
-def test_run_without_an_oracle_lacks_what_it_would_tell_and_says_so(trained, content):
+def test_run_without_an_oracle_lacks_what_it_would_show_and_says_so(trained, content):
     gaps = content(trained)["gaps"]
     assert len(gaps) == 3
     assert gaps[0].startswith("Fraction of the oracle: not recorded")
@@ -142,15 +155,15 @@ def test_every_plot_names_its_axes_and_has_its_place(trained, content, html):
             assert is_of_polymers or plot.figure.layout.yaxis.title.text
 
 
-def test_hostile_names_are_text(report, trained, copy, content, tmp_path, html):
+def test_hostile_names_are_text(trained, copy, content, tmp_path, html):
     config = json.loads((copy / "config.json").read_text())
     table = pd.read_csv(config["cohort"])
     table.loc[3, "patient_id"] = HOSTILE
     table.to_csv(tmp_path / "mine.csv", index=False)
-    shutil.rmtree(copy / "checkpoints")  # they would tell that the patients are others
+    shutil.rmtree(copy / "checkpoints")  # they would show that the patients are others
     edit_json(copy / "config.json", cohort=str(tmp_path / "mine.csv"), env_id="HydrogelDesign-v0")
     hostile = copy.rename(tmp_path / "<img src=x onerror=alert(1)>")
-    page = report.report(report.read_run(hostile)).decode()
+    page = run_page(read_run(hostile)).decode()
     assert content(hostile)["patients"].cohort.patient_ids[3] == HOSTILE
     assert HOSTILE not in page
     assert "<script>alert" not in page
@@ -159,41 +172,41 @@ def test_hostile_names_are_text(report, trained, copy, content, tmp_path, html):
     assert Tags(page).count("img") == 0
 
 
-def test_cohort_of_the_user_is_not_called_synthetic(report, run, trained):
-    own, model = report.about([run])
+def test_cohort_of_the_user_is_not_called_synthetic(run, trained):
+    own, model = about([run])
     assert str(run.config["cohort"]) in own
     assert "synthetic" not in own
     assert "Nothing here is clinical advice." in model
-    shipped = report.Run(trained, config={"cohort": None, "env_id": "Mine-v0"})
-    synthetic, model = report.about([shipped])
+    shipped = Run(trained, config={"cohort": None, "env_id": "Mine-v0"})
+    synthetic, model = about([shipped])
     assert "synthetic" in synthetic
     assert "the outcome model of Mine-v0" in model
 
 
-def test_outcome_model_is_named_for_every_run_and_not_guessed(report, run, trained):
-    mine = report.Run(trained, config={"env_id": "Mine-v0"})
-    unknown = report.Run(trained)
-    assert "is predicted by an outcome model that is not named" in report.about([unknown])[-1]
-    both = report.about([run, mine])[-1]
+def test_outcome_model_is_named_for_every_run_and_not_guessed(run, trained):
+    mine = Run(trained, config={"env_id": "Mine-v0"})
+    unknown = Run(trained)
+    assert "is predicted by an outcome model that is not named" in about([unknown])[-1]
+    both = about([run, mine])[-1]
     assert "the outcome model of Mine-v0" in both
     assert "the built-in outcome model" in both
     config = {"env_id": "HydrogelDesign-v0", "reward_model": "mine.pt"}
-    fitted = report.Run(trained, config=config)
-    told = report.about([fitted])[-1]
-    assert "the outcome model mine.pt, whose mistakes" in told
-    assert "built-in" not in told
+    fitted = Run(trained, config=config)
+    model = about([fitted])[-1]
+    assert "the outcome model mine.pt, whose mistakes" in model
+    assert "built-in" not in model
 
 
-def test_ticks_of_regret_are_whole_numbers(report):
-    figure = report.new_figure("x", "y")
-    report.log_regret(figure)
+def test_ticks_of_regret_are_whole_numbers():
+    figure = new_figure("x", "y")
+    log_regret(figure)
     axis = figure.layout.yaxis
     assert dict(zip(axis.tickvals, axis.ticktext, strict=True))[20.0] == "20"
 
 
-def test_slice_through_the_chosen_polymer_and_coverage_is_the_design_itself(report, patients):
+def test_slice_through_the_chosen_polymer_and_coverage_is_the_design_itself(patients):
     everyone = np.arange(len(patients.reward))
-    along = report.SLICE_POINTS * len(FORMULATION_FIELDS)
+    along = SLICE_POINTS * len(FORMULATION_FIELDS)
     for columns in (patients.polymer_id, NUM_POLYMERS + patients.coverage):
         reward = patients.slices.reward[everyone, along + columns]
         np.testing.assert_allclose(reward, patients.reward, atol=1e-4)
@@ -204,12 +217,10 @@ def test_slice_through_the_chosen_polymer_and_coverage_is_the_design_itself(repo
 
 
 @pytest.mark.parametrize("parameter", range(len(FORMULATION_FIELDS)))
-def test_slice_along_a_parameter_is_the_reward_of_designs_that_differ_in_it(
-    report, patients, parameter
-):
+def test_slice_along_a_parameter_is_the_reward_of_designs_that_differ_in_it(patients, parameter):
     point, item = 7, FORMULATION_FIELDS[parameter]
     formulation = torch.tensor(patients.formulation)
-    share = point / (report.SLICE_POINTS - 1)
+    share = point / (SLICE_POINTS - 1)
     formulation[:, parameter] = item.low + share * (item.high - item.low)
     outcomes = load_reward_model("mechanistic")(
         patients.cohort.features.float(),
@@ -218,11 +229,11 @@ def test_slice_along_a_parameter_is_the_reward_of_designs_that_differ_in_it(
         torch.tensor(patients.coverage),
     )
     expected = compute_reward(outcomes)
-    found = patients.slices.reward[:, parameter * report.SLICE_POINTS + point]
+    found = patients.slices.reward[:, parameter * SLICE_POINTS + point]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_slices_do_not_depend_on_how_many_patients_are_taken_at_once(report, patients):
+def test_slices_do_not_depend_on_how_many_patients_are_taken_at_once(patients):
     problem = SimpleNamespace(
         params=SimpleNamespace(
             patients=patients.cohort.features.float(), reward_config=RewardConfig()
@@ -233,13 +244,13 @@ def test_slices_do_not_depend_on_how_many_patients_are_taken_at_once(report, pat
         name: torch.tensor(getattr(patients, name))
         for name in ("polymer_id", "formulation", "coverage")
     }
-    slices = report.slices_of(problem, design, at_once=7)
+    slices = slices_of(problem, design, at_once=7)
     np.testing.assert_allclose(slices.reward, patients.slices.reward, atol=1e-5)
     np.testing.assert_array_equal(slices.is_unsafe, patients.slices.is_unsafe)
 
 
-def test_page_carries_the_slices_to_the_hundredth(report, patients):
-    data = report.patient_data(patients)
+def test_page_carries_the_slices_to_the_hundredth(patients):
+    data = patient_data(patients)
     assert data["step"] == 0.01
     shape = patients.slices.reward.shape
     rewards = np.frombuffer(base64.b64decode(data["slices"]), "<i2").reshape(shape) * data["step"]
@@ -249,10 +260,10 @@ def test_page_carries_the_slices_to_the_hundredth(report, patients):
     np.testing.assert_array_equal(unsafe, patients.slices.is_unsafe)
 
 
-def test_slices_of_huge_rewards_and_of_none_fit_their_sixteen_bits(report, patients):
+def test_slices_of_huge_rewards_and_of_none_fit_their_sixteen_bits(patients):
     reward = patients.slices.reward * 100.0
     reward[0, 0] = np.nan
-    data = report.patient_data(patients._replace(slices=patients.slices._replace(reward=reward)))
+    data = patient_data(patients._replace(slices=patients.slices._replace(reward=reward)))
     read = np.frombuffer(base64.b64decode(data["slices"]), "<i2").reshape(reward.shape)
     assert read[0, 0] == -32768
     others = np.s_[1:]
@@ -261,13 +272,13 @@ def test_slices_of_huge_rewards_and_of_none_fit_their_sixteen_bits(report, patie
     )
 
 
-def test_margins_are_distances_to_the_limits_on_the_safe_side(report, patients):
-    told = {
+def test_margins_are_distances_to_the_limits_on_the_safe_side(patients):
+    outcomes = {
         "toxicity_risk": np.array([0.10, 0.15, 0.25], np.float32),
         "structural_integrity": np.array([0.90, 0.80, 0.75], np.float32),
         "fibrosis_risk": np.array([0.20, 0.21, 0.0], np.float32),
     }
-    margins = patients._replace(told=told).margins
+    margins = patients._replace(predicted=patients.predicted | outcomes).margins
     np.testing.assert_allclose(margins["toxicity"], [0.05, 0.0, -0.10], atol=1e-6)
     np.testing.assert_allclose(margins["integrity"], [0.10, 0.0, -0.05], atol=1e-6)
     np.testing.assert_allclose(margins["fibrosis"], [0.0, -0.01, 0.20], atol=1e-6)
@@ -279,47 +290,47 @@ def test_margins_are_distances_to_the_limits_on_the_safe_side(report, patients):
     ]
 
 
-def test_tertiles_count_every_patient_once(report):
+def test_tertiles_count_every_patient_once():
     values = np.arange(9.0)
     polymer_id = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1])
-    (heat,) = report.tertile_map(values, polymer_id, "axis").data
+    (heat,) = tertile_map(values, polymer_id, "axis").data
     assert heat.y == ("GelMA_3pct", "GelMA_5pct")
     np.testing.assert_allclose(heat.z, [[100, 100 / 3, 0], [0, 200 / 3, 100]])
 
 
 def test_best_possible_reward_from_the_folder_of_the_oracle_gives_regret(
-    report, run, patients, monkeypatch, content, trained
+    run, patients, monkeypatch, content, trained
 ):
-    asked = []
+    folders = []
 
     def cached(cohort, model, config, cache_dir):
-        asked.append(cache_dir)
+        folders.append(cache_dir)
         return SimpleNamespace(score=torch.tensor(patients.reward) + 0.5)
 
-    monkeypatch.setattr(report, "cached_best_designs", cached)
+    monkeypatch.setattr("hydrogel_gym.report.analysis.cached_best_designs", cached)
     shown = content(trained)
-    assert asked == [trained.resolve().parent / "oracle"]
+    assert folders == [trained.resolve().parent / "oracle"]
     np.testing.assert_allclose(shown["patients"].regret, 0.5)
     assert shown["sections"][-1].name == "regret"
-    assert "best" in report.patient_data(shown["patients"])["columns"]
-    headings = [heading for heading, *_ in report.patient_columns(shown["patients"])]
+    assert "best" in patient_data(shown["patients"])["columns"]
+    headings = [heading for heading, *_ in patient_columns(shown["patients"])]
     assert "regret" in headings
 
 
-def test_table_beside_the_source_says_what_was_not_reached(report, run):
-    table = report.beside_the_source(run)
+def test_table_beside_the_source_says_what_was_not_reached(run):
+    table = beside_the_source(run)
     first = run.metrics["mean_reward"].iloc[0]
     assert table.rows[0] == ["0", "0 M", "12.4", f"{first:.1f}", "–", "–"]
     assert table.rows[1][3:] == ["not reached"] * 3
-    long = report.Run(run.path, metrics=run.metrics.assign(global_step=5e6))
-    assert report.beside_the_source(long).rows[1][3] == f"{first:.1f}"
+    long = Run(run.path, metrics=run.metrics.assign(global_step=5e6))
+    assert beside_the_source(long).rows[1][3] == f"{first:.1f}"
 
 
-def test_large_cohort_is_listed_in_part_and_shown_as_a_whole(report, trained, content, monkeypatch):
-    monkeypatch.setattr(report, "PATIENTS_SHOWN", 8)
+def test_large_cohort_is_listed_in_part_and_shown_as_a_whole(trained, content, monkeypatch):
+    monkeypatch.setattr("hydrogel_gym.report.patient_view.PATIENTS_SHOWN", 8)
     shown = content(trained)
     ids = shown["patients"].cohort.patient_ids
-    assert report.patient_data(shown["patients"])["ids"] == list(ids[::5])
+    assert patient_data(shown["patients"])["ids"] == list(ids[::5])
     assert "Listed are 8 of the 40 patients" in shown["notes"][1]
     assert len(shown["patients"].reward) == 40
 
@@ -430,11 +441,11 @@ def same_patients_other_outcomes(run):
             "Nothing is shown of patients: /gone/mine.csv: cannot be read",
             False,
         ),
-        (other_patients, "holds other patients than the run was trained on", False),
+        (other_patients, "contains other patients than the run was trained on", False),
         (same_patients_other_outcomes, "patients, outcome model or package are others", False),
         (
             lambda run: edit_json(run / "config.json", env_id="Mine-v0"),
-            "Nothing is shown of patients: Mine-v0 cannot judge them",
+            "Nothing is shown of patients: Mine-v0 cannot evaluate them",
             False,
         ),
     ],
@@ -450,10 +461,10 @@ def test_harmed_run_directory_gives_a_partial_report_that_says_so(
     assert shown["sections"]
 
 
-def test_page_lists_in_one_box_what_is_missing(report, copy):
+def test_page_lists_in_one_box_what_is_missing(copy):
     remove_policy_and_checkpoints(copy)
     (copy / "metrics.csv").unlink()
-    page = report.report(report.read_run(copy)).decode()
+    page = run_page(read_run(copy)).decode()
     box = page[page.index("This report is partial:") : page.index('<div class="about">')]
     assert box.count("<li>") == 3
     assert "metrics.csv is missing, so that there are no learning curves." in box
@@ -464,7 +475,7 @@ def test_page_lists_in_one_box_what_is_missing(report, copy):
     ("make", "message"),
     [
         (lambda run: [str(run / "absent")], "absent is not a directory"),
-        (lambda run: [str(run.parent)], "holds nothing of a run"),
+        (lambda run: [str(run.parent)], "contains nothing of a run"),
         (lambda run: [str(run), f"{run}/."], "is named twice"),
         (lambda run: [str(run), "--output", str(run / "no" / "x.html")], "cannot be written"),
         (lambda run: [str(run), "--nonsense"], "nonsense"),
@@ -472,10 +483,8 @@ def test_page_lists_in_one_box_what_is_missing(report, copy):
     ],
     ids=["absent", "empty", "twice", "output", "flag", "none"],
 )
-def test_bad_command_line_is_one_line_and_writes_nothing(
-    report, copy, monkeypatch, capsys, make, message
-):
-    monkeypatch.setattr(report, "report", lambda run: b"")
+def test_bad_command_line_is_one_line_and_writes_nothing(copy, monkeypatch, capsys, make, message):
+    monkeypatch.setattr(report, "run_page", lambda run: b"")
     before = sorted(copy.rglob("*"))
     assert report.main(make(copy)) == 2
     printed = capsys.readouterr().err
@@ -485,11 +494,9 @@ def test_bad_command_line_is_one_line_and_writes_nothing(
     assert sorted(copy.rglob("*")) == before
 
 
-def test_pages_are_written_into_the_run_and_beside_several(
-    report, copy, monkeypatch, capsys, tmp_path
-):
-    monkeypatch.setattr(report, "report", lambda run: b"one")
-    monkeypatch.setattr(report, "comparison", lambda runs: b"several")
+def test_pages_are_written_into_the_run_and_beside_several(copy, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(report, "run_page", lambda run: b"one")
+    monkeypatch.setattr(report, "comparison_page", lambda runs: b"several")
     shutil.copytree(copy, tmp_path / "other")
     monkeypatch.chdir(copy)
     assert report.main(["."]) == 0
@@ -502,7 +509,7 @@ def test_pages_are_written_into_the_run_and_beside_several(
 
 
 @pytest.fixture
-def several(report, trained, tmp_path):
+def several(trained, tmp_path):
     """Three runs that differ by the seed, and one of another width."""
     runs = []
     for seed, reward in ((1, 20.0), (2, 23.0), (3, 21.5), (1, 10.0)):
@@ -514,15 +521,13 @@ def several(report, trained, tmp_path):
     return runs
 
 
-def compared(report, paths, monkeypatch):
-    monkeypatch.setattr(report, "page", lambda **content: content)
-    return report.comparison([report.read_run(path) for path in paths])
+def compared(paths, monkeypatch):
+    monkeypatch.setattr("hydrogel_gym.report.comparison.render", lambda **content: content)
+    return comparison_page([read_run(path) for path in paths])
 
 
-def test_comparison_tabulates_mean_and_deviation_over_the_seeds_of_a_group(
-    report, several, monkeypatch
-):
-    shown = compared(report, several, monkeypatch)
+def test_comparison_tabulates_mean_and_deviation_over_the_seeds_of_a_group(several, monkeypatch):
+    shown = compared(several, monkeypatch)
     figures, runs, differing = shown["sections"][0].tables
     assert figures.header == ["figure", "hidden_dim 16 (n = 3)", "hidden_dim 32 (n = 1)"]
     deviation = np.std([20.0, 23.0, 21.5], ddof=1)
@@ -534,12 +539,10 @@ def test_comparison_tabulates_mean_and_deviation_over_the_seeds_of_a_group(
     assert "single run" in shown["about"][-1]
 
 
-def test_comparison_marks_unfinished_runs_and_leaves_them_out_of_the_figures(
-    report, several, monkeypatch
-):
+def test_comparison_marks_unfinished_runs_and_leaves_them_out_of_the_figures(several, monkeypatch):
     (several[1] / "summary.json").unlink()
     edit_json(several[2] / "summary.json", interrupted=True)
-    shown = compared(report, several, monkeypatch)
+    shown = compared(several, monkeypatch)
     figures, runs, _ = shown["sections"][0].tables
     assert figures.header[1] == "hidden_dim 16 (n = 1)"
     assert figures.rows[0][1] == "20.00"
@@ -549,11 +552,11 @@ def test_comparison_marks_unfinished_runs_and_leaves_them_out_of_the_figures(
     assert not any("designs are those" in gap for gap in shown["gaps"])  # none is shown
 
 
-def test_comparison_draws_every_run_thin_and_the_mean_thick(report, several, monkeypatch):
+def test_comparison_draws_every_run_thin_and_the_mean_thick(several, monkeypatch):
     metrics = pd.read_csv(several[1] / "metrics.csv")
     metrics["mean_reward"] += 3.0
     metrics.iloc[:4].to_csv(several[1] / "metrics.csv", index=False)
-    shown = compared(report, several[:2], monkeypatch)
+    shown = compared(several[:2], monkeypatch)
     figure = shown["sections"][1].plots[0].figure
     one, other, mean, source = figure.data
     assert (one.line.width, other.line.width, mean.line.width) == (1, 1, 3)
@@ -562,10 +565,10 @@ def test_comparison_draws_every_run_thin_and_the_mean_thick(report, several, mon
     assert source.line.dash == "dot"
 
 
-def test_group_has_one_colour_in_curves_and_bars(report, several, monkeypatch):
+def test_group_has_one_colour_in_curves_and_bars(several, monkeypatch):
     for path in several[:3]:
         (path / "summary.json").unlink()
-    shown = compared(report, several, monkeypatch)
+    shown = compared(several, monkeypatch)
     _, curves, polymers = shown["sections"]
     drawn = {trace.name: trace.line.color for trace in curves.plots[0].figure.data}
     bar, source = polymers.plots[0].figure.data
@@ -574,34 +577,50 @@ def test_group_has_one_colour_in_curves_and_bars(report, several, monkeypatch):
     assert source.marker.color not in drawn.values()
 
 
-def test_runs_and_groups_of_one_name_are_told_apart(report, several, monkeypatch, tmp_path):
+def test_runs_and_groups_of_one_name_are_told_apart(several, monkeypatch, tmp_path):
     paths = [tmp_path / name / "run" for name in ("one", "two")]
     for width, old, new in zip((16, 32), several, paths, strict=False):
         new.parent.mkdir()
         old.rename(new)
         edit_json(new / "config.json", a=width, b=width, c=width, d=width)
-    shown = compared(report, paths, monkeypatch)
+    shown = compared(paths, monkeypatch)
     figures, runs, *_ = shown["sections"][0].tables
     assert [row[0] for row in runs.rows] == [str(path) for path in paths]
     assert figures.header[1:] == [f"{path} (n = 1)" for path in paths]
     assert len(shown["sections"][2].plots[0].figure.data) == 3
 
 
-def test_groups_that_differ_in_many_settings_go_by_their_presets(report, several, monkeypatch):
+def test_groups_that_differ_in_many_settings_go_by_their_presets(several, monkeypatch):
     edit_json(several[3] / "config.json", preset="full", gamma=0.9, num_steps=7, ent_coef=0.5)
-    shown = compared(report, several, monkeypatch)
+    shown = compared(several, monkeypatch)
     presets = [f"preset {json.loads((several[0] / 'config.json').read_text())['preset']} (n = 3)"]
     assert shown["sections"][0].tables[0].header[1:] == [*presets, "preset full (n = 1)"]
 
 
-def test_names_in_legends_are_no_markup(report, trained):
-    run = report.read_run(trained)
-    figure = report.overlay([report.Group("<b>x</b>", [run], report.BLUE)], "mean_reward", "y")
+def test_runs_of_another_version_or_of_another_tracker_are_in_the_group_of_today(
+    several, monkeypatch
+):
+    removed = dict(evaluate=None, reward_precision="fp32", true_reward_model=None)
+    edit_json(several[0] / "config.json", **removed, wandb_project="mine", wandb_entity="me")
+    shown = compared(several[:3], monkeypatch)
+    assert shown["sections"][0].tables[0].header[1:] == ["run-0 and 2 more (n = 3)"]
+
+
+def test_run_with_a_setting_that_is_gone_is_a_group_of_its_own(several, monkeypatch):
+    edit_json(several[0] / "config.json", reward_precision="bf16")
+    figures, _, differing = compared(several[:3], monkeypatch)["sections"][0].tables
+    assert figures.header[1] == "reward_precision bf16 (n = 1)"
+    assert differing.rows == [["reward_precision", "bf16", "None"]]
+
+
+def test_names_in_legends_are_no_markup(trained):
+    run = read_run(trained)
+    figure = overlay([Group("<b>x</b>", [run], BLUE)], "mean_reward", "y")
     assert figure.data[0].name == "&lt;b&gt;x&lt;/b&gt;"
 
 
-def test_comparison_page_is_whole(report, several):
-    page = report.comparison([report.read_run(path) for path in several]).decode()
+def test_comparison_page_is_whole(several):
+    page = comparison_page([read_run(path) for path in several]).decode()
     assert "Comparison of 4 runs" in page
     assert "21.50 ± 1.50" in page
     assert len(page) < 6e6
@@ -609,7 +628,7 @@ def test_comparison_page_is_whole(report, several):
 
 
 def test_report_reads_a_model_of_the_user_by_the_id_of_the_environment(
-    ppo, report, small_run, tmp_path, register_design
+    small_run, tmp_path, register_design
 ):
     def risky(patient, polymer_id, formulation, coverage):
         gain = formulation[..., 3] + 0.0 * (polymer_id + coverage + patient[..., 0])
@@ -618,10 +637,10 @@ def test_report_reads_a_model_of_the_user_by_the_id_of_the_environment(
 
     env_id = register_design("Risky-v0", risky)
     args = small_run(tmp_path / "mine", env_id=env_id, num_iterations=1)
-    ppo.train(args)
-    run = report.read_run(args.output_dir)
-    patients = report.design_patients(run)
+    ppo_hybrid.train(args)
+    run = read_run(args.output_dir)
+    patients = design_patients(run)
     assert patients.slices.is_unsafe.all()
     np.testing.assert_allclose(patients.margins["toxicity"], -0.85, atol=1e-6)
-    text = report.safety_section(patients).texts[0]
+    text = safety_section(patients).texts[0]
     assert text == "100.00 % of the designs break a safety limit."

@@ -10,7 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydrogel_gym.train import ppo_hybrid, report
 from PIL import Image
+
+from hydrogel_gym.report.analysis import SLICE_POINTS, design_patients
+from hydrogel_gym.report.reading import read_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -25,10 +29,10 @@ FIRST_CELLS = f"{ROWS} td:first-child"
 
 
 @pytest.fixture(scope="module")
-def paths(ppo, report, small_run, tmp_path_factory) -> dict[str, Path]:
+def paths(small_run, tmp_path_factory) -> dict[str, Path]:
     """Pages of a run with an oracle, of one that is partial, and of both."""
     folder = tmp_path_factory.mktemp("runs")
-    ppo.train(small_run(folder / "one", oracle=True))
+    ppo_hybrid.train(small_run(folder / "one", oracle=True))
     two = shutil.copytree(folder / "one", folder / "two")
     for name in ("summary.json", "stage2_policy.pt"):
         (two / name).unlink()
@@ -177,9 +181,9 @@ def test_unknown_patient_is_refused_in_words(visit):
     assert page.locator("#patient-title").inner_text() == "Patient P0000"
 
 
-def test_drawing_is_to_scale(visit, report, paths):
+def test_drawing_is_to_scale(visit, paths):
     page = visit()
-    patients = report.design_patients(report.read_run(paths["one run"].parent))
+    patients = design_patients(read_run(paths["one run"].parent, ppo_hybrid.Agent))
     features, row = patients.features, 6
     page.locator("#patient-input").fill(patients.cohort.patient_ids[row])
     page.keyboard.press("Enter")
@@ -201,9 +205,9 @@ def test_drawing_is_to_scale(visit, report, paths):
     assert box[1] == pytest.approx(2 * outer * np.sin(half), abs=0.1)
 
 
-def test_slices_of_the_page_are_those_of_the_reward_model(visit, report, paths):
+def test_slices_of_the_page_are_those_of_the_reward_model(visit, paths):
     page = visit()
-    patients = report.design_patients(report.read_run(paths["one run"].parent))
+    patients = design_patients(read_run(paths["one run"].parent, ppo_hybrid.Agent))
     page.locator("#patient-input").fill(patients.cohort.patient_ids[9])
     page.keyboard.press("Enter")
     drawn = page.evaluate("[...document.querySelectorAll('.slice')].map((e) => e.data[0].y)")
@@ -211,7 +215,7 @@ def test_slices_of_the_page_are_those_of_the_reward_model(visit, report, paths):
     unsafe = page.evaluate(
         "[...document.querySelectorAll('.slice')].slice(0, 4).map((e) => e.data[1].x.length)"
     )
-    assert sum(unsafe) == patients.slices.is_unsafe[9, : 4 * report.SLICE_POINTS].sum()
+    assert sum(unsafe) == patients.slices.is_unsafe[9, : 4 * SLICE_POINTS].sum()
 
 
 def test_print_shows_the_patient_and_no_controls(visit):
