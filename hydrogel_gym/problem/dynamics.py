@@ -8,6 +8,7 @@ D parameters of a formulation, F fields of an observation.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeVar, get_args
@@ -324,14 +325,8 @@ def step(
     if autoreset != "Disabled":
         after = select(begun, next_episode(after, params), after)
     rows, zero = STEP_ROWS[autoreset], torch.zeros_like(reward)
-
-    def reported(**values: Tensor) -> dict[str, Tensor]:
-        """Values where no episode begins and, as final ones, where one ends; elsewhere 0."""
-        found = {name: _zero_where(begun, value) for name, value in values.items()}
-        if autoreset == "SameStep":
-            goes_on = ~terminated
-            found |= {final(name): _zero_where(goes_on, value) for name, value in values.items()}
-        return found
+    ended = terminated if autoreset == "SameStep" else None
+    reported = functools.partial(_reported, begun, ended)
 
     # Bools as floats, since the compiler for CPUs stores bools one by one: those of a step would
     # take longer than its arithmetic.
@@ -358,6 +353,15 @@ def step(
         defect=sum((outcome * 0.0 for outcome in result.outcomes), start=zero),
         final_obs=observation(result.state, params) if autoreset == "SameStep" else None,
     )
+
+
+def _reported(begun: Tensor, ended: Tensor | None, **values: Tensor) -> dict[str, Tensor]:
+    """Values where no episode begins and, if wanted, as final ones where one ends; elsewhere 0."""
+    rows = {name: _zero_where(begun, value) for name, value in values.items()}
+    if ended is not None:
+        goes_on = ~ended
+        rows |= {final(name): _zero_where(goes_on, value) for name, value in values.items()}
+    return rows
 
 
 def _zero_where(mask: Tensor, value: Tensor) -> Tensor:
