@@ -613,6 +613,16 @@ def test_run_with_a_setting_that_is_gone_is_a_group_of_its_own(several, monkeypa
     assert differing.rows == [["reward_precision", "bf16", "None"]]
 
 
+@pytest.mark.parametrize("name", ["cohort", "holdout_cohort", "reward_model"])
+def test_runs_of_other_patients_or_of_another_outcome_model_are_other_groups(
+    several, monkeypatch, name
+):
+    edit_json(several[1] / "config.json", **{name: "mine"})
+    figures, _, differing = compared(several[:2], monkeypatch)["sections"][0].tables
+    assert [column.endswith("(n = 1)") for column in figures.header[1:]] == [True, True]
+    assert [row[0] for row in differing.rows] == [name]
+
+
 def test_names_in_legends_are_no_markup(trained):
     run = read_run(trained)
     figure = overlay([Group("<b>x</b>", [run], BLUE)], "mean_reward", "y")
@@ -625,6 +635,21 @@ def test_comparison_page_is_whole(several):
     assert "21.50 ± 1.50" in page
     assert len(page) < 6e6
     assert Tags(page).count("table") == 3
+
+
+def test_policy_of_float64_designs_in_float64(small_run, tmp_path):
+    args = small_run(tmp_path / "exact", precision="fp64", num_iterations=1)
+    ppo_hybrid.train(args)
+    patients = design_patients(read_run(args.output_dir))
+    assert {values.dtype for values in patients.predicted.values()} == {np.dtype("float64")}
+
+
+def test_settings_of_another_version_are_shown_and_else_ignored(copy, content):
+    edit_json(copy / "config.json", reward_precision="fp32", evaluate=None)
+    shown = content(copy)
+    settings = next(t for t in shown["sections"][0].tables if t.title == "Settings")
+    assert ["reward_precision", "fp32"] in settings.rows
+    assert len(shown["patients"].reward) == 40
 
 
 def test_report_reads_a_model_of_the_user_by_the_id_of_the_environment(

@@ -35,7 +35,7 @@ from hydrogel_gym.runs.identity import MAY_CHANGE, REMOVED
 RUN_FIGURES = ("holdout_deterministic_reward", "holdout_fraction_of_oracle", "samples")
 # What may differ between runs of one group.
 NOT_COMPARED = {"seed", "oracle", "evaluate", "wandb_project", "wandb_entity", *MAY_CHANGE}
-NOT_COMPARED -= {"cohort", "holdout_cohort"}
+NOT_COMPARED -= {"cohort", "holdout_cohort", "reward_model"}
 
 
 class Group(NamedTuple):
