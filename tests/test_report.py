@@ -25,6 +25,7 @@ from hydrogel_gym.report.plots import BLUE, log_regret, new_figure, tertile_map
 from hydrogel_gym.report.reading import Run
 from hydrogel_gym.report.reading import read_run as read_run_with
 from hydrogel_gym.report.sections import beside_the_source, safety_section
+from hydrogel_gym.runs.checkpoints import seal, unseal
 
 HOSTILE = "</script><script>alert(1)</script>"
 FETCHING = {"src", "href", "data", "srcset", "poster"}
@@ -339,6 +340,13 @@ def remove(name):
     return lambda run: (run / name).unlink()
 
 
+def checkpoint_of_another_architecture(run):
+    (run / "stage2_policy.pt").unlink()
+    path = max((run / "checkpoints").iterdir())
+    content = unseal(path.read_bytes())
+    path.write_bytes(seal(content | {"architecture": {"width": 16}}))
+
+
 def remove_policy_and_checkpoints(run):
     (run / "stage2_policy.pt").unlink()
     shutil.rmtree(run / "checkpoints")
@@ -430,6 +438,7 @@ def same_patients_other_outcomes(run):
             True,
         ),
         (remove("stage2_policy.pt"), "The designs are those of the policy at iteration 6", True),
+        (checkpoint_of_another_architecture, "The checkpoint is of another version: ", False),
         (remove_policy_and_checkpoints, "There is no checkpoint either", False),
         (
             remove("config.json"),

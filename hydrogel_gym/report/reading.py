@@ -32,7 +32,7 @@ from hydrogel_gym.runs.directory import (
     SUMMARY_FILE,
 )
 from hydrogel_gym.runs.evaluation import Policy
-from hydrogel_gym.runs.policies import load_policy
+from hydrogel_gym.runs.policies import agent_of, load_policy
 
 MakeAgent = Callable[..., Any]  # a policy's class: an `nn.Module` that has `design`, a `Policy`
 
@@ -211,7 +211,7 @@ def read_policy(run: Run, checkpoint: dict[str, Any] | None, make_agent: MakeAge
             run.policy = SavedPolicy(agent.design, saved["training_config"], path.name)
             return
         except UsageError as error:
-            run.policy_gaps.append(f"{str(error)[0].upper()}{str(error)[1:]}.")
+            run.policy_gaps.append(as_sentence(error))
     if not checkpoint:
         run.policy_gaps.append(
             "There is no checkpoint either, so that nothing is shown of patients."
@@ -219,13 +219,17 @@ def read_policy(run: Run, checkpoint: dict[str, Any] | None, make_agent: MakeAge
         return
     iteration = checkpoint["iteration"]
     try:
-        agent = make_agent(**checkpoint["architecture"])
-        agent.load_state_dict(checkpoint["policy_state_dict"])
-    except (RuntimeError, TypeError, KeyError) as error:
-        run.policy_gaps.append(f"The newest checkpoint is of another version: {first_line(error)}.")
+        agent = agent_of(checkpoint, make_agent, "cpu")
+    except UsageError as error:
+        run.policy_gaps.append(as_sentence(error))
         return
     origin = f"{CHECKPOINTS}/{checkpoint_name(iteration)}"
     run.policy = SavedPolicy(agent.design, checkpoint["args"], origin)
     run.policy_gaps.append(
         f"The designs are those of the policy at iteration {iteration:,} ({origin})."
     )
+
+
+def as_sentence(error: UsageError) -> str:
+    """A message with a capital and a full stop."""
+    return f"{str(error)[0].upper()}{str(error)[1:]}."
