@@ -121,13 +121,17 @@ def train(run: Run, folder: Path) -> pd.DataFrame:
         model = folder / f"stage1-{run.table}" / ("one.pt" if one else "stage1.pt")
         flags = ["--preset", "quick", "--num-iterations", run.iterations, "--seed", run.seed]
         flags += ["--reward-model", model, "--pessimism", 0.0 if one else run.reward]
-        flags += ["--true-reward-model", "mechanistic", "--compile", "off"]
+        flags += ["--compile", "off", "--checkpoint-interval", 5, "--keep-checkpoints", 1000]
         call("train/ppo_hybrid.py", *flags, "--output-dir", output, "--overwrite", threads=1)
-    rows = pd.read_csv(output / "metrics.csv")
-    summary = json.loads((output / "summary.json").read_text())
+    truth = output / "evaluation-shipped-mechanistic-checkpoints.csv"
+    if not truth.exists():
+        flags = ["--every-checkpoint", "--reward-model", "mechanistic"]
+        call("train/evaluate.py", output, *flags, threads=1)
+    evaluated = pd.read_csv(truth).set_index("iteration").add_prefix("true_")
+    rows = pd.read_csv(output / "metrics.csv").set_index("iteration").join(evaluated, how="right")
     columns = ["holdout_deterministic_reward", "true_holdout_deterministic_reward"]
-    rows = rows[["iteration", "global_step", *columns, "true_holdout_fraction_of_oracle"]]
-    breach = summary["true_holdout_deterministic_limit_breach_rate"]
+    breach = rows["true_holdout_deterministic_limit_breach_rate"].iloc[-1]
+    rows = rows[["global_step", *columns, "true_holdout_fraction_of_oracle"]].reset_index()
     return rows.assign(**{**run._asdict(), "breach": breach})
 
 

@@ -35,6 +35,7 @@ from hydrogel_gym.models import mechanistic
 from hydrogel_gym.models.mechanistic import MechanisticParams
 from hydrogel_gym.oracle.__main__ import main as oracle_main
 from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.runs.metrics import METRICS
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -48,7 +49,9 @@ MODULES = (
 ).split()
 NOT_DESCRIBED = ("patients", "train")  # data, and scripts, whose flags have pages of their own
 # Scripts whose flags are fields of a dataclass `Args`.
-SCRIPTS = "ppo_hybrid fit_stage1 generate_candidates refine_patients rank_designs report".split()
+SCRIPTS = (
+    "ppo_hybrid evaluate fit_stage1 generate_candidates refine_patients rank_designs report"
+).split()
 
 _FENCE = re.compile(r"^```.*?^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^(#{1,4}) +(.+?) *$", re.MULTILINE)
@@ -201,12 +204,9 @@ def class_source(kind: type) -> ast.ClassDef:
     return ast.parse(inspect.getsource(kind)).body[0]
 
 
-def load_script(path: str) -> ModuleType:
-    """A script of the repository as a module; those of a folder import each other by name."""
-    folder, name = str((ROOT / path).parent), Path(path).stem
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
-    return importlib.import_module(name)
+def recipe(name: str) -> ModuleType:
+    """A script of `train/` as a module."""
+    return importlib.import_module(f"hydrogel_gym.train.{name}")
 
 
 class Flag(NamedTuple):
@@ -553,19 +553,23 @@ def fragments() -> dict[str, str]:
     result["public_names.md"] = exported_names(hydrogel_gym)
     result["modules.md"] = contents(modules_in(""), "api/")
     for script in SCRIPTS:
-        result[f"flags/{script}.md"] = flag_tables(flags(load_script(f"train/{script}.py").Args))
-    trainer = load_script("train/ppo_hybrid.py")
+        result[f"flags/{script}.md"] = flag_tables(flags(recipe(script).Args))
+    trainer = recipe("ppo_hybrid")
     given = trainer.PRESETS["source"]  # the preset that is the default
     result["flags/ppo_hybrid.md"] = flag_tables(
         [flag._replace(default=given.get(flag.name, flag.default)) for flag in flags(trainer.Args)]
     )
     result["presets.md"] = preset_table(trainer)
+    result["metrics.md"] = table(
+        ("column of `metrics.csv`", "in W&B and TensorBoard", "meaning"),
+        [(f"`{m.name}`", f"`{m.key}`", m.meaning) for m in METRICS],
+    )
     ranked = load_script("train/rank_designs.py").COLUMNS
     result["columns.md"] = table(
         ("column", "meaning"), [(f"`{name}`", meaning) for name, meaning in ranked.items()]
     )
     result["help/oracle.txt"] = help_text(oracle_main, "hydrogel_gym.oracle")
-    outcomes = load_script("patients/make_outcomes.py")
+    outcomes = importlib.import_module("hydrogel_gym.patients.make_outcomes")
     result["help/make_outcomes.txt"] = help_text(outcomes.main, "make_outcomes.py")
     return result
 

@@ -12,6 +12,7 @@ policy; with `--every-checkpoint` a CSV with a row for each.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from hydrogel_gym.train.ppo_hybrid import Agent
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
-from hydrogel_gym.runs.command_line import read_command_line, run_process, run_script
+from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.devices import fast_float32, resolve_device
 from hydrogel_gym.runs.directory import write_csv, write_json
 from hydrogel_gym.runs.evaluation import evaluation_sets, final_figures
@@ -153,10 +154,5 @@ def main(argv: list[str] | None = None) -> int:
     return run_script(body)
 
 
-def command() -> None:
-    """Run the command line as a process of its own: `hydrogel-evaluate`."""
-    run_process(main)
-
-
 if __name__ == "__main__":
-    command()
+    sys.exit(main())
