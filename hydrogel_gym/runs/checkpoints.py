@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
@@ -60,7 +59,7 @@ def unseal(sealed: bytes) -> dict[str, Any]:
     if hashlib.sha256(archive).hexdigest().encode() != digest:
         raise CheckpointError("it is damaged: its content does not have the hash at its end")
     try:
-        content = torch.load(io.BytesIO(archive + mark + digest), weights_only=True)
+        content: dict[str, Any] = torch.load(io.BytesIO(archive + mark + digest), weights_only=True)
         found = content["format"]
     except Exception as error:
         raise CheckpointError(first_line(error)) from error
@@ -149,7 +148,7 @@ def checkpoint_to_resume(options: RunOptions, output_dir: Path) -> bytes | None:
 class Learner(NamedTuple):
     """What learns, and so what a run saves and takes up again."""
 
-    envs: gym.vector.VectorEnv  # this rank's
+    envs: Any  # this rank's; a vector environment with `state_dict`
     agent: nn.Module
     architecture: dict[str, Any]  # arguments of the agent, plain types
     optimizer: torch.optim.Adam
@@ -192,7 +191,8 @@ def load_run_state(saved: dict[str, Any], learner: Learner, world: World) -> Ten
         torch.set_rng_state(random["cpu"][world.rank].clone())
         if device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"][world.rank].clone(), device)
-    return saved["obs"][share].to(device)
+    obs: Tensor = saved["obs"][share].to(device)
+    return obs
 
 
 def adam_state(optimizer: torch.optim.Adam) -> dict[str, Any]:

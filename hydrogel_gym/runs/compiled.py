@@ -186,6 +186,7 @@ class CompiledStep:
             average: the mean of a vector over the ranks, if there are several.
         """
         with torch.no_grad():
+            parts: Parts
             gradient, parts = self.gradient_graph(minibatch)
             if average is not None:
                 gradient, parts["grad_norm"] = self.clip_graph(average(gradient))

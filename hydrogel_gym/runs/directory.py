@@ -101,9 +101,8 @@ def prepare_output_dir(output_dir: Path, options: RunOptions, resumed_at: int | 
         UsageError: it cannot be written to.
     """
     folder = output_dir / CHECKPOINTS
-    goes_on = resumed_at is not None and (
-        options.resume == "auto" or contains(output_dir, Path(options.resume))
-    )
+    resume = options.resume or ""
+    goes_on = resume == "auto" or contains(output_dir, Path(resume))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Named like a summary that was never finished, since a kill may leave it.
@@ -111,7 +110,7 @@ def prepare_output_dir(output_dir: Path, options: RunOptions, resumed_at: int | 
             pass
         paths = [p for name in RUN_FILES for p in output_dir.glob(f".{name}.????????")]
         paths += folder.glob(".checkpoint-*.pt.????????")
-        if not goes_on:
+        if resumed_at is None or not goes_on:
             paths += [output_dir / name for name in RUN_FILES] + checkpoints(output_dir)
         elif options.overwrite:
             paths += [p for p in checkpoints(output_dir) if p.name > checkpoint_name(resumed_at)]
@@ -122,7 +121,7 @@ def prepare_output_dir(output_dir: Path, options: RunOptions, resumed_at: int | 
 
 
 @contextlib.contextmanager
-def explaining_disk_failures(output_dir: Path | None, iteration: int) -> Iterator[None]:
+def explaining_disk_failures(output_dir: Path, iteration: int) -> Iterator[None]:
     """Say of a failure to write what is lost by it, and what is not.
 
     Raises:

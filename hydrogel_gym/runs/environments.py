@@ -21,7 +21,8 @@ def at_step(info: dict[str, Any], name: str) -> Tensor:
     With same-step autoreset an entry is zero at top level where the episode ended and in
     `final_info` where it did not, so the sum is the value.
     """
-    return info[name] + info["final_info"][name]
+    value: Tensor = info[name] + info["final_info"][name]
+    return value
 
 
 def make_envs(
@@ -97,7 +98,8 @@ def first_reset(
     options = None
     if problem.patient_assignment == "fixed" and world.size > 1:
         options = {"patient_id": torch.arange(share.start, share.stop) % num_patients}
-    return envs.reset(seed=seed + share.start, options=options)[0]
+    obs: Tensor = envs.reset(seed=seed + share.start, options=options)[0]
+    return obs
 
 
 @torch.no_grad()
@@ -110,7 +112,8 @@ def reward_model_seconds(envs: gym.vector.VectorEnv) -> float | None:
     problem = getattr(envs.unwrapped, "problem", None)
     if problem is None:
         return None
-    heads, rows = envs.single_action_space, torch.arange(envs.num_envs, device=problem.device)
+    heads: Any = envs.single_action_space
+    rows = torch.arange(envs.num_envs, device=problem.device)
     patient = problem.params.patients[rows % problem.params.num_patients]
     middle = (heads["formulation"].low + heads["formulation"].high) / 2
     formulation = patient.new_tensor(middle).expand(envs.num_envs, -1)

@@ -58,7 +58,7 @@ def evaluation_sets(
     sets = {}
     for name, cohort in cohorts.items():
         envs = make_envs(problem, cohort, device, dtype=dtype)
-        sets[name] = EvaluationSet(envs, cache_dir and best_scores(envs, cache_dir))
+        sets[name] = EvaluationSet(envs, best_scores(envs, cache_dir) if cache_dir else None)
     return sets
 
 
@@ -68,7 +68,8 @@ def best_scores(envs: gym.vector.VectorEnv, cache_dir: Path) -> Tensor:
     Raises:
         UsageError: the search cannot be carried out.
     """
-    problem = envs.unwrapped.problem
+    unwrapped: Any = envs.unwrapped
+    problem = unwrapped.problem
     try:
         best = best_designs(
             problem.cohort,
@@ -118,13 +119,14 @@ def evaluate(
         penalty = sum(at_step(info, f"reward_{name}") for name in SAFETY_LIMITS)
         rewards.append(reward)
         optimal.append(at_step(info, "is_optimal"))
-        breached.append(penalty < 0)
+        breached.append(torch.as_tensor(penalty < 0))
         entropies.append(entropy)
         polymers.append(design["polymer_id"])
     reward = torch.stack(rewards)
-    num_polymers = int(envs.single_action_space["polymer_id"].n)
+    space: Any = envs.single_action_space
+    num_polymers = int(space["polymer_id"].n)
     share = torch.bincount(torch.stack(polymers).flatten(), minlength=num_polymers) / reward.numel()
-    yardstick = dict.fromkeys(YARDSTICK)
+    yardstick: dict[str, float | None] = dict.fromkeys(YARDSTICK)
     if best_score is not None:
         regret = best_score - reward.mean(0)
         fraction = reward.mean() / best_score.mean()

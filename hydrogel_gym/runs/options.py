@@ -50,7 +50,8 @@ class ProblemOptions:
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """The problem of a saved run or policy; settings of other versions are ignored."""
-        return from_config(ProblemOptions, config)
+        problem: Self = from_config(cls, config)
+        return problem
 
 
 @dataclass

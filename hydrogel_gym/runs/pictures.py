@@ -67,7 +67,7 @@ def draw_policy_selection(path: Path, polymer_share: dict[str, float]) -> None:
     """Share of each polymer in the learned policy, beside the source's table."""
     from matplotlib.figure import Figure
 
-    names = sorted(polymer_share, key=polymer_share.get)
+    names = sorted(polymer_share, key=lambda name: polymer_share[name])
     figure = Figure(figsize=(7, 6), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(names))

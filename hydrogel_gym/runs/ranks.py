@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from hydrogel_gym.errors import first_line
 from hydrogel_gym.memory import is_out_of_memory
@@ -108,12 +110,13 @@ class World(NamedTuple):
         """What rank 0 has."""
         if not self.joined:
             return content
-        size = torch.tensor([-1 if content is None else len(content)], device=device)
-        dist.broadcast(size, 0)
-        if size.item() < 0:
+        length = torch.tensor([-1 if content is None else len(content)], device=device)
+        dist.broadcast(length, 0)
+        size = int(length)
+        if size < 0:
             return None
-        data = torch.empty(size.item(), dtype=torch.uint8, device=device)
-        if self.rank == 0:
+        data = torch.empty(size, dtype=torch.uint8, device=device)
+        if content is not None:
             data.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(data, 0)
         return data.cpu().numpy().tobytes()
@@ -189,7 +192,7 @@ def average_gradients(
     parameters: Sequence[nn.Parameter], average: Callable[[Tensor], Tensor]
 ) -> None:
     """Give every rank the mean gradient, as one vector instead of one per parameter."""
-    gradients = [parameter.grad for parameter in parameters]
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = average(torch.cat([gradient.flatten() for gradient in gradients]))
     parts = flat.split([gradient.numel() for gradient in gradients])
     pairs = zip(parts, gradients, strict=True)
@@ -201,7 +204,8 @@ def world_from_environment() -> World:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return ALONE
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    return World(*(int(os.environ.get(name, 1)) for name in names), launched=True)
+    rank, size, local_size = (int(os.environ.get(name, 1)) for name in names)
+    return World(rank, size, local_size, launched=True)
 
 
 @contextlib.contextmanager
@@ -225,7 +229,7 @@ def joined(world: World, device: torch.device) -> Iterator[World]:
 @collective
 def connect(world: World, device: torch.device) -> None:
     """Make the process group of the ranks."""
-    store = next(dist.rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))[0]
+    store = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         store = unused_store_prefix(store, world, TIMEOUT)
     on_cuda = device.type == "cuda"
@@ -239,7 +243,7 @@ def connect(world: World, device: torch.device) -> None:
     )
 
 
-def unused_store_prefix(store: dist.Store, world: World, timeout: timedelta) -> dist.Store:
+def unused_store_prefix(store: Store, world: World, timeout: timedelta) -> Store:
     """A part of a launcher's store that nobody has written to; the same one for all ranks.
 
     `torchrun` gives the ranks that it starts again the store of those before them, and torch then
@@ -257,7 +261,7 @@ def unused_store_prefix(store: dist.Store, world: World, timeout: timedelta) -> 
         store.set(f"rank {world.rank} asks as", name)
         name = store.get(name).decode()  # waits for it
         store.set(f"rank {world.rank} knows {name}", "")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     for rank in range(1, world.size):
         # Who asked may be a rank that was lost before, so until it is known that the answer came.
         while not store.check([f"rank {rank} knows {name}"]):
@@ -266,4 +270,4 @@ def unused_store_prefix(store: dist.Store, world: World, timeout: timedelta) -> 
             if store.check([f"rank {rank} asks as"]):
                 store.set(store.get(f"rank {rank} asks as").decode(), name)
             time.sleep(0.01)
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)

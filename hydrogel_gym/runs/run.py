@@ -137,7 +137,7 @@ class Run:
             "train": load_cohort(args.cohort),
             "holdout": load_cohort(args.holdout_cohort or "holdout"),
         }
-        self.output_dir, sealed = None, None
+        self.output_dir, sealed = Path(), None
         if self.is_main:
             self.output_dir = choose_output_dir(args, f"{labels['preset']}-s{args.seed}")
             sealed = checkpoint_to_resume(args, self.output_dir)
@@ -201,7 +201,7 @@ class Run:
 
     def _begin_directory(self) -> None:
         args, saved = self.args, self.saved
-        prepare_output_dir(self.output_dir, args, saved and saved["iteration"])
+        prepare_output_dir(self.output_dir, args, saved["iteration"] if saved else None)
         if saved and (
             differing := differences(saved["surroundings"], self.surroundings, "in the checkpoint")
         ):
@@ -216,7 +216,7 @@ class Run:
         )
 
     def _log_makers(self) -> dict[str, Callable[[], Any]]:
-        args, makers = self.args, {}
+        args, makers = self.args, dict[str, Callable[[], Any]]()
         if self.is_main and args.track:
             config = plain_config(args) | versions() | self.surroundings
             config |= {"device": str(self.device), **self.labels}

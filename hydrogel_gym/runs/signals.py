@@ -31,7 +31,7 @@ class Signals:
     def __enter__(self) -> Signals:
         # Only the main thread may install handlers; elsewhere the caller keeps control.
         if threading.current_thread() is threading.main_thread():
-            handlers = {
+            handlers: dict[int, Any] = {
                 number: self._stop
                 for number in (signal.SIGINT, signal.SIGTERM)
                 if signal.getsignal(number) is not signal.SIG_IGN
@@ -51,7 +51,8 @@ class Signals:
         warnings = self._warnings
         save, self._warnings_obeyed = warnings > self._warnings_obeyed, warnings
         flags = torch.tensor([self.stop, save], dtype=torch.int32)
-        return self.world.any(flags.to(device, non_blocking=True))
+        requested: Tensor = self.world.any(flags.to(device, non_blocking=True))
+        return requested
 
     def _stop(self, number: int, _: object) -> None:
         if not self.world.launched:

@@ -28,7 +28,7 @@ from hydrogel_gym.runs.pictures import polymers_by_scar_size, top_designs
 
 # Settings of W&B where the environment has none ($WANDB_CONSOLE and so on). The console would be
 # copies of a progress bar; a network that is gone keeps the end of a run waiting.
-WANDB_SETTINGS = {"console": "off", "init_timeout": 30.0, "finish_timeout": 300.0}
+WANDB_SETTINGS: dict[str, Any] = {"console": "off", "init_timeout": 30.0, "finish_timeout": 300.0}
 LAST_WAIT_SECONDS = 400.0  # for all logs, when training has ended
 # For them to begin. Beside training that would take several times as long from it: what imports
 # holds the interpreter for milliseconds at a time, which training needs for every operation.
@@ -97,13 +97,15 @@ class WandbLog:
         import wandb
 
         self.wandb, env = wandb, os.environ
+        self.run: Any
         # Silent, or a terminal is asked for an account, and all ranks wait for the answer.
         mode = wandb.setup(wandb.Settings(silent=True)).settings.mode
         mode = "offline" if mode == "dryrun" else mode
         path = output_dir / WANDB_FILE
         run_id = json.loads(path.read_text())["id"] if path.exists() else uuid.uuid4().hex[:8]
         in_sweep, job = "WANDB_SWEEP_ID" in env, env.get("TORCHELASTIC_RUN_ID", "")
-        settings = dict(
+        kept = {k: v for k, v in WANDB_SETTINGS.items() if f"WANDB_{k.upper()}" not in env}
+        settings: dict[str, Any] = dict(
             id=env.get("WANDB_RUN_ID", run_id),
             # A sweep has a project already.
             project=None if in_sweep else env.get("WANDB_PROJECT", "hydrogel_gym"),
@@ -112,10 +114,7 @@ class WandbLog:
             job_type=env.get("WANDB_JOB_TYPE", "train"),
             tags=[config["preset"], config["policy"], config["env_id"], f"{config['ranks']} ranks"],
             dir=str(output_dir),
-            settings=wandb.Settings(
-                save_code=True,
-                **{k: v for k, v in WANDB_SETTINGS.items() if f"WANDB_{k.upper()}" not in env},
-            ),
+            settings=wandb.Settings(save_code=True, **kept),
         )
         why = "as requested"
         if mode not in ("offline", "disabled"):
