@@ -11,8 +11,13 @@ import pytest
 import torch
 
 from hydrogel_gym import load_polymers
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.models import outcome_table
 from hydrogel_gym.models.ensemble import load_stage1
 from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.models.polymer_embedding import polymer_embedding
+from hydrogel_gym.models.quality import quality
+from hydrogel_gym.train import fit_stage1
 
 ROWS = 24 * 12 * 10
 SMALL = ["--num-epochs", "2", "--num-members", "3", "--batch-size", "128", "--trunk-dim", "32"]
@@ -50,11 +55,11 @@ def table(made_up):
 
 
 @pytest.fixture(scope="session")
-def fitted(fitter, made_up, embedding_file, tmp_path_factory):
+def fitted(made_up, embedding_file, tmp_path_factory):
     """A run directory of a model fitted as far as a few seconds allow, and its report."""
     folder = tmp_path_factory.mktemp("stage1")
     made_up.to_parquet(folder / "outcomes.parquet")
-    code = fitter.main(
+    code = fit_stage1.main(
         [
             str(folder / "outcomes.parquet"),
             "--output-dir",
@@ -72,11 +77,11 @@ def fitted(fitter, made_up, embedding_file, tmp_path_factory):
     return folder / "run", json.loads((folder / "run" / "metrics.json").read_text())
 
 
-def refuse(fitter, capsys, tmp_path, frame: pd.DataFrame, *flags: str) -> str:
+def refuse(capsys, tmp_path, frame: pd.DataFrame, *flags: str) -> str:
     """Fit a table that must be refused before anything is written; returns the message."""
     frame.to_csv(tmp_path / "outcomes.csv", index=False)
     arguments = [str(tmp_path / "outcomes.csv"), "--output-dir", str(tmp_path / "run"), *flags]
-    assert fitter.main(arguments) == 2
+    assert fit_stage1.main(arguments) == 2
     assert not (tmp_path / "run").exists()
     message = capsys.readouterr().err
     assert message.startswith("error: ")
@@ -92,16 +97,16 @@ def test_model_predicts_patients_it_has_not_seen(fitted):
     assert report["held_out"]["is_optimal"]["auroc"] > 0.85
 
 
-def test_report_is_of_the_mean_and_not_of_what_is_rewarded(fitted, fitter, made_up):
+def test_report_is_of_the_mean_and_not_of_what_is_rewarded(fitted, made_up):
     run, report = fitted
     frame = made_up
-    split = fitter.split_patients(
-        fitter.read_table(run.parent / "outcomes.parquet").group,
+    split = fit_stage1.split_patients(
+        outcome_table.read_table(run.parent / "outcomes.parquet").group,
         holdout_share=0.2,
         num_members=3,
         seed=1,
     )
-    table = fitter.read_table(run.parent / "outcomes.parquet").rows(split.test)
+    table = outcome_table.read_table(run.parent / "outcomes.parquet").rows(split.test)
     model = load_stage1(run / "stage1.pt")
     assert model.pessimism > 0.0
     prediction = model.predict(table.patient, table.polymer_id, table.formulation, table.coverage)
@@ -134,21 +139,23 @@ def test_run_directory_has_the_model_its_report_and_pictures(fitted):
     assert best.iloc[-1] <= history["validation_loss"].min() + 1e-6
 
 
-def test_fitting_is_the_same_for_the_same_seed(fitter, table, embedding_file, tmp_path):
+def test_fitting_is_the_same_for_the_same_seed(table, embedding_file, tmp_path):
     table.to_csv(tmp_path / "outcomes.csv", index=False)
     states = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
         flags = ["--seed", seed, "--polymer-embeddings", str(embedding_file), *SMALL]
         output = str(tmp_path / name)
-        assert fitter.main([str(tmp_path / "outcomes.csv"), "--output-dir", output, *flags]) == 0
+        assert (
+            fit_stage1.main([str(tmp_path / "outcomes.csv"), "--output-dir", output, *flags]) == 0
+        )
         states.append(load_stage1(tmp_path / name / "stage1.pt").state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0]["network.trunk.weight"], states[2]["network.trunk.weight"])
 
 
-def test_no_patient_is_on_two_sides_of_a_split(fitter):
+def test_no_patient_is_on_two_sides_of_a_split():
     group = np.repeat(np.arange(30), 7)[np.random.default_rng(0).permutation(210)]
-    split = fitter.split_patients(group, holdout_share=0.2, num_members=5, seed=1)
+    split = fit_stage1.split_patients(group, holdout_share=0.2, num_members=5, seed=1)
     test = set(group[split.test])
     assert len(test) == 6
     seen_by_someone = set()
@@ -161,21 +168,21 @@ def test_no_patient_is_on_two_sides_of_a_split(fitter):
     assert seen_by_someone == set(range(30)) - test  # every patient stops one member
 
 
-def test_one_patient_of_two_names_is_one_patient(fitter, table, tmp_path):
+def test_one_patient_of_two_names_is_one_patient(table, tmp_path):
     rows = table["patient_id"] == table["patient_id"].iloc[0]
     table["patient_id"] = table["patient_id"].astype(str)
     table.loc[table.index[rows][::2], "patient_id"] = "twin"
     table.to_parquet(tmp_path / "outcomes.parquet")
-    group = fitter.read_table(tmp_path / "outcomes.parquet").group
+    group = outcome_table.read_table(tmp_path / "outcomes.parquet").group
     assert len(np.unique(group)) == 12
 
 
-def test_a_missing_outcome_is_not_learned_from(fitter):
+def test_a_missing_outcome_is_not_learned_from():
     prediction = torch.randn(2, 5, 6, requires_grad=True)
     target = torch.rand(2, 5, 6).round()
-    complete = fitter.task_losses(prediction, target)
+    complete = fit_stage1.task_losses(prediction, target)
     target[0, 1, 3] = torch.nan
-    losses = fitter.task_losses(prediction, target)
+    losses = fit_stage1.task_losses(prediction, target)
     assert losses.isfinite().all()
     assert torch.equal(losses[1], complete[1])
     losses.sum().backward()
@@ -183,38 +190,38 @@ def test_a_missing_outcome_is_not_learned_from(fitter):
     assert (prediction.grad != 0.0).sum() == prediction.numel() - 1
 
 
-def test_a_row_gone_wrong_pulls_no_harder_than_a_noisy_one(fitter):
+def test_a_row_gone_wrong_pulls_no_harder_than_a_noisy_one():
     target = torch.zeros(1, 2, 6)
     target[0, 0, 0], target[0, 1, 0] = 1.0, 50.0
     prediction = torch.zeros(1, 2, 6, requires_grad=True)
-    fitter.task_losses(prediction, target)[0, 0].backward()
+    fit_stage1.task_losses(prediction, target)[0, 0].backward()
     assert prediction.grad[0, 0, 0] == prediction.grad[0, 1, 0] != 0.0
 
 
-def test_learned_weights_settle_at_the_inverse_of_the_loss(fitter):
+def test_learned_weights_settle_at_the_inverse_of_the_loss():
     losses = torch.tensor([[0.5, 0.02, 1.0, 0.1, 0.2, 3.0]])
     log_variance = torch.zeros(1, 6, requires_grad=True)
     optimizer = torch.optim.Adam([log_variance], lr=0.05)
     for _ in range(400):
         optimizer.zero_grad()
-        fitter.weighted(losses, log_variance).backward()
+        fit_stage1.weighted(losses, log_variance).backward()
         optimizer.step()
     torch.testing.assert_close(log_variance.exp(), 2.0 * losses, rtol=1e-2, atol=1e-3)
 
 
-def test_scaling_is_not_moved_by_a_few_wrong_rows(fitter, table, tmp_path):
+def test_scaling_is_not_moved_by_a_few_wrong_rows(table, tmp_path):
     table.to_parquet(tmp_path / "clean.parquet")
     table.loc[:5, "delta_ef_pct"] = 99.0
     table.to_parquet(tmp_path / "wrong.parquet")
     clean, wrong = (
-        fitter.scaling_of(fitter.read_table(tmp_path / f"{name}.parquet"))
+        outcome_table.read_table(tmp_path / f"{name}.parquet").scaling()
         for name in ("clean", "wrong")
     )
     torch.testing.assert_close(clean.outcome_std, wrong.outcome_std, rtol=0.02, atol=0.0)
     torch.testing.assert_close(clean.outcome_mean, wrong.outcome_mean, rtol=0.05, atol=0.01)
 
 
-def test_calibration_error_of_a_calibrated_prediction_is_small(fitter):
+def test_calibration_error_of_a_calibrated_prediction_is_small():
     pick = np.random.default_rng(0)
     probability = pick.uniform(size=20_000).astype(np.float32)
     observed = np.zeros((20_000, 6), np.float32)
@@ -222,14 +229,14 @@ def test_calibration_error_of_a_calibrated_prediction_is_small(fitter):
     predicted = np.zeros((20_000, 6), np.float32)
     for share, error in ((1.0, 0.0), (0.5, 0.25)):
         predicted[:, 2] = share * probability
-        figures = fitter.quality(predicted, observed)["is_optimal"]
+        figures = quality(predicted, observed)["is_optimal"]
         assert figures["calibration_error"] == pytest.approx(error, abs=0.02)
         assert figures["auroc"] == pytest.approx(5 / 6, abs=0.01)
 
 
-def test_default_embedding_tells_all_polymers_apart(fitter):
+def test_default_embedding_tells_all_polymers_apart():
     pytest.importorskip("rdkit")
-    embedding, origin = fitter.polymer_embedding(None)
+    embedding, origin = polymer_embedding(None)
     assert "RDKit" in origin
     assert (len(embedding), embedding.dtype) == (24, np.float32)
     assert np.isfinite(embedding).all()
@@ -238,11 +245,11 @@ def test_default_embedding_tells_all_polymers_apart(fitter):
     assert like > unlike
 
 
-def test_embedding_of_a_file_is_taken_by_name(fitter, embedding_file, tmp_path):
-    shuffled, _ = fitter.polymer_embedding(embedding_file)
+def test_embedding_of_a_file_is_taken_by_name(embedding_file, tmp_path):
+    shuffled, _ = polymer_embedding(embedding_file)
     frame = pd.read_csv(embedding_file).set_index("name").loc[list(load_polymers().names)]
     np.save(tmp_path / "e.npy", frame.to_numpy())
-    ordered, _ = fitter.polymer_embedding(tmp_path / "e.npy")
+    ordered, _ = polymer_embedding(tmp_path / "e.npy")
     np.testing.assert_allclose(shuffled, ordered, rtol=1e-5)
 
 
@@ -257,13 +264,11 @@ def test_embedding_of_a_file_is_taken_by_name(fitter, embedding_file, tmp_path):
     ],
     ids=["missing", "twice", "nan", "text", "unnamed"],
 )
-def test_embedding_file_that_lacks_something_is_refused(
-    fitter, embedding_file, tmp_path, spoil, message
-):
+def test_embedding_file_that_lacks_something_is_refused(embedding_file, tmp_path, spoil, message):
     path = tmp_path / "spoilt.csv"
     spoil(pd.read_csv(embedding_file)).to_csv(path, index=False)
-    with pytest.raises(fitter.UsageError, match=rf"--polymer-embeddings {path}: .*{message}"):
-        fitter.polymer_embedding(path)
+    with pytest.raises(UsageError, match=rf"--polymer-embeddings {path}: .*{message}"):
+        polymer_embedding(path)
 
 
 def put(column: str, value, rows=slice(0, 1)):
@@ -328,13 +333,13 @@ def put(column: str, value, rows=slice(0, 1)):
     ],
 )
 def test_table_that_cannot_be_fitted_is_refused_before_anything_is_done(
-    fitter, capsys, tmp_path, table, embedding_file, spoil, message
+    capsys, tmp_path, table, embedding_file, spoil, message
 ):
     for name in ("polymer_name", "coverage", "patient_id"):
         table[name] = table[name].astype(object)
     flags = ["--polymer-embeddings", str(embedding_file)]
-    told = refuse(fitter, capsys, tmp_path, spoil(table), *flags)
-    assert pd.Series([told]).str.contains(message).all(), told
+    refusal = refuse(capsys, tmp_path, spoil(table), *flags)
+    assert pd.Series([refusal]).str.contains(message).all(), refusal
 
 
 @pytest.mark.parametrize(
@@ -347,30 +352,28 @@ def test_table_that_cannot_be_fitted_is_refused_before_anything_is_done(
         (["--polymer-embeddings", "no.csv"], "--polymer-embeddings no.csv: no such file"),
     ],
 )
-def test_flag_out_of_range_is_refused(fitter, capsys, tmp_path, table, flags, message):
-    assert message in refuse(fitter, capsys, tmp_path, table, *flags)
+def test_flag_out_of_range_is_refused(capsys, tmp_path, table, flags, message):
+    assert message in refuse(capsys, tmp_path, table, *flags)
 
 
-def test_outcome_that_only_one_patient_has_is_refused(
-    fitter, capsys, tmp_path, table, embedding_file
-):
+def test_outcome_that_only_one_patient_has_is_refused(capsys, tmp_path, table, embedding_file):
     table.loc[table["patient_id"] != table["patient_id"].iloc[0], "fibrosis_risk"] = np.nan
     flags = ["--polymer-embeddings", str(embedding_file)]
-    told = refuse(fitter, capsys, tmp_path, table, *flags)
-    assert "fibrosis_risk is empty for all patients that would be" in told
+    refusal = refuse(capsys, tmp_path, table, *flags)
+    assert "fibrosis_risk is empty for all patients that would be" in refusal
 
 
 @pytest.mark.parametrize("name", ["outcomes.xlsx", "missing.csv"])
-def test_file_that_is_no_table_is_refused(fitter, capsys, tmp_path, embedding_file, name):
+def test_file_that_is_no_table_is_refused(capsys, tmp_path, embedding_file, name):
     arguments = [str(tmp_path / name), "--polymer-embeddings", str(embedding_file)]
-    assert fitter.main(arguments) == 2
+    assert fit_stage1.main(arguments) == 2
     assert name in capsys.readouterr().err
 
 
-def test_fitted_model_is_not_overwritten_unasked(fitter, fitted, capsys):
+def test_fitted_model_is_not_overwritten_unasked(fitted, capsys):
     run, _ = fitted
     before = (run / "stage1.pt").read_bytes()
-    assert fitter.main([str(run.parent / "outcomes.parquet"), "--output-dir", str(run)]) == 2
+    assert fit_stage1.main([str(run.parent / "outcomes.parquet"), "--output-dir", str(run)]) == 2
     assert "exists; pass --overwrite" in capsys.readouterr().err
     assert (run / "stage1.pt").read_bytes() == before
 

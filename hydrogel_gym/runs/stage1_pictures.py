@@ -11,14 +11,20 @@ from hydrogel_gym.models.quality import CALIBRATION_BINS, calibration
 from hydrogel_gym.runs.directory import save_figure
 
 
-def draw_reliability(path: Path, predicted: np.ndarray, observed: np.ndarray) -> None:
-    """Picture of how often a design was optimal, by how probable that was predicted to be.
+def draw_quality(folder: Path, predicted: np.ndarray, observed: np.ndarray) -> None:
+    """Write `reliability.png` and `predictions.png`.
 
     Args:
-        path: of the PNG.
+        folder: where to.
         predicted: (N, 6) in the order of `OUTCOME_COLUMNS`.
         observed: (N, 6), NaN where missing.
     """
+    draw_reliability(folder / "reliability.png", predicted, observed)
+    draw_predictions(folder / "predictions.png", predicted, observed)
+
+
+def draw_reliability(path: Path, predicted: np.ndarray, observed: np.ndarray) -> None:
+    """Picture of how often a design was optimal, by how probable that was predicted to be."""
     from matplotlib.figure import Figure
 
     i = OUTCOME_COLUMNS.index(LABEL)
@@ -36,10 +42,7 @@ def draw_reliability(path: Path, predicted: np.ndarray, observed: np.ndarray) ->
 
 
 def draw_predictions(path: Path, predicted: np.ndarray, observed: np.ndarray) -> None:
-    """Picture of predictions beside what was observed, for every outcome but the label.
-
-    Arguments are those of `draw_reliability`.
-    """
+    """Picture of predictions beside what was observed, for every outcome but the label."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * len(REGRESSED), 4), layout="constrained")
