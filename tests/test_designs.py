@@ -9,10 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
-from hydrogel_gym import designs
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.designs.grid import NUM_CELLS, NUM_LEVELS, RESOLUTION, design_keys, on_grid
-from hydrogel_gym.designs.schema import NUMBERS, REWARD, arrow_table, parquet
+from hydrogel_gym.designs.schema import (
+    FORMULATION_COLUMNS,
+    NUMBERS,
+    RANKED_SCHEMA,
+    REWARD,
+    SCHEMA,
+    arrow_table,
+    columns_of,
+    parquet,
+)
 from hydrogel_gym.designs.store import partition
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
@@ -63,7 +71,7 @@ def test_the_best_are_exact_whatever_the_batches(per_cell, seed, size, batch):
     assert shown(best) == best_of_all(cell, numbers, size, per_cell=per_cell)
 
 
-def test_fewer_unlike_designs_than_asked_for_are_all_kept():
+def test_fewer_unlike_designs_than_requested_are_all_kept():
     cell, numbers = many(50, seed=0, levels=2)
     twice = np.concatenate([cell, cell]), np.concatenate([numbers, numbers], axis=1)
     best = TopDesigns(1000)
@@ -144,7 +152,7 @@ def test_designs_are_read_back_as_they_were(folder):
 def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(folder):
     (file,) = partition(folder / "top", "P0001").iterdir()
     schema = pq.ParquetFile(file).schema_arrow
-    assert schema.metadata[b"hydrogel_gym"] == designs.SCHEMA.encode()
+    assert schema.metadata[b"hydrogel_gym"] == SCHEMA.encode()
     source = (
         "polymer_id polymer_name stiffness_kPa degradation_days conductivity_S_m thickness_mm "
         "coverage predicted_delta_EF predicted_stress_reduction optimal_probability reward"
@@ -152,14 +160,24 @@ def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(f
     assert schema.names[: len(source)] == source
 
 
+def test_each_schema_has_columns_of_its_own_and_numbers_begin_with_the_formulation():
+    own, ranked = columns_of(SCHEMA), columns_of(RANKED_SCHEMA)
+    assert list(own) == [name for name in ranked if name in own]
+    assert set(NUMBERS) == set(own) - {"polymer_id", "polymer_name", "coverage"}
+    assert NUMBERS[: len(FORMULATION_COLUMNS)] == FORMULATION_COLUMNS
+    table = arrow_table(*many(3, seed=0))
+    assert table.column_names == list(own)
+    assert ranked["stiffness_kPa"].description == "stiffness requested, kPa"
+
+
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (dict(patient_id="P0002"), "no patient 'P0002'; nearest: P0001"),
         (dict(table="best"), "table is 'best'; allowed: "),
-        (dict(table="diverse"), "holds no table 'diverse'"),
+        (dict(table="diverse"), "contains no table 'diverse'"),
     ],
 )
-def test_what_is_not_there_is_named(folder, arguments, told):
-    with pytest.raises(ValueError, match=told):
+def test_what_is_not_there_is_named(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
         load_designs(folder, **arguments)

@@ -7,11 +7,13 @@ import json
 import pandas as pd
 import pytest
 import torch
+from hydrogel_gym.train import generate_candidates, ppo_hybrid, rank_designs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
 
 from hydrogel_gym import RewardConfig, compute_reward, load_cohort, load_polymers
+from hydrogel_gym.designs import sampling
 from hydrogel_gym.designs.ranking import (
     ERROR_FRAC,
     PERTURBATIONS,
@@ -20,8 +22,10 @@ from hydrogel_gym.designs.ranking import (
     safety_margins,
     window_distance,
 )
+from hydrogel_gym.designs.schema import RANKED_SCHEMA, columns_of
 from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
+from hydrogel_gym.runs.policies import load_policy
 
 
 def outcomes(**columns: list[float]) -> Outcomes:
@@ -90,10 +94,10 @@ def test_robustness_is_worst_and_mean_of_every_combination_of_errors(toy_model):
     patient[:, 9] = 0.25
     config = RewardConfig()
     worst, mean = robustness(patient, design, toy_model, config)
-    asked = compute_reward(toy_model(patient, *design), config=config)
-    torch.testing.assert_close(worst, asked - torch.tensor([0.0, 3.0]))
+    requested = compute_reward(toy_model(patient, *design), config=config)
+    torch.testing.assert_close(worst, requested - torch.tensor([0.0, 3.0]))
     # The second breaks each limit in a third of the cases.
-    torch.testing.assert_close(mean, asked - torch.tensor([0.0, 1.0]))
+    torch.testing.assert_close(mean, requested - torch.tensor([0.0, 1.0]))
 
 
 def test_errors_are_those_of_every_parameter_up_down_or_none():
@@ -128,24 +132,25 @@ def test_pareto_ranks_peel_fronts_one_by_one(rows):
 
 
 @pytest.fixture(scope="module")
-def ranked(ppo, generator, ranker, small_run, tmp_path_factory):
+def ranked(small_run, tmp_path_factory):
     """A run directory with the ranked designs of two patients."""
     args = small_run(tmp_path_factory.mktemp("ranked") / "run")
-    ppo.train(args)
+    ppo_hybrid.train(args)
     settings = dict(policy=args.output_dir, patient=("P0002", "P0001"), top_k=15)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generator, "BLOCK", 2048)
-        folder = generator.run(generator.Args(**settings, num_candidates=4000, top_only=True))
+        patch.setattr(sampling, "BLOCK", 2048)
+        args_of_designs = generate_candidates.Args(**settings, num_candidates=4000, top_only=True)
+        folder = generate_candidates.run(args_of_designs)
     torch.set_num_threads(threads)
-    ranker.rank(ranker.Args(folder))
+    rank_designs.rank(rank_designs.Args(folder))
     return args, folder
 
 
-def test_ranked_designs_are_those_kept_the_best_of_each_patient_first(ranker, ranked):
+def test_ranked_designs_are_those_kept_the_best_of_each_patient_first(ranked):
     _, folder = ranked
-    table = pd.read_parquet(folder / "designs.parquet")
-    assert table.columns.tolist() == list(ranker.COLUMNS)
+    table = pd.read_parquet(folder / "ranked_designs.parquet")
+    assert table.columns.tolist() == list(columns_of(RANKED_SCHEMA))
     assert table["patient_id"].tolist() == ["P0001"] * 15 + ["P0002"] * 15
     for _, rows in table.groupby("patient_id"):
         assert rows["rank"].tolist() == list(range(1, 16))
@@ -154,47 +159,49 @@ def test_ranked_designs_are_those_kept_the_best_of_each_patient_first(ranker, ra
         assert (rows["reward_worst_5pct"] <= rows["reward_mean_5pct"] + 1e-5).all()
         assert rows["pareto_rank"].min() == 1
     assert table.notna().all(axis=None)
-    metadata = pq.read_schema(folder / "designs.parquet").metadata
-    assert metadata[b"hydrogel_gym"] == ranker.SCHEMA.encode()
-    assert json.loads(metadata[b"columns"]) == ranker.COLUMNS
-    csv = pd.read_csv(folder / "designs.csv")
+    metadata = pq.read_schema(folder / "ranked_designs.parquet").metadata
+    assert metadata[b"hydrogel_gym"] == RANKED_SCHEMA.encode()
+    assert json.loads(metadata[b"columns"]) == {
+        name: column.description for name, column in columns_of(RANKED_SCHEMA).items()
+    }
+    csv = pd.read_csv(folder / "ranked_designs.csv")
     assert (csv["stiffness_kPa"] == table["stiffness_kPa"].astype(float).round(2)).all()
     assert csv["polymer_name"].tolist() == table["polymer_name"].tolist()
 
 
-def test_all_of_stage_2_is_one_file_of_plain_types(ppo, ranked):
+def test_all_of_stage_2_is_one_file_of_plain_types(ranked):
     args, folder = ranked
     saved = torch.load(folder / "stage2_complete.pt", weights_only=True)
     source = "policy_state_dict optimizer_state_dict training_config final_metrics"
     assert set(source.split()) | {"per_patient_designs"} <= set(saved)
-    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    agent, _ = load_policy(args.output_dir / "stage2_policy.pt", ppo_hybrid.Agent, "cpu")
     agent.load_state_dict(saved["policy_state_dict"])
     summary = json.loads((args.output_dir / "summary.json").read_text())
     assert saved["final_metrics"] == summary
     assert saved["training_config"]["num_iterations"] == args.num_iterations
     designs = saved["per_patient_designs"]
     assert {patient: len(rows) for patient, rows in designs.items()} == {"P0001": 15, "P0002": 15}
-    table = pd.read_csv(folder / "designs.csv")
+    table = pd.read_csv(folder / "ranked_designs.csv")
     assert designs["P0002"][0]["polymer_name"] == table["polymer_name"][15]
     assert designs["P0002"][0]["formulation"] == pytest.approx(
         table.loc[15, ["stiffness_kPa", "degradation_days", "conductivity_S_m", "thickness_mm"]]
     )
 
 
-def test_designs_of_another_policy_are_refused(ppo, ranker, ranked, small_run, tmp_path, capsys):
+def test_designs_of_another_policy_are_refused(ranked, small_run, tmp_path, capsys):
     _, folder = ranked
     other = small_run(tmp_path / "other", seed=2)
-    ppo.train(other)
+    ppo_hybrid.train(other)
     capsys.readouterr()
-    assert ranker.main([str(folder), "--policy", str(other.output_dir)]) == 2
+    assert rank_designs.main([str(folder), "--policy", str(other.output_dir)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is of another policy or cohort (policy: " in line
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty"])
-def test_a_folder_without_designs_is_one_line(ranker, ranked, tmp_path, capsys, what):
+def test_a_folder_without_designs_is_one_line(ranked, tmp_path, capsys, what):
     (tmp_path / "empty").mkdir()
     policy = str(ranked[0].output_dir)
-    assert ranker.main([str(tmp_path / what), "--policy", policy]) == 2
+    assert rank_designs.main([str(tmp_path / what), "--policy", policy]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {tmp_path / what}: ")

@@ -5,9 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hydrogel_gym.train import ppo_hybrid, rank_designs, refine_patients
+from hydrogel_gym.train.generate_candidates import Choices
+from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise
 
-import hydrogel_gym
 from hydrogel_gym.designs import load_designs
+from hydrogel_gym.designs.sampling import check_finite
+from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.runs.designing import environments
+from hydrogel_gym.runs.evaluation import policy_designs
+from hydrogel_gym.runs.policies import load_policy
 
 PATIENTS = ("P0003", "P0001", "P0002")
 
@@ -20,21 +27,21 @@ PATIENTS = ("P0003", "P0001", "P0002")
     ],
     ids=lambda changes: changes["policy"],
 )
-def trained(ppo, small_run, tmp_path_factory, request):
+def trained(small_run, tmp_path_factory, request):
     """Directory of a run of forty patients."""
     args = small_run(tmp_path_factory.mktemp("trained") / "run", **request.param)
-    ppo.train(args)
+    ppo_hybrid.train(args)
     return args.output_dir
 
 
 @pytest.fixture(scope="module")
-def refined(refiner, trained):
+def refined(trained):
     """Folder of three refined patients."""
-    refiner.run(settings(refiner, trained))
+    refine_patients.run(settings(trained))
     return trained / "refined"
 
 
-def settings(refiner, trained, **changes):
+def settings(trained, **changes):
     defaults = dict(
         policy=trained,
         patient=PATIENTS,
@@ -43,57 +50,57 @@ def settings(refiner, trained, **changes):
         top_k=12,
         learning_rate=1e-2,
     )
-    return refiner.Args(**(defaults | changes))
+    return refine_patients.Args(**(defaults | changes))
 
 
 @pytest.fixture
-def base(ppo, generator, trained):
+def base(trained):
     """The policy for all, its patients, their environments and its reward for each."""
-    agent, saved = ppo.load_policy(trained / "stage2_policy.pt", "cpu")
-    cohort = hydrogel_gym.load_cohort(saved["training_config"]["cohort"])
-    envs = generator.environments(saved["training_config"], cohort, torch.device("cpu"))
-    return agent, cohort, envs, ppo.policy_designs(agent, envs)["reward"]
+    agent, saved = load_policy(trained / "stage2_policy.pt", Agent, "cpu")
+    cohort = load_cohort(saved["training_config"]["cohort"])
+    envs = environments(saved["training_config"], cohort, torch.device("cpu"))
+    return agent, cohort, envs, policy_designs(agent.design, envs)["reward"]
 
 
 @pytest.fixture
-def tuner(refiner, trained, base):
+def tuner(trained, base):
     """Tuner of three patients, its agent and their observations."""
     agent, cohort, envs, _ = base
     problem = envs.unwrapped.problem
     rows = [cohort.index(patient_id) for patient_id in PATIENTS]
     obs = envs.reset()[0][rows]
-    args = settings(refiner, trained)
+    args = settings(trained)
     config = problem.params.reward_config
     patients = problem.params.patients[rows]
-    return refiner.Tuner(agent, obs, patients, problem, config, args), agent, obs
+    return refine_patients.Tuner(agent, obs, patients, problem, config, args), agent, obs
 
 
-def drawn(refiner, tuner, count=400):
+def drawn(tuner, count=400):
     """Actions for three patients, (3, count)."""
     torch.manual_seed(0)
-    noise = refiner.Noise(torch.rand(3, count, 2), torch.randn(3, count, 4))
-    return refiner.sample(tuner.choices(tuner.weights, tuner.inputs), noise)
+    noise = Noise(torch.rand(3, count, 2), torch.randn(3, count, 4))
+    return tuner.choices(tuner.weights, tuner.inputs).sample(noise)
 
 
-def test_log_probabilities_are_the_agents(ppo, refiner, tuner):
+def test_log_probabilities_are_the_agents(tuner):
     tuner, agent, obs = tuner
-    action = drawn(refiner, tuner)
+    action = drawn(tuner)
     choices = tuner.choices(tuner.weights, tuner.inputs)
-    found = torch.func.vmap(refiner.log_prob, in_dims=(0, 0, None))(choices, action, agent.nodes)
+    found = torch.func.vmap(Choices.logprob)(choices, action)
     for patient in range(3):
-        one = ppo.HybridAction(*(part[patient] for part in action))
+        one = HybridAction(*(part[patient] for part in action))
         expected = agent(obs[patient].expand(400, -1), one).logprob
         torch.testing.assert_close(found[patient], expected.detach(), rtol=1e-4, atol=1e-4)
 
 
-def test_samples_and_deterministic_actions_are_the_agents(ppo, refiner, tuner):
+def test_samples_and_deterministic_actions_are_the_agents(tuner):
     tuner, agent, obs = tuner
     torch.manual_seed(1)
-    noise = refiner.Noise(torch.rand(3, 50, 2), torch.randn(3, 50, 4))
+    noise = Noise(torch.rand(3, 50, 2), torch.randn(3, 50, 4))
     choices = tuner.choices(tuner.weights, tuner.inputs)
-    found, sure = refiner.sample(choices, noise), refiner.likeliest(choices)
+    found, sure = choices.sample(noise), choices.likeliest()
     for patient in range(3):
-        one = ppo.Noise(noise.uniform[patient], noise.normal[patient])
+        one = Noise(noise.uniform[patient], noise.normal[patient])
         expected = agent(obs[patient].expand(50, -1), noise=one).action
         assert (found.polymer_id[patient] == expected.polymer_id).all()
         assert (found.coverage[patient] == expected.coverage).all()
@@ -103,9 +110,9 @@ def test_samples_and_deterministic_actions_are_the_agents(ppo, refiner, tuner):
         assert sure.coverage[patient] == expected.coverage
 
 
-def test_gradients_of_patients_tuned_at_once_are_those_of_each_alone(refiner, tuner):
+def test_gradients_of_patients_tuned_at_once_are_those_of_each_alone(tuner):
     tuner, _, _ = tuner
-    action = drawn(refiner, tuner)
+    action = drawn(tuner)
     torch.manual_seed(2)
     advantage = torch.randn(3, 400)
     found = tuner.gradients(tuner.weights, tuner.inputs, action, advantage)
@@ -114,64 +121,63 @@ def test_gradients_of_patients_tuned_at_once_are_those_of_each_alone(refiner, tu
             name: weight[patient].clone().requires_grad_() for name, weight in tuner.weights.items()
         }
         inputs = tuple(part[patient] for part in tuner.inputs)
-        one = refiner.HybridAction(*(part[patient] for part in action))
+        one = HybridAction(*(part[patient] for part in action))
         choices = torch.func.functional_call(tuner.heads, weights, inputs)
-        logp = refiner.log_prob(choices, one, tuner.nodes)
+        logp = choices.logprob(one)
         (-(logp * advantage[patient]).mean()).backward()
         for name, weight in weights.items():
             torch.testing.assert_close(found[name][patient], weight.grad, rtol=1e-4, atol=1e-6)
             assert weight.grad.abs().max() > 0.0, name
 
 
-def test_divergence_is_the_mean_log_ratio_of_samples(refiner, tuner):
-    tuner, agent, _ = tuner
+def test_divergence_is_the_mean_log_ratio_of_samples(tuner):
+    tuner, _, _ = tuner
     torch.manual_seed(3)
     for weight in tuner.weights.values():
         weight.add_(0.03 * torch.randn_like(weight))
     new = tuner.choices(tuner.weights, tuner.inputs)
-    action = drawn(refiner, tuner, count=100_000)
-    logp = torch.func.vmap(refiner.log_prob, in_dims=(0, 0, None))
-    ratio = logp(new, action, agent.nodes) - logp(tuner.base_choices, action, agent.nodes)
-    found = torch.func.vmap(refiner.divergence)(new, tuner.base_choices)
+    action = drawn(tuner, count=100_000)
+    logp = torch.func.vmap(Choices.logprob)
+    ratio = logp(new, action) - logp(tuner.base_choices, action)
+    found = tuner.divergence(new, tuner.base_choices)
     error = 5.0 * ratio.std(1) / 100_000**0.5
     assert (found > 0.01).all()
     assert ((found - ratio.mean(1)).abs() < error + 1e-4).all()
 
 
-def test_no_policy_leaves_the_base_by_more_than_is_allowed(refiner, tuner):
+def test_no_policy_leaves_the_base_by_more_than_is_allowed(tuner):
     tuner, _, _ = tuner
     tuner.args.max_kl = 0.02
     tuner.optimizer.param_groups[0]["lr"] = 0.05
     torch.manual_seed(4)
     for _ in range(5):
-        noise = refiner.Noise(torch.rand(3, 64, 2), torch.randn(3, 64, 4))
+        noise = Noise(torch.rand(3, 64, 2), torch.randn(3, 64, 4))
         tuner.step(noise)
-        kl = torch.func.vmap(refiner.divergence)(
-            tuner.choices(tuner.weights, tuner.inputs), tuner.base_choices
-        )
+        kl = tuner.divergence(tuner.choices(tuner.weights, tuner.inputs), tuner.base_choices)
         assert (kl <= 0.02).all()
         assert (kl > 0.001).all()
 
 
-def test_tuning_raises_the_mean_reward(refiner, tuner):
+def test_tuning_raises_the_mean_reward(tuner):
     tuner, _, _ = tuner
     tuner.args.max_kl = 5.0
     torch.manual_seed(5)
     rewards = []
     for _ in range(60):
-        noise = refiner.Noise(torch.rand(3, 256, 2), torch.randn(3, 256, 4))
+        noise = Noise(torch.rand(3, 256, 2), torch.randn(3, 256, 4))
         rewards.append(tuner.step(noise).reward.mean(1))
     assert (torch.stack(rewards[-5:]).mean(0) > torch.stack(rewards[:5]).mean(0) + 1.0).all()
 
 
-def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(ppo, base, refined):
+def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(base, refined):
     agent, cohort, envs, before = base
     gains = []
     for patient_id in PATIENTS:
-        own, content = ppo.load_policy(refined / "patient_policies" / f"{patient_id}.pt", "cpu")
+        path = refined / "patient_policies" / f"{patient_id}.pt"
+        own, content = load_policy(path, Agent, "cpu")
         assert content["patient_id"] == patient_id
         row = cohort.index(patient_id)
-        gains.append(float(ppo.policy_designs(own, envs)["reward"][row] - before[row]))
+        gains.append(float(policy_designs(own.design, envs)["reward"][row] - before[row]))
         same = {
             name
             for name, weight in own.state_dict().items()
@@ -194,53 +200,53 @@ def test_designs_are_unlike_each_other_and_no_worse_than_what_the_policies_do(ba
         assert top["reward"][0] >= before[cohort.index(patient_id)] - 0.02
 
 
-def test_a_patient_alone_is_refined_as_among_others(refiner, trained, refined, tmp_path):
-    alone = settings(refiner, trained, patient=("P0001",), output_dir=tmp_path / "alone")
-    refiner.run(alone)
+def test_a_patient_alone_is_refined_as_among_others(trained, refined, tmp_path):
+    alone = settings(trained, patient=("P0001",), output_dir=tmp_path / "alone")
+    refine_patients.run(alone)
     one, among = load_designs(alone.output_dir, "P0001"), load_designs(refined, "P0001")
     # Batches of another size round in another way.
     assert one["reward"].to_numpy() == pytest.approx(among["reward"].to_numpy(), abs=1e-2)
 
 
-def test_who_is_there_is_left_alone_and_the_rest_goes_on(refiner, trained, tmp_path, capsys):
+def test_who_is_there_is_left_alone_and_the_rest_goes_on(trained, tmp_path, capsys):
     folder = tmp_path / "refined"
-    args = settings(refiner, trained, patient=("P0001",), output_dir=folder)
-    assert refiner.run(args)["patients"] == 1
+    args = settings(trained, patient=("P0001",), output_dir=folder)
+    assert refine_patients.run(args)["patients"] == 1
     path = folder / "patient_policies" / "P0001.pt"
     before = path.stat().st_mtime_ns
-    args = settings(refiner, trained, output_dir=folder)
-    assert refiner.run(args)["patients"] == 2
+    args = settings(trained, output_dir=folder)
+    assert refine_patients.run(args)["patients"] == 2
     assert path.stat().st_mtime_ns == before
-    assert refiner.run(args)["patients"] == 0
+    assert refine_patients.run(args)["patients"] == 0
 
 
-def test_ranking_takes_refined_designs(ranker, trained, refined):
-    ranker.rank(ranker.Args(refined))
+def test_ranking_takes_refined_designs(trained, refined):
+    rank_designs.rank(rank_designs.Args(refined))
     saved = torch.load(refined / "stage2_complete.pt", weights_only=True)
     assert set(saved["per_patient_designs"]) == set(PATIENTS)
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "message"),
     [
         (["--patient", "P9999"], "has no patient 'P9999'; nearest: "),
         (["--num-copies", "1"], "--num-copies is 1; allowed: 2 or more"),
         (["--max-kl", "0"], "--max-kl is 0.0; allowed: above 0"),
         (["--learning-rate", "-1"], "--learning-rate is -1.0; allowed: above 0"),
-        (["--seed", "2"], "holds designs of another run"),
+        (["--seed", "2"], "contains designs of another run"),
     ],
 )
-def test_bad_input_is_one_line(refiner, trained, refined, capsys, flags, told):
+def test_bad_input_is_one_line(trained, refined, capsys, flags, message):
     command = ["--policy", str(trained), "--num-copies", "64", "--num-iterations", "8"]
     command += ["--top-k", "12", "--learning-rate", "1e-2", *flags]
-    assert refiner.main(command) == 2
+    assert refine_patients.main(command) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert message in line
 
 
-def test_an_outcome_that_is_not_finite_names_the_patient(generator):
+def test_an_outcome_that_is_not_finite_names_the_patient():
     numbers = np.zeros((11, 3), np.float32)
     numbers[4, 2] = np.nan
     with pytest.raises(FloatingPointError, match="patient 'P0001' and the design polymer_id=5"):
-        generator.check_finite("P0001", np.array([0, 1, 21], np.uint8), numbers)
+        check_finite("P0001", np.array([0, 1, 21], np.uint8), numbers)

@@ -3,69 +3,50 @@
     python train/rank_designs.py runs/quick-s1/designs
 
 Takes the top designs that `generate_candidates.py` has left for each patient and writes, beside
-them, `designs.parquet` and `designs.csv` (a row per design, the best of each patient first) and
-`stage2_complete.pt` (policy, optimiser, configuration, measured figures and the designs, as plain
-types that `torch.load(..., weights_only=True)` reads). `COLUMNS` describes the columns. Outcomes
-are predictions of the reward model for virtual patients, and no clinical fact.
+them, `ranked_designs.parquet` and `ranked_designs.csv` (a row per design, the best of each patient
+first) and `stage2_complete.pt` (policy, optimiser, configuration, measured figures and the designs,
+as plain types that `torch.load(..., weights_only=True)` reads). `hydrogel_gym.designs.schema`
+describes the columns. Outcomes are predictions of the reward model for virtual patients, and no
+clinical fact.
 """
 
 from __future__ import annotations
 
 import io
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import generate_candidates
-import gymnasium as gym
 import pandas as pd
-import ppo_hybrid
-import pyarrow as pa
 import torch
 import tyro
-from generate_candidates import MANIFEST
-from ppo_hybrid import UsageError
-from pyarrow import parquet as pq
+from hydrogel_gym.train.ppo_hybrid import Agent
 from tqdm import tqdm
 
-import hydrogel_gym
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.designs.ranking import pareto_rank, robustness, safety_margins, window_distance
-from hydrogel_gym.designs.schema import FORMULATION_COLUMNS
+from hydrogel_gym.designs.schema import (
+    FORMULATION_COLUMNS,
+    RANKED_FILE,
+    RANKED_SCHEMA,
+    columns_of,
+    ranked_parquet,
+)
+from hydrogel_gym.designs.store import MANIFEST
+from hydrogel_gym.errors import UsageError, differences, first_line
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.models.mechanistic import MechanisticModel
+from hydrogel_gym.problem.cohort import Cohort, load_cohort
 from hydrogel_gym.problem.fields import COVERAGES, Design, Outcomes
+from hydrogel_gym.problem.polymers import load_polymers
+from hydrogel_gym.runs.checkpoints import newest_checkpoint, unseal
+from hydrogel_gym.runs.command_line import read_command_line, run_process, run_script
+from hydrogel_gym.runs.designing import environments, origin
+from hydrogel_gym.runs.directory import SUMMARY_FILE
+from hydrogel_gym.runs.policies import load_policy, policy_path
 
-SCHEMA = "hydrogel_gym.ranked_designs.v1"
-# The first twelve are the source's, section 5.2.
-COLUMNS = {
-    "patient_id": "virtual patient",
-    "polymer_id": "row of the polymer table",
-    "polymer_name": "its name",
-    "stiffness_kPa": "requested, kPa",
-    "degradation_days": "requested half-life, days",
-    "conductivity_S_m": "requested, S/m",
-    "thickness_mm": "of the patch, mm",
-    "coverage": "what the patch covers: the scar and a share of the border zone",
-    "predicted_delta_EF": "predicted change in ejection fraction, percentage points",
-    "predicted_stress_reduction": "predicted, of border-zone stress, %",
-    "optimal_probability": "predicted probability that the design is optimal, 0 to 1",
-    "reward": "of the design as a first step, dimensionless",
-    "rank": "among the patient's designs by reward; from 1",
-    "toxicity_risk": "predicted, 0 to 1",
-    "structural_integrity": "predicted, 0 to 1",
-    "fibrosis_risk": "predicted, 0 to 1",
-    "toxicity_margin": "limit less risk; below 0 the limit is broken",
-    "integrity_margin": "integrity less limit; below 0 the limit is broken",
-    "fibrosis_margin": "limit less risk; below 0 the limit is broken",
-    "feasibility": "how nearly the polymer can be made as requested, 0 to 1; 1 within its windows",
-    "window_distance": "to the nearest edge of the polymer's windows, share of a whole range",
-    "reward_worst_5pct": "worst reward if each parameter may be missed by 5 %",
-    "reward_mean_5pct": "mean reward over the same 81 cases",
-    "pareto_rank": "1 if none of the patient's designs is better in gain, relief and both risks",
-}
+COMPLETE = "stage2_complete.pt"
 
 
 @dataclass
@@ -81,8 +62,8 @@ class Args:
 
 
 @torch.no_grad()
-def ranked(designs: pd.DataFrame, cohort: Any, problem: Any) -> pd.DataFrame:
-    """The table of `COLUMNS`.
+def ranked(designs: pd.DataFrame, cohort: Cohort, problem: Any) -> pd.DataFrame:
+    """The table of ranked designs.
 
     Args:
         designs: the top designs, as `load_designs` gives them.
@@ -90,7 +71,7 @@ def ranked(designs: pd.DataFrame, cohort: Any, problem: Any) -> pd.DataFrame:
         problem: reward model and limits.
     """
     model, config = problem.reward_model, problem.params.reward_config
-    polymers, mechanistic = hydrogel_gym.load_polymers(), MechanisticModel()
+    polymers, mechanistic = load_polymers(), MechanisticModel()
     tables = []
     for patient_id, table in tqdm(designs.groupby("patient_id", sort=False), unit="patient"):
         design = Design(
@@ -113,7 +94,7 @@ def ranked(designs: pd.DataFrame, cohort: Any, problem: Any) -> pd.DataFrame:
         table = table.assign(
             rank=range(1, len(table) + 1), **{name: x.numpy() for name, x in columns.items()}
         )
-        tables.append(table[list(COLUMNS)])
+        tables.append(table[list(columns_of(RANKED_SCHEMA))])
     return pd.concat(tables, ignore_index=True)
 
 
@@ -123,9 +104,9 @@ def complete(run_dir: Path, policy: dict[str, Any], table: pd.DataFrame) -> dict
     What the run directory lacks (the optimiser without a checkpoint, figures of a run that has not
     ended) is None.
     """
-    sealed = ppo_hybrid.newest_checkpoint(run_dir)
-    optimizer = ppo_hybrid.unseal(sealed)["optimizer_state_dict"] if sealed else None
-    summary = run_dir / "summary.json"
+    sealed = newest_checkpoint(run_dir)
+    optimizer = unseal(sealed)["optimizer_state_dict"] if sealed else None
+    summary = run_dir / SUMMARY_FILE
     kept = ("polymer_id", "polymer_name", "coverage", "predicted_delta_EF", "reward")
     plain = table.astype({"polymer_name": str, "coverage": str})
     return {
@@ -150,55 +131,45 @@ def rank(args: Args) -> list[Path]:
     """Rank, and write; returns what was written.
 
     Raises:
-        UsageError: it cannot be done as asked.
+        UsageError: it cannot be done as requested.
+        OSError: a file cannot be written.
     """
-    path = args.policy or args.designs.resolve().parent
-    path = path / "stage2_policy.pt" if path.is_dir() else path
-    agent, saved = ppo_hybrid.load_policy(path, "cpu")
+    path = policy_path(args.policy or args.designs.resolve().parent)
+    _, saved = load_policy(path, Agent, "cpu")
     trained = saved["training_config"]
-    cohort = hydrogel_gym.load_cohort(args.cohort or trained["cohort"])
+    cohort = load_cohort(args.cohort or trained["cohort"])
     try:
         manifest = json.loads((args.designs / MANIFEST).read_text())
         designs = load_designs(args.designs)
     except (OSError, ValueError) as error:
-        raise UsageError(f"{args.designs}: {ppo_hybrid.reason(error)}") from error
-    here = generate_candidates.origin(path, cohort)
-    if differing := ppo_hybrid.differences({name: manifest.get(name) for name in here}, here):
-        differing = differing.replace("in the checkpoint", "there")
+        raise UsageError(f"{args.designs}: {first_line(error)}") from error
+    here = origin(path, cohort)
+    there = {name: manifest.get(name) for name in here}
+    if differing := differences(there, here, "there"):
         raise UsageError(f"{args.designs} is of another policy or cohort ({differing})")
-    envs = generate_candidates.environments(trained, cohort, torch.device("cpu"))
+    envs = environments(trained, cohort, torch.device("cpu"))
     table = ranked(designs, cohort, envs.unwrapped.problem)
-
-    folder = args.designs
-    arrow = pa.Table.from_pandas(table, preserve_index=False)
-    arrow = arrow.replace_schema_metadata({"hydrogel_gym": SCHEMA, "columns": json.dumps(COLUMNS)})
-    buffer, archive = pa.BufferOutputStream(), io.BytesIO()
-    pq.write_table(arrow, buffer, compression="zstd")
+    archive = io.BytesIO()
     torch.save(complete(path.parent, saved, table), archive)
     content = {
-        "designs.parquet": buffer.getvalue(),
-        "designs.csv": table.to_csv(index=False).encode(),
-        "stage2_complete.pt": archive.getvalue(),
+        args.designs / RANKED_FILE: ranked_parquet(table),
+        (args.designs / RANKED_FILE).with_suffix(".csv"): table.to_csv(index=False).encode(),
+        args.designs / COMPLETE: archive.getvalue(),
     }
-    for name, data in content.items():
-        write_atomically(folder / name, data)
-    return [folder / name for name in content]
+    for file, data in content.items():
+        write_atomically(file, data)
+    return list(content)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        paths = rank(ppo_hybrid.read_command_line(Args, args=argv, prog="rank_designs.py"))
-    except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for path in paths:
-        print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
-    return 0
+
+    def body() -> None:
+        for path in rank(read_command_line(Args, argv, prog="rank_designs.py")):
+            print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+
+    return run_script(body)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

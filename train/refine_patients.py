@@ -3,7 +3,7 @@
     python train/refine_patients.py                                     # every patient
     python train/refine_patients.py --patient P0007 P0008 --policy runs/full-s1
 
-Per patient, `--num-copies` designs are drawn and judged in each of `--num-iterations`, and the
+Per patient, `--num-copies` designs are drawn and evaluated in each of `--num-iterations`, and the
 heads that choose polymer, formulation and coverage take a policy-gradient step [Williams1992] with
 the patient's own mean reward as the baseline. What the heads see of a patient never changes, so the
 trunk below them, which all patients share, stays as it is; no head may leave the policy for all by
@@ -24,27 +24,28 @@ from __future__ import annotations
 
 import io
 import math
-import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import generate_candidates
-import gymnasium as gym
-import ppo_hybrid
 import torch
-from generate_candidates import Choices, PatientArgs, Store, block_seed, choices_of
-from ppo_hybrid import HybridAction, Noise, SquashedNormal, UsageError
+from hydrogel_gym.train.generate_candidates import Choices, choices_of
+from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, draw_noise
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
-import hydrogel_gym
 from hydrogel_gym.designs.grid import on_grid
+from hydrogel_gym.designs.sampling import block_seed, check_finite, checked_reward
 from hydrogel_gym.designs.schema import REWARD, numbers_of
-from hydrogel_gym.designs.store import file_name
+from hydrogel_gym.designs.store import Store, file_name
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.problem.fields import COVERAGES
 from hydrogel_gym.problem.reward import RewardConfig, compute_reward
+from hydrogel_gym.runs.command_line import check_ranges, read_command_line, run_process, run_script
+from hydrogel_gym.runs.designing import PatientArgs, begin, explaining_interruptions, manifest
+from hydrogel_gym.runs.devices import resolve_device
+from hydrogel_gym.runs.ranks import world_from_environment
 
 POLICIES = "patient_policies"
 # Patients tuned at once: their heads, gradients and moments take 0.6 MB each.
@@ -68,7 +69,7 @@ class Args(PatientArgs):
 class Heads(nn.Module):
     """`choices_of` an agent, as a function of the weights of its heads too."""
 
-    def __init__(self, agent: ppo_hybrid.Agent) -> None:
+    def __init__(self, agent: Agent) -> None:
         super().__init__()
         self.agent = agent
 
@@ -86,57 +87,11 @@ class Heads(nn.Module):
         return choices_of(self.agent, *inputs)
 
 
-def log_prob(choices: Choices, action: HybridAction, nodes: Tensor) -> Tensor:
-    """(N,) log-probability of N actions for one patient."""
-    polymer, presquash, coverage = action
-    normal = SquashedNormal(choices.mean[polymer], choices.log_std[polymer], nodes)
-    return (
-        choices.polymer_logp[polymer]
-        + choices.coverage_logp[polymer, coverage]
-        + normal.logprob(presquash)
-    )
-
-
-def divergence(new: Choices, old: Choices) -> Tensor:
-    """KL divergence of one patient's new policy from the old, (), nats.
-
-    That of the squashed formulations is that of the normal ones: squashing is invertible.
-    """
-    chosen = new.polymer_logp.exp()
-    polymer = (chosen * (new.polymer_logp - old.polymer_logp)).sum()
-    coverage = (new.coverage_logp.exp() * (new.coverage_logp - old.coverage_logp)).sum(-1)
-    ratio = (2.0 * (new.log_std - old.log_std)).exp()
-    shift = (new.mean - old.mean).square() * (-2.0 * old.log_std).exp()
-    formulation = 0.5 * (ratio + shift - 1.0 - ratio.log()).sum(-1)
-    return polymer + (chosen * (coverage + formulation)).sum()
-
-
-def sample(choices: Choices, noise: Noise) -> HybridAction:
-    """Actions for P patients, whose choices are stacked, from (P, N, ...) random numbers."""
-    rows = torch.arange(len(choices.polymer_logp), device=noise.normal.device)[:, None]
-    pick_polymer, pick_coverage = noise.uniform.unbind(-1)
-    shape = pick_polymer.shape
-    logp = choices.polymer_logp[:, None].expand(*shape, -1).flatten(0, 1)
-    polymer = ppo_hybrid.choose(logp, pick_polymer.flatten()).view(shape)
-    logp = choices.coverage_logp[rows, polymer].flatten(0, 1)
-    coverage = ppo_hybrid.choose(logp, pick_coverage.flatten()).view(shape)
-    std = choices.log_std[rows, polymer].exp()
-    return HybridAction(polymer, choices.mean[rows, polymer] + std * noise.normal, coverage)
-
-
-def likeliest(choices: Choices) -> HybridAction:
-    """The deterministic action, one for each of P patients, as (P, 1)."""
-    rows = torch.arange(len(choices.polymer_logp), device=choices.mean.device)
-    polymer = choices.polymer_logp.argmax(-1)
-    coverage = choices.coverage_logp[rows, polymer].argmax(-1)
-    return HybridAction(polymer[:, None], choices.mean[rows, polymer][:, None], coverage[:, None])
-
-
-class Judged(NamedTuple):
+class EvaluatedDesigns(NamedTuple):
     """Designs of P patients, N each, and what is predicted of them."""
 
     cell: Tensor  # (P, N) uint8
-    numbers: Tensor  # (11, P, N) `designs.NUMBERS`
+    numbers: Tensor  # (R, P, N) `designs.NUMBERS`
     learnt_from: Tensor  # (P, N) reward under the learner's stricter limits
 
     @property
@@ -151,7 +106,7 @@ class Tuner:
     Args:
         agent: the policy for all.
         obs: (P, obs_dim) first observations.
-        patients: (P, 11).
+        patients: (P, C).
         problem: reward model and limits.
         learner_config: the limits that the policy was trained under.
         args: sizes and rates.
@@ -159,7 +114,7 @@ class Tuner:
 
     def __init__(
         self,
-        agent: ppo_hybrid.Agent,
+        agent: Agent,
         obs: Tensor,
         patients: Tensor,
         problem: Any,
@@ -167,7 +122,7 @@ class Tuner:
         args: Args,
     ) -> None:
         self.args, self.patients, self.problem = args, patients, problem
-        self.learner_config, self.nodes = learner_config, agent.nodes
+        self.learner_config = learner_config
         self.heads = Heads(agent).to(obs.device).requires_grad_(False)
         with torch.no_grad():
             self.inputs = agent.head_inputs(obs)[:3]
@@ -178,6 +133,7 @@ class Tuner:
         self.optimizer = torch.optim.Adam(self.weights.values(), lr=args.learning_rate)
         self.choices = torch.func.vmap(self._choices)
         self.gradients = torch.func.vmap(torch.func.grad(self._loss))
+        self.divergence = torch.func.vmap(Choices.divergence)
         with torch.no_grad():
             self.base_choices = self.choices(self.weights, self.inputs)
 
@@ -191,11 +147,10 @@ class Tuner:
         action: HybridAction,
         advantage: Tensor,
     ) -> Tensor:
-        logp = log_prob(self._choices(weights, inputs), action, self.nodes)
-        return -(logp * advantage).mean()
+        return -(self._choices(weights, inputs).logprob(action) * advantage).mean()
 
     @torch.no_grad()
-    def judge(self, action: HybridAction) -> Judged:
+    def evaluate(self, action: HybridAction) -> EvaluatedDesigns:
         """What becomes of (P, N) actions, on the grid that designs are made on."""
         polymer, presquash, coverage = action
         formulation = on_grid((presquash.tanh() + 1.0) / 2.0).flatten(0, 1)
@@ -204,58 +159,59 @@ class Tuner:
         outcomes = self.problem.reward_model(
             patients, polymer.flatten(), formulation, coverage.flatten()
         )
-        reward = generate_candidates.checked_reward(outcomes, self.problem.params.reward_config)
-        return Judged(
+        reward = checked_reward(outcomes, self.problem.params.reward_config)
+        return EvaluatedDesigns(
             (polymer * len(COVERAGES) + coverage).to(torch.uint8),
             numbers_of(formulation, outcomes, reward).unflatten(1, shape),
             compute_reward(outcomes, config=self.learner_config).view(shape),
         )
 
-    def step(self, noise: Noise) -> Judged:
-        """Draw, judge and learn once; returns what was drawn."""
+    def step(self, noise: Noise) -> EvaluatedDesigns:
+        """Draw, evaluate and learn once; returns what was drawn."""
         with torch.no_grad():
-            action = sample(self.choices(self.weights, self.inputs), noise)
-        judged = self.judge(action)
-        std, mean = torch.std_mean(judged.learnt_from, -1, keepdim=True)
-        advantage = (judged.learnt_from - mean) / (std + 1e-8)
+            action = self.choices(self.weights, self.inputs).sample(noise)
+        designs = self.evaluate(action)
+        std, mean = torch.std_mean(designs.learnt_from, -1, keepdim=True)
+        advantage = (designs.learnt_from - mean) / (std + 1e-8)
         gradients = self.gradients(self.weights, self.inputs, action, advantage)
         for name, gradient in gradients.items():
             self.weights[name].grad = gradient
         self.optimizer.step()
         self.bound()
-        return judged
+        return designs
 
     @torch.no_grad()
     def bound(self) -> Tensor:
         """Draw policies that are too far from the one for all back towards it; returns (P,) KL."""
-        measure = torch.func.vmap(divergence)
-        kl = measure(self.choices(self.weights, self.inputs), self.base_choices)
+        kl = self.divergence(self.choices(self.weights, self.inputs), self.base_choices)
         while (kl > self.args.max_kl).any():
             # Near the base the divergence is quadratic in the distance; a little less, so that one
             # step is enough.
             share = (self.args.max_kl / kl).sqrt().mul(0.95).clamp(max=1.0)
             share = torch.where(kl > self.args.max_kl, share, 1.0)
             for name, weight in self.weights.items():
-                weight.copy_(
-                    torch.lerp(self.base[name], weight, share.view(-1, *[1] * (weight.dim() - 1)))
-                )
-            kl = measure(self.choices(self.weights, self.inputs), self.base_choices)
+                weight.copy_(torch.lerp(self.base[name], weight, by_patient(share, weight)))
+            kl = self.divergence(self.choices(self.weights, self.inputs), self.base_choices)
         return kl
 
     @torch.no_grad()
-    def deterministic(self) -> Judged:
+    def deterministic(self) -> EvaluatedDesigns:
         """What each policy designs without chance, (P, 1)."""
-        return self.judge(likeliest(self.choices(self.weights, self.inputs)))
+        return self.evaluate(self.choices(self.weights, self.inputs).likeliest())
 
 
-def draw_noise(args: Args, patient_ids: list[str], iteration: int) -> Noise:
+def by_patient(values: Tensor, weight: Tensor) -> Tensor:
+    """(P,) values in a shape that broadcasts against (P, ...) weights."""
+    return values.view(-1, *[1] * (weight.dim() - 1))
+
+
+def noise_of(patient_ids: list[str], iteration: int, dim: int, args: Args) -> Noise:
     """(P, N, ...) random numbers that depend on seed, patient and iteration alone."""
     drawn = []
     for patient_id in patient_ids:
-        generator = torch.Generator()
-        generator.manual_seed(block_seed(args.seed, patient_id, iteration))
-        drawn.append(ppo_hybrid.draw_noise(args.num_copies, formulation_dim=4, generator=generator))
-    return Noise(*(torch.stack(parts) for parts in zip(*drawn, strict=True)))
+        generator = torch.Generator().manual_seed(block_seed(args.seed, patient_id, iteration))
+        drawn.append(draw_noise(args.num_copies, dim=dim, generator=generator))
+    return tree_map(lambda *parts: torch.stack(parts), *drawn)
 
 
 class Refined(NamedTuple):
@@ -271,36 +227,34 @@ class Refined(NamedTuple):
 def refine(tuner: Tuner, patient_ids: list[str]) -> Refined:
     """Tune, and keep the best policy and the best designs of each patient."""
     args, device = tuner.args, tuner.patients.device
+    dim = tuner.heads.agent.formulation_dim
     kept = {name: weight.clone() for name, weight in tuner.weights.items()}
     first = tuner.deterministic()
     base_reward = best_reward = first.reward[:, 0]
     seen = [first]
     for iteration in range(args.num_iterations):
-        noise = Noise(*(x.to(device) for x in draw_noise(args, patient_ids, iteration)))
-        seen.append(tuner.step(noise))
+        noise = noise_of(patient_ids, iteration, dim, args)
+        seen.append(tuner.step(Noise(*(part.to(device) for part in noise))))
         now = tuner.deterministic()
         seen.append(now)
         better = now.reward[:, 0] > best_reward
         best_reward = torch.where(better, now.reward[:, 0], best_reward)
         for name, weight in tuner.weights.items():
-            mask = better.view(-1, *[1] * (weight.dim() - 1))
-            kept[name] = torch.where(mask, weight, kept[name])
-    cell = torch.cat([judged.cell for judged in seen], 1).cpu().numpy()
-    numbers = torch.cat([judged.numbers for judged in seen], 2).cpu().numpy()
-    tops, diverse = [], []
+            kept[name] = torch.where(by_patient(better, weight), weight, kept[name])
+    cell = torch.cat([designs.cell for designs in seen], 1).cpu().numpy()
+    numbers = torch.cat([designs.numbers for designs in seen], 2).cpu().numpy()
+    best, diverse = [], []
     for row, patient_id in enumerate(patient_ids):
-        generate_candidates.check_finite(patient_id, cell[row], numbers[:, row])
-        for lists, designs in (
-            (tops, TopDesigns(args.top_k)),
-            (diverse, TopDesigns(1, per_cell=True)),
-        ):
+        check_finite(patient_id, cell[row], numbers[:, row])
+        best.append(TopDesigns(args.top_k))
+        diverse.append(TopDesigns(1, per_cell=True))
+        for designs in (best[-1], diverse[-1]):
             designs.add(cell[row], numbers[:, row])
-            lists.append(designs)
-    return Refined(kept, tops, diverse, base_reward, best_reward)
+    return Refined(kept, best, diverse, base_reward, best_reward)
 
 
 def policy_file(saved: dict[str, Any], weights: dict[str, Tensor], patient_id: str) -> bytes:
-    """A patient's policy, as a file that `ppo_hybrid.load_policy` reads."""
+    """A patient's policy, as a file that `load_policy` reads."""
     own = {name.removeprefix("agent."): weight.cpu().clone() for name, weight in weights.items()}
     content = saved | {
         "policy_state_dict": saved["policy_state_dict"] | own,
@@ -311,24 +265,37 @@ def policy_file(saved: dict[str, Any], weights: dict[str, Tensor], patient_id: s
     return buffer.getvalue()
 
 
-def run(args: Args) -> dict[str, float]:
-    """Refine whoever is asked for and not yet there; returns mean rewards.
+def write(store: Store, saved: dict[str, Any], patient_ids: list[str], refined: Refined) -> None:
+    """Write the policies of several patients, and the best designs.
 
     Raises:
-        UsageError: it cannot be done as asked.
+        OSError: a file cannot be written.
+    """
+    for i, patient_id in enumerate(patient_ids):
+        weights = {name: weight[i] for name, weight in refined.weights.items()}
+        path = store.output_dir / POLICIES / f"{file_name(patient_id)}.pt"
+        write_atomically(path, policy_file(saved, weights, patient_id))
+        store.write_best(patient_id, refined.best[i], refined.diverse[i])
+
+
+def run(args: Args) -> dict[str, float]:
+    """Refine whoever is requested and not yet there; returns mean rewards.
+
+    Raises:
+        UsageError: it cannot be done as requested.
         OSError: a file cannot be written; what was complete before is.
     """
-    ppo_hybrid.check_ranges(
+    check_ranges(
         args,
         ("num_copies", "2 or more", lambda x: x >= 2),
         ("num_iterations top_k", "1 or more", lambda x: x >= 1),
         ("learning_rate", "above 0", lambda x: 0.0 < x < math.inf),
         ("max_kl", "above 0", lambda x: x > 0.0),
     )
-    world = ppo_hybrid.world_from_environment()
-    device = ppo_hybrid.resolve_device(args.device, world)
-    start = generate_candidates.begin(args, device)
-    agent, cohort, problem = start.agent.float(), start.cohort, start.problem
+    world = world_from_environment()
+    device = resolve_device(args.device, world)
+    start = begin(args, Agent, device)
+    agent, problem, ids = start.agent.float(), start.problem, start.cohort.patient_ids
     obs, patients = start.obs.float(), problem.params.patients.float()
     trained = start.saved["training_config"]
     learner_config = problem.params.reward_config.stricter(
@@ -336,65 +303,44 @@ def run(args: Args) -> dict[str, float]:
     )
     output_dir = args.output_dir or start.path.parent / "refined"
     flags = "num_copies num_iterations learning_rate max_kl top_k seed"
-    manifest = generate_candidates.manifest(start, device, args, flags)
-    store = Store(output_dir, manifest, top_only=True)
+    store = Store(output_dir, manifest(start, device, args, flags))
     (output_dir / POLICIES).mkdir(exist_ok=True)
     rows = start.rows[world.rank :: world.size]
-    mine = [row for row in rows if not store.is_done(cohort.patient_ids[row])]
+    left = [row for row in rows if not store.is_done(ids[row])]
     totals = {"base": 0.0, "policy": 0.0, "design": 0.0}
-    done = 0
-    with tqdm(total=len(mine), unit="patient", desc="refining", disable=world.rank > 0) as bar:
-        try:
-            for first in range(0, len(mine), AT_ONCE):
-                chunk = mine[first : first + AT_ONCE]
-                ids = [cohort.patient_ids[row] for row in chunk]
-                tuner = Tuner(agent, obs[chunk], patients[chunk], problem, learner_config, args)
-                refined = refine(tuner, ids)
-                for i, patient_id in enumerate(ids):
-                    weights = {name: weight[i] for name, weight in refined.weights.items()}
-                    name = file_name(patient_id)
-                    write_atomically(
-                        output_dir / POLICIES / f"{name}.pt",
-                        policy_file(start.saved, weights, patient_id),
-                    )
-                    generate_candidates.write_best(
-                        store, patient_id, refined.best[i], refined.diverse[i]
-                    )
-                    done += 1
-                    bar.update()
-                totals["base"] += float(refined.base_reward.sum())
-                totals["policy"] += float(refined.reward.sum())
-                totals["design"] += sum(float(b.numbers[REWARD].max()) for b in refined.best)
-        except (OSError, KeyboardInterrupt) as error:
-            error.add_note(
-                f"{done:,} of {len(mine):,} patients were completed and {output_dir} can be read; "
-                "the same command goes on with the others"
-            )
-            raise
-        finally:
-            store.writers.shutdown()
-    return {name: total / max(len(mine), 1) for name, total in totals.items()} | {"patients": done}
+    progress = dict(unit="patient", desc="refining", disable=world.rank > 0)
+    with (
+        explaining_interruptions(store, [ids[row] for row in left]),
+        tqdm(total=len(left), **progress) as bar,
+    ):
+        for first in range(0, len(left), AT_ONCE):
+            chunk = left[first : first + AT_ONCE]
+            tuner = Tuner(agent, obs[chunk], patients[chunk], problem, learner_config, args)
+            refined = refine(tuner, [ids[row] for row in chunk])
+            write(store, start.saved, [ids[row] for row in chunk], refined)
+            bar.update(len(chunk))
+            totals["base"] += float(refined.base_reward.sum())
+            totals["policy"] += float(refined.reward.sum())
+            totals["design"] += sum(float(best.numbers[REWARD].max()) for best in refined.best)
+    means = {name: total / max(len(left), 1) for name, total in totals.items()}
+    return means | {"patients": len(left)}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    try:
-        args = ppo_hybrid.read_command_line(Args, args=argv, prog="refine_patients.py")
-        result = run(args)
-    except (UsageError, hydrogel_gym.CohortError, gym.error.Error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (OSError, FloatingPointError, KeyboardInterrupt) as error:
-        return generate_candidates.report_failure(error)
-    if result["patients"]:
+
+    def body() -> None:
+        result = run(read_command_line(Args, argv, prog="refine_patients.py"))
+        if not result["patients"]:
+            print("nothing left to do: everybody requested is there")
+            return
         print(f"{result['patients']:,.0f} patients, mean predicted reward")
         print(f"  deterministic design, policy for all  {result['base']:.3f}")
         print(f"  deterministic design, own policy      {result['policy']:.3f}")
         print(f"  best design found                     {result['design']:.3f}")
-    else:
-        print("nothing left to do: everybody asked for is there")
-    return 0
+
+    return run_script(body)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_process(main)

@@ -1,4 +1,8 @@
-"""The columns of the files of designs, by the name of the file.
+"""The columns of the files of designs, and which file has which.
+
+One schema per file name: `designs.parquet` and `part-00000.parquet`, of a patient, have `SCHEMA`;
+`ranked_designs.parquet`, of all patients, has `RANKED_SCHEMA`. The version is in the metadata of
+each file. `COLUMNS` is the one table of both, and a new column is one row of it.
 
 Columns carry the names of the HYDRA-BERT Stage-2 document, section 5.2, and the safety outcomes
 beside them. Every outcome is a prediction of the reward model, for a virtual patient, and no
@@ -7,47 +11,145 @@ clinical fact.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Outcomes
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Field, Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
+from hydrogel_gym.problem.reward import SAFETY, SafetyLimit
 
 if TYPE_CHECKING:
+    import pandas as pd
     import pyarrow as pa
 
 SCHEMA = "hydrogel_gym.designs.v1"
-FORMULATION_COLUMNS = tuple(field.stage2_name for field in FORMULATION_FIELDS)
-# What a design is known by in numbers; the rows of the arrays below, float32.
-NUMBERS = (
-    *FORMULATION_COLUMNS,
-    "predicted_delta_EF",  # percentage points
-    "predicted_stress_reduction",  # %
-    "optimal_probability",
-    "reward",
-    "toxicity_risk",
-    "structural_integrity",
-    "fibrosis_risk",
+RANKED_SCHEMA = "hydrogel_gym.ranked_designs.v1"
+DESIGNS_FILE, PART_FILE, RANKED_FILE = (
+    "designs.parquet",
+    "part-{:05d}.parquet",
+    "ranked_designs.parquet",
 )
+
+
+class Predicted(NamedTuple):
+    """Designs and what is predicted of them."""
+
+    formulation: Tensor  # (B, D)
+    outcomes: Outcomes  # of (B,)
+    reward: Tensor  # (B,)
+
+
+class Column(NamedTuple):
+    """One column of the files."""
+
+    name: str
+    meaning: str
+    unit: str
+    schemas: tuple[str, ...]
+    # Of a number that every design is evaluated to: (B,), stored as float32.
+    value: Callable[[Predicted], Tensor] | None = None
+
+    @property
+    def description(self) -> str:
+        """Meaning and unit."""
+        return f"{self.meaning}, {self.unit}" if self.unit else self.meaning
+
+
+BOTH, RANKED = (SCHEMA, RANKED_SCHEMA), (RANKED_SCHEMA,)
+
+
+def _requested(index: int, field: Field) -> Column:
+    meaning, _, unit = field.meaning.rpartition(", ")
+    return Column(field.stage2_name, meaning, unit, BOTH, lambda p: p.formulation[..., index])
+
+
+def _predicted(item: SafetyLimit) -> Column:
+    return Column(
+        item.outcome, "predicted", "0 to 1", BOTH, lambda p: getattr(p.outcomes, item.outcome)
+    )
+
+
+def _margin(item: SafetyLimit) -> Column:
+    difference = "limit less risk" if item.is_ceiling else f"{item.name} less limit"
+    return Column(f"{item.name}_margin", f"{difference}; below 0 the limit is broken", "", RANKED)
+
+
+# In the order of the files. The first twelve are the source's, section 5.2.
+COLUMNS = (
+    Column("patient_id", "virtual patient", "", RANKED),  # elsewhere the name of the folder
+    Column("polymer_id", "row of the polymer table", "", BOTH),
+    Column("polymer_name", "its name", "", BOTH),
+    *(_requested(index, field) for index, field in enumerate(FORMULATION_FIELDS)),
+    Column("coverage", "what the patch covers: the scar and a share of the border zone", "", BOTH),
+    Column(
+        "predicted_delta_EF",
+        "predicted change in ejection fraction",
+        "percentage points",
+        BOTH,
+        lambda p: p.outcomes.delta_ef_pct,
+    ),
+    Column(
+        "predicted_stress_reduction",
+        "predicted, of border-zone stress",
+        "%",
+        BOTH,
+        lambda p: p.outcomes.stress_reduction_pct,
+    ),
+    Column(
+        "optimal_probability",
+        "predicted probability that the design is optimal",
+        "0 to 1",
+        BOTH,
+        lambda p: p.outcomes.optimal_logit.sigmoid(),
+    ),
+    Column("reward", "of the design as a first step", "dimensionless", BOTH, lambda p: p.reward),
+    Column("rank", "among the patient's designs by reward; from 1", "", RANKED),
+    *map(_predicted, SAFETY),
+    *map(_margin, SAFETY),
+    Column(
+        "feasibility",
+        "how nearly the polymer can be made as requested, 1 within its windows",
+        "0 to 1",
+        RANKED,
+    ),
+    Column(
+        "window_distance",
+        "to the nearest edge of the polymer's windows",
+        "share of a whole range",
+        RANKED,
+    ),
+    Column("reward_worst_5pct", "worst reward if each parameter may be missed by 5 %", "", RANKED),
+    Column("reward_mean_5pct", "mean reward over the same cases", "", RANKED),
+    Column(
+        "pareto_rank",
+        "1 if none of the patient's designs is better in gain, relief and both risks",
+        "",
+        RANKED,
+    ),
+)
+
+
+def columns_of(schema: str) -> dict[str, Column]:
+    """The columns of the files of a schema by their names, in the order of the files."""
+    return {column.name: column for column in COLUMNS if schema in column.schemas}
+
+
+FORMULATION_COLUMNS = tuple(field.stage2_name for field in FORMULATION_FIELDS)
+# What a design is known by in numbers; the rows of the arrays below, float32, formulation first.
+_VALUES = {column.name: column.value for column in COLUMNS if column.value is not None}
+NUMBERS = tuple(_VALUES)
 REWARD = NUMBERS.index("reward")
 
 
 def numbers_of(formulation: Tensor, outcomes: Outcomes, reward: Tensor) -> Tensor:
     """(R, B) rows of `NUMBERS`, from (B, D), outcomes of (B,) and (B,)."""
-    rows = dict(zip(FORMULATION_COLUMNS, formulation.unbind(-1), strict=True))
-    rows |= {
-        "predicted_delta_EF": outcomes.delta_ef_pct,
-        "predicted_stress_reduction": outcomes.stress_reduction_pct,
-        "optimal_probability": outcomes.optimal_logit.sigmoid(),
-        "reward": reward,
-        "toxicity_risk": outcomes.toxicity_risk,
-        "structural_integrity": outcomes.structural_integrity,
-        "fibrosis_risk": outcomes.fibrosis_risk,
-    }
-    return torch.stack([rows[name] for name in NUMBERS])
+    predicted = Predicted(formulation, outcomes, reward)
+    return torch.stack([value(predicted) for value in _VALUES.values()])
 
 
 def arrow_table(cell: np.ndarray, numbers: np.ndarray) -> pa.Table:
@@ -55,16 +157,14 @@ def arrow_table(cell: np.ndarray, numbers: np.ndarray) -> pa.Table:
     import pyarrow as pa
 
     polymer, coverage = (part.astype(np.int8) for part in np.divmod(cell, len(COVERAGES)))
-    named = {name: pa.array(row) for name, row in zip(NUMBERS, numbers, strict=True)}
-    formulation = {name: named.pop(name) for name in FORMULATION_COLUMNS}
     columns = {
         "polymer_id": pa.array(polymer),
         "polymer_name": pa.DictionaryArray.from_arrays(polymer, list(load_polymers().names)),
-        **formulation,
         "coverage": pa.DictionaryArray.from_arrays(coverage, list(COVERAGES)),
-        **named,
+        **{name: pa.array(row) for name, row in zip(NUMBERS, numbers, strict=True)},
     }
-    return pa.table(columns).replace_schema_metadata({"hydrogel_gym": SCHEMA})
+    table = pa.table({name: columns[name] for name in columns_of(SCHEMA)})
+    return table.replace_schema_metadata({"hydrogel_gym": SCHEMA})
 
 
 def parquet(table: pa.Table) -> pa.Buffer:
@@ -84,4 +184,17 @@ def parquet(table: pa.Table) -> pa.Buffer:
         column_encoding=dict.fromkeys(NUMBERS, "BYTE_STREAM_SPLIT"),
         write_statistics=["reward"],  # those of all columns take as long as all the rest
     )
+    return buffer.getvalue()
+
+
+def ranked_parquet(table: pd.DataFrame) -> pa.Buffer:
+    """A Parquet file of ranked designs, with the meaning of each column in its metadata."""
+    import pyarrow as pa
+    from pyarrow import parquet as pq
+
+    meanings = {name: column.description for name, column in columns_of(RANKED_SCHEMA).items()}
+    metadata = {"hydrogel_gym": RANKED_SCHEMA, "columns": json.dumps(meanings)}
+    arrow = pa.Table.from_pandas(table[list(meanings)], preserve_index=False)
+    buffer = pa.BufferOutputStream()
+    pq.write_table(arrow.replace_schema_metadata(metadata), buffer, compression="zstd")
     return buffer.getvalue()

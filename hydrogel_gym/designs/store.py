@@ -1,36 +1,140 @@
-"""The files that the designs of many patients are in.
+"""The files that the designs of many patients are in: written, and read back.
 
     out/manifest.json                                       what made the rest
     out/top/patient_id=P0001/designs.parquet                the best, all unlike each other
     out/diverse/patient_id=P0001/designs.parquet            the best of each polymer and coverage
     out/candidates/patient_id=P0001/part-00000.parquet      every design that was tried
+    out/ranked_designs.parquet                              the best of all patients, ranked
 
-`grid` says which designs there are, `schema` what each column is.
+`grid` decides which designs there are, `schema` what each column is.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, Self, get_args
 from urllib.parse import quote, unquote
+
+import numpy as np
+
+from hydrogel_gym.designs.schema import DESIGNS_FILE, PART_FILE, arrow_table, parquet
+from hydrogel_gym.designs.top import TopDesigns
+from hydrogel_gym.errors import UsageError, differences
+from hydrogel_gym.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
 
 DesignTable = Literal["top", "diverse", "candidates"]
+Designs = tuple[np.ndarray, np.ndarray]  # (B,) cells and (R, B) rows of `NUMBERS`
+MANIFEST = "manifest.json"
+WRITERS = 2  # threads, and files under way
 
 
 def file_name(patient_id: str) -> str:
-    """The patient as part of a file's name, whatever the identifier holds."""
+    """The patient as part of a file's name, whatever the identifier contains."""
     return quote(patient_id, safe="")
 
 
 def partition(folder: Path, patient_id: str) -> Path:
     """Folder of a patient's files, in the manner of Hive."""
     return folder / f"patient_id={file_name(patient_id)}"
+
+
+class Store:
+    """Where designs are written, by threads: compressing takes as long as drawing.
+
+    A context, at whose end all is written.
+
+    Args:
+        output_dir: the folder.
+        manifest: what makes the designs what they are, of plain types.
+
+    Raises:
+        UsageError: the folder contains designs that something else made, or other files.
+    """
+
+    def __init__(self, output_dir: Path, manifest: dict[str, Any]) -> None:
+        self.output_dir = output_dir
+        self.bytes_written = 0
+        self.writers = ThreadPoolExecutor(WRITERS)
+        self.pending: list[Future[int]] = []
+        output_dir.mkdir(parents=True, exist_ok=True)
+        path = output_dir / MANIFEST
+        if path.exists():
+            try:
+                found = json.loads(path.read_text())
+            except ValueError as error:
+                raise UsageError(f"{path} cannot be read: {error}") from error
+            if differing := differences(found, manifest, "there"):
+                raise UsageError(
+                    f"{output_dir} contains designs of another run ({differing}); pass another "
+                    "--output-dir, or remove it"
+                )
+        # A hidden file may be the manifest that another rank is writing.
+        elif any(p.name[0] != "." for p in output_dir.iterdir()):
+            raise UsageError(
+                f"{output_dir} is no folder of designs: it has files but no {MANIFEST}"
+            )
+        else:
+            write_atomically(path, (json.dumps(manifest, indent=2) + "\n").encode())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.writers.shutdown()
+
+    def is_done(self, patient_id: str) -> bool:
+        """Whether all there is to write of a patient is there."""
+        return (partition(self.output_dir / "top", patient_id) / DESIGNS_FILE).exists()
+
+    def part(self, patient_id: str, index: int) -> Path:
+        """File of some candidates."""
+        return partition(self.output_dir / "candidates", patient_id) / PART_FILE.format(index)
+
+    def write(self, path: Path, blocks: list[Designs]) -> None:
+        """Write designs as one file while the caller goes on, unless too many wait.
+
+        Raises:
+            OSError: a file before could not be written.
+        """
+        self.wait(WRITERS - 1)
+        self.pending.append(self.writers.submit(self._write, path, blocks))
+
+    def write_best(self, patient_id: str, best: TopDesigns, diverse: TopDesigns) -> None:
+        """Write what is kept of a patient, who is done with it.
+
+        Raises:
+            OSError: a file could not be written.
+        """
+        for table, designs in (("diverse", diverse), ("top", best)):
+            path = partition(self.output_dir / table, patient_id) / DESIGNS_FILE
+            self.wait()  # `top` is last: where it is, the rest is
+            self.write(path, [(designs.cell, designs.numbers)])
+        self.wait()
+
+    def wait(self, leave: int = 0) -> None:
+        """Wait until no more than some files are under way.
+
+        Raises:
+            OSError: one could not be written.
+        """
+        while len(self.pending) > leave:
+            self.bytes_written += self.pending.pop(0).result()
+
+    def _write(self, path: Path, blocks: list[Designs]) -> int:
+        import pyarrow as pa
+
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = parquet(pa.concat_tables(arrow_table(*block) for block in blocks))
+        write_atomically(path, content)
+        return len(content)
 
 
 def load_designs(
@@ -60,7 +164,7 @@ def load_designs(
         raise ValueError(f"table is {table!r}; allowed: {get_args(DesignTable)}")
     folder = Path(path) / table
     if not folder.is_dir():
-        raise ValueError(f"{path} holds no table {table!r}: there is no {folder}")
+        raise ValueError(f"{path} contains no table {table!r}: there is no {folder}")
     have = sorted(unquote(p.name.partition("=")[2]) for p in folder.glob("patient_id=*"))
     wanted = have if patient_id is None else patient_id
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
@@ -76,6 +180,6 @@ def load_designs(
             part.insert(0, "patient_id", each)
             parts.append(part)
     if not parts:
-        raise ValueError(f"{folder} holds no designs of {', '.join(wanted) or 'anybody'} yet")
+        raise ValueError(f"{folder} contains no designs of {', '.join(wanted) or 'anybody'} yet")
     designs: pd.DataFrame = pd.concat(parts, ignore_index=True)
     return designs

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from hydrogel_gym.errors import UsageError, differences
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.errors import differences as differences
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.runs.options import plain_config
 from hydrogel_gym.runs.ranks import World
