@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -18,10 +19,11 @@ import torch
 from gymnasium.envs.registration import register, registry
 from torch import Tensor
 
-from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes
+from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes, runs
 from hydrogel_gym.models import ensemble as stage1
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.train import ppo_hybrid
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -90,8 +92,27 @@ def register_design():
 
 @pytest.fixture(scope="session")
 def ppo():
-    """The trainer, which is a script, as a module."""
-    return load_script("train/ppo_hybrid.py")
+    """The trainer."""
+    return ppo_hybrid
+
+
+@pytest.fixture
+def main_with(monkeypatch):
+    """Runs the trainer's command line with arguments that are not spelled out as flags."""
+
+    def main(args) -> int:
+        monkeypatch.setattr(runs, "read_run_options", lambda *_, **__: args)
+        return ppo_hybrid.main([])
+
+    return main
+
+
+@pytest.fixture
+def interruptible():
+    """Python's own answer to SIGINT, even where the tests were started to ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def load_script(path: str):
@@ -110,13 +131,6 @@ def load_checkout_script():
     return load_script
 
 
-def script_beside_the_trainer(name: str, ppo):
-    """A script of `train/` as a module; its `ppo_hybrid` is the fixture `ppo`."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "ppo_hybrid", ppo)
-        return load_script(f"train/{name}.py")
-
-
 @pytest.fixture(scope="session")
 def outcome_maker():
     """The script that makes up Stage-1 outcomes."""
@@ -124,41 +138,7 @@ def outcome_maker():
 
 
 @pytest.fixture(scope="session")
-def report(ppo):
-    """The script that writes reports."""
-    return script_beside_the_trainer("report", ppo)
-
-
-@pytest.fixture(scope="session")
-def generator(ppo):
-    """The script that draws candidates."""
-    return script_beside_the_trainer("generate_candidates", ppo)
-
-
-@pytest.fixture(scope="session")
-def fitter(ppo):
-    """The script that fits Stage-1 models."""
-    return script_beside_the_trainer("fit_stage1", ppo)
-
-
-@pytest.fixture(scope="session")
-def ranker(ppo, generator):
-    """The script that ranks designs for Stage 3."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "generate_candidates", generator)
-        return script_beside_the_trainer("rank_designs", ppo)
-
-
-@pytest.fixture(scope="session")
-def refiner(ppo, generator):
-    """The script that fine-tunes policies."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "generate_candidates", generator)
-        return script_beside_the_trainer("refine_patients", ppo)
-
-
-@pytest.fixture(scope="session")
-def small_run(ppo, tmp_path_factory):
+def small_run(tmp_path_factory):
     """Makes arguments of a run of a second on eighty patients, without an oracle."""
     folder = tmp_path_factory.mktemp("patients")
     paths = {}
@@ -181,7 +161,7 @@ def small_run(ppo, tmp_path_factory):
             keep_checkpoints=9,
             output_dir=output_dir,
         )
-        return ppo.Args(**(paths | settings | changes))
+        return ppo_hybrid.Args(**(paths | settings | changes))
 
     return make
 

@@ -1,5 +1,5 @@
 import dataclasses
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -13,24 +13,29 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 
 import hydrogel_gym
+from hydrogel_gym import errors, runs
+from hydrogel_gym.compiled import CompileError
 from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.problem.reward import RewardTerms
+from hydrogel_gym.runs import (
+    compiled,
+    devices,
+    directory,
+    environments,
+    evaluation,
+    metrics,
+    policies,
+    ranks,
+)
+from hydrogel_gym.runs.options import REMOVED_FLAGS
+from hydrogel_gym.train import ppo_hybrid as ppo
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
-
-
-def load_trainer():
-    spec = importlib.util.spec_from_file_location("ppo_hybrid", TRAINER)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ppo_hybrid"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-ppo = load_trainer()
 
 
 def make_agent(policy="autoregressive", hidden_dim=32, seed=0, state_std=True):
@@ -54,7 +59,11 @@ def make_agent(policy="autoregressive", hidden_dim=32, seed=0, state_std=True):
 
 def noise_for(obs, seed):
     generator = torch.Generator().manual_seed(seed)
-    return ppo.draw_noise(len(obs), formulation_dim=4, generator=generator)
+    return ppo.draw_noise(len(obs), dim=4, generator=generator)
+
+
+def read_options(*flags):
+    return runs.read_run_options(ppo.Args, ppo.PRESETS, flags, prog="ppo_hybrid.py")
 
 
 def small_args(tmp_path, **changes):
@@ -141,8 +150,8 @@ class OneStepEnv:
     def step(self, action):
         flags = torch.tensor([False, False]), torch.tensor([True, False])
         zero = torch.zeros(2)
-        told = {name: zero for name in ppo.INFOS_KEPT}
-        info = told | {"final_obs": self.final_obs, "final_info": told}
+        infos = {name: zero for name in metrics.INFOS}
+        info = infos | {"final_obs": self.final_obs, "final_info": infos}
         return torch.ones(2, 13), torch.tensor([1.0, 2.0]), *flags, info
 
 
@@ -282,10 +291,8 @@ def test_policy_and_loss_run_on_the_meta_device():
     loss, _ = ppo.ppo_loss(
         agent(obs, action),
         ppo.Batch(obs, action, row, row, row, row),
-        clip_coef=0.2,
-        vf_coef=0.5,
-        ent_coef=0.01,
-        return_std=agent.return_std,
+        ppo.Args(),
+        agent.return_std,
     )
     loss.backward()
     assert agent.encoder[0].weight.grad.device.type == "meta"
@@ -308,7 +315,7 @@ def test_the_ends_of_the_random_numbers_choose_a_category_that_exists(uniform):
 # --- loss
 
 
-def loss_of(newlogprob, logprob, advantage, value, returns, old_value, **changes):
+def loss_of(newlogprob, logprob, advantage, value, returns, old_value, return_std=1.0, **changes):
     def tensor(x):
         return torch.tensor(x, dtype=torch.float64)
 
@@ -316,8 +323,8 @@ def loss_of(newlogprob, logprob, advantage, value, returns, old_value, **changes
     output = ppo.PolicyOutput(None, tensor(newlogprob), entropy, tensor(value))
     advantage = ppo.normalize_advantage(tensor([advantage]))[0]
     batch = ppo.Batch(None, None, tensor(logprob), advantage, tensor(returns), tensor(old_value))
-    settings = dict(clip_coef=0.2, vf_coef=0.5, ent_coef=0.1) | changes
-    return ppo.ppo_loss(output, batch, **settings)
+    args = ppo.Args(**(dict(clip_coef=0.2, vf_coef=0.5, ent_coef=0.1) | changes))
+    return ppo.ppo_loss(output, batch, args, return_std)
 
 
 def test_ppo_loss_of_two_samples_by_hand():
@@ -351,7 +358,7 @@ def test_gradient_of_the_first_update_is_that_of_the_plain_policy_gradient():
     output = ppo.PolicyOutput(None, logprob, zeros, zeros)
     normalised = (advantage - advantage.mean()) / advantage.std(correction=0)
     batch = ppo.Batch(None, None, zeros, normalised, zeros, zeros)
-    loss, _ = ppo.ppo_loss(output, batch, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0)
+    loss, _ = ppo.ppo_loss(output, batch, ppo.Args(ent_coef=0.0))
     loss.backward()
     torch.testing.assert_close(logprob.grad, -normalised / 4, rtol=1e-6, atol=1e-8)
 
@@ -372,27 +379,46 @@ def random_batch(agent, dtype, rows=64):
     return ppo.Batch(obs.to(dtype), action, *rest)
 
 
+def plain_step(agent, args):
+    """The gradient step and its optimiser."""
+    optimizer = torch.optim.Adam(agent.parameters(), eps=ppo.ADAM_EPS, fused=True)
+    return functools.partial(ppo.gradient_step, agent, optimizer, args), optimizer
+
+
+def compiled_step(agent, args):
+    """The same as one graph."""
+
+    def loss(forward, minibatch):
+        output = forward(minibatch.obs, minibatch.action)
+        return ppo.ppo_loss(output, minibatch, args, agent.return_std)
+
+    optimizer = torch.optim.Adam([compiled.flatten_weights(agent)], eps=ppo.ADAM_EPS, fused=True)
+    step = compiled.CompiledStep(agent, optimizer, loss, args.max_grad_norm, ranks.ALONE)
+    return step, optimizer
+
+
 def assert_same_updates(dtype, args, rtol, device="cpu"):
     plain_agent, fast_agent = (make_agent(args.policy, state_std=args.state_std) for _ in range(2))
     batch = random_batch(plain_agent, dtype)
-    batch = ppo.tree_map(lambda part: part.to(device), batch)
-    plain_step = ppo.PlainStep(plain_agent.to(device, dtype), args)
-    fast_step = ppo.CompiledStep(fast_agent.to(device, dtype), args)
-    fast_step.warm_up(batch)  # leaves no trace
+    batch = tree_map(lambda part: part.to(device), batch)
+    plain, plain_optimizer = plain_step(plain_agent.to(device, dtype), args)
+    fast, fast_optimizer = compiled_step(fast_agent.to(device, dtype), args)
+    fast.warm_up(batch)  # leaves no trace
     for agent in (plain_agent, fast_agent):
         agent.set_return_scale(batch.returns)  # read by the graph, not frozen into it
     for k in range(6):
-        learning_rate = 1e-2 / (1 + k)
-        plain, fast = (step(batch, learning_rate) for step in (plain_step, fast_step))
-        assert plain.keys() == fast.keys()
-        for name in plain:
-            torch.testing.assert_close(fast[name], plain[name], rtol=rtol, atol=rtol)
-    moved = make_agent(args.policy, state_std=args.state_std).to(device, dtype)
-    for fast, plain, start in zip(
-        *(agent.parameters() for agent in (fast_agent, plain_agent, moved)), strict=True
+        for optimizer in (plain_optimizer, fast_optimizer):
+            optimizer.param_groups[0]["lr"] = 1e-2 / (1 + k)
+        expected, parts = plain(batch), fast(batch)
+        assert parts.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(parts[name], expected[name], rtol=rtol, atol=rtol)
+    started = make_agent(args.policy, state_std=args.state_std).to(device, dtype)
+    for weight, expected, start in zip(
+        *(agent.parameters() for agent in (fast_agent, plain_agent, started)), strict=True
     ):
-        torch.testing.assert_close(fast, plain, rtol=rtol, atol=rtol * 0.1)
-        assert not torch.equal(plain, start)
+        torch.testing.assert_close(weight, expected, rtol=rtol, atol=rtol * 0.1)
+        assert not torch.equal(expected, start)
 
 
 # Rounding is amplified by Adam where a gradient is near zero: hence the factor above 1e-6.
@@ -408,7 +434,7 @@ def assert_same_updates(dtype, args, rtol, device="cpu"):
     ids=["factored", "autoregressive"],
 )
 def test_the_pure_step_gives_the_same_updates_as_the_plain_one(dtype, rtol, changes, monkeypatch):
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
     assert_same_updates(dtype, ppo.Args(**changes), rtol)
 
 
@@ -430,36 +456,49 @@ def test_a_graph_is_made_from_inputs_that_are_not_one_tensor(monkeypatch, tmp_pa
 
     def record(function, device):
         return lambda *inputs: (
-            seen.append(ppo.tree_map(torch.Tensor.data_ptr, inputs)) or function(*inputs)
+            seen.append(tree_map(torch.Tensor.data_ptr, inputs)) or function(*inputs)
         )
 
-    monkeypatch.setattr(ppo, "compiled", record)
-    ppo.compile_training(make_agent(), small_args(tmp_path))
+    monkeypatch.setattr(compiled, "compile_function", record)
+    agent = make_agent()
+    optimizer = torch.optim.Adam([compiled.flatten_weights(agent)])
+    ppo.compile_learner(agent, optimizer, small_args(tmp_path), ranks.ALONE)
+    assert len(seen) == 2  # acting and learning
     for inputs in seen:
-        addresses = torch.utils._pytree.tree_leaves(inputs)
+        addresses = tree_leaves(inputs)
         assert len(set(addresses)) == len(addresses) > 2
 
 
 def test_the_weights_of_a_compiled_step_stay_those_of_the_agent(monkeypatch):
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
     agent = make_agent()
     before = {name: value.clone() for name, value in agent.state_dict().items()}
-    step = ppo.CompiledStep(agent, ppo.Args())
+    step, _ = compiled_step(agent, ppo.Args())
     assert all(torch.equal(before[name], value) for name, value in agent.state_dict().items())
-    step.flat.zero_()
+    with torch.no_grad():
+        step.flat.zero_()
     assert all(not parameter.any() for parameter in agent.parameters())
 
 
 def test_auto_compiles_long_runs_only():
-    long, short = (ppo.parse_args(["--preset", name]) for name in ("source", "quick"))
-    assert ppo.worth_compiling(long)
-    assert not ppo.worth_compiling(dataclasses.replace(short, num_iterations=2))
+    long, short = (read_options("--preset", name) for name in ("source", "quick"))
+    assert compiled.worth_compiling(long.num_updates)
+    short = dataclasses.replace(short, num_iterations=2)
+    assert not compiled.worth_compiling(short.num_updates)
+
+
+def test_a_run_makes_so_many_gradient_steps(tmp_path, monkeypatch):
+    args, steps = small_args(tmp_path, num_epochs=3, minibatch_size=200), []
+    plain = ppo.gradient_step
+    monkeypatch.setattr(ppo, "gradient_step", lambda *a, **k: steps.append(1) or plain(*a, **k))
+    ppo.train(args)
+    assert len(steps) == args.num_updates == 12
 
 
 def test_the_faster_products_are_still_float32():
     before = torch.get_float32_matmul_precision()
     factor = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
-    with ppo.fast_float32(torch.device("cpu")):
+    with devices.fast_float32(torch.device("cpu")):
         product = factor @ factor
     torch.testing.assert_close(
         product.double(), factor.double() @ factor.double(), rtol=0, atol=1e-4
@@ -488,16 +527,16 @@ def test_a_machine_without_a_compiler_gets_one_line_that_names_the_fallback(tmp_
 
 
 def test_auto_goes_on_without_a_compiler(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(ppo, "worth_compiling", lambda args: True)
+    monkeypatch.setattr(compiled, "worth_compiling", lambda num_updates: True)
 
-    make_envs = ppo.make_envs
+    make_envs = runs.make_envs
 
     def refuse_to_compile(*args, compile=False, **kwargs):
         if compile:
-            raise ppo.CompileError("no C++ compiler")
+            raise CompileError("no C++ compiler")
         return make_envs(*args, **kwargs)
 
-    monkeypatch.setattr(ppo, "make_envs", refuse_to_compile)
+    monkeypatch.setattr(runs, "make_envs", refuse_to_compile)
     summary = ppo.train(small_args(tmp_path))
     assert summary["compiled"] is False
     assert "going on without: no C++ compiler" in capsys.readouterr().err
@@ -505,7 +544,7 @@ def test_auto_goes_on_without_a_compiler(tmp_path, monkeypatch, capsys):
 
 def test_bfloat16_on_hardware_without_it_is_refused_with_the_fallback(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True, "avx512_bf16": False})
-    with pytest.raises(ppo.UsageError, match="no bfloat16 arithmetic .* use --precision fp32"):
+    with pytest.raises(errors.UsageError, match="no bfloat16 arithmetic .* use --precision fp32"):
         ppo.train(small_args(tmp_path, precision="bf16"))
 
 
@@ -554,8 +593,8 @@ def finished_run(tmp_path_factory):
 def test_a_run_leaves_every_promised_file(finished_run):
     args, _ = finished_run
     files = {str(path.relative_to(args.output_dir)) for path in args.output_dir.rglob("*.*")}
-    every = {*ppo.RUN_FILES, "checkpoints/checkpoint-000002.pt"}
-    assert files == every - {ppo.WANDB_FILE}  # it is not tracked
+    every = {*directory.RUN_FILES, "checkpoints/checkpoint-000002.pt"}
+    assert files == every - {directory.WANDB_FILE}  # it is not tracked
 
 
 def test_summary_holds_the_promised_figures(finished_run):
@@ -573,33 +612,28 @@ def test_summary_holds_the_promised_figures(finished_run):
     assert summary["mean_reward"] == returned["mean_reward"]
 
 
-def test_metrics_have_a_row_per_iteration_and_the_columns_the_readme_defines(finished_run):
+def test_metrics_have_a_row_per_iteration_and_the_columns_of_the_table(finished_run):
     args, _ = finished_run
     table = pd.read_csv(args.output_dir / "metrics.csv")
     assert table["iteration"].tolist() == [1, 2]
     assert table["global_step"].tolist() == [400, 800]
     assert np.isfinite(table.to_numpy()).all()  # no blank: this run has an oracle
-    readme = (ROOT / "README.md").read_text()
-    section = readme.split("<!-- metrics.csv -->")[1].split("\n## ")[0]
-    rows = re.findall(
-        r"^\| `(\w+)` \| (?:`(\S+)`|the axis of all others) \|", section, re.MULTILINE
-    )
-    assert [column for column, _ in rows] == table.columns.tolist()
-    assert [key or "global_step" for _, key in rows] == [*map(ppo.metric_key, table.columns)]
-
+    assert table.columns.tolist() == [metric.name for metric in metrics.METRICS]
 
 def test_terms_of_the_reward_add_up_to_it_in_every_row(finished_run):
     args, _ = finished_run
     table = pd.read_csv(args.output_dir / "metrics.csv")
-    terms = table[list(hydrogel_gym.dynamics.RewardTerms._fields)]
+    terms = table[list(RewardTerms._fields)]
     assert terms.sum(axis=1).to_numpy() == pytest.approx(table["mean_reward"].to_numpy(), rel=1e-5)
 
 
 def test_policy_designs_are_what_the_environment_says_of_the_deterministic_action(finished_run):
     args, _ = finished_run
-    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    agent, _ = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
     cohort = hydrogel_gym.load_cohort(args.cohort)
-    designs = ppo.policy_designs(agent, ppo.make_envs(args, cohort, torch.device("cpu")))
+    designs = evaluation.policy_designs(
+        agent.design, environments.make_envs(args, cohort, torch.device("cpu"))
+    )
     model = hydrogel_gym.load_reward_model("mechanistic")
     design = [designs[name] for name in ("polymer_id", "formulation", "coverage")]
     outcomes = model(cohort.features.float(), *design)
@@ -617,7 +651,7 @@ def test_regret_is_the_distance_to_the_oracle_of_the_same_patients(finished_run,
     args, summary = finished_run
     path = args.cohort if cohort == "train" else args.holdout_cohort
     best = best_designs(path).score
-    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    agent, _ = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
     patients = hydrogel_gym.load_cohort(path).features.float()
     action = agent(torch.cat([patients, torch.zeros(len(patients), 2)], -1))
     design = agent.to_env(action.action)
@@ -630,42 +664,44 @@ def test_regret_is_the_distance_to_the_oracle_of_the_same_patients(finished_run,
     fraction = (reward.mean() / best.mean()).item()
     assert summary[f"{cohort}_fraction_of_oracle"] == pytest.approx(fraction, rel=1e-4)
     last = pd.read_csv(args.output_dir / "metrics.csv").iloc[-1]
-    for name in ppo.YARDSTICK:
+    for name in metrics.YARDSTICK:
         assert last[f"{cohort}_{name}"] == pytest.approx(summary[f"{cohort}_{name}"], rel=1e-6)
 
 
 def test_oracle_is_kept_beside_the_run_for_the_next_one(finished_run, monkeypatch):
     args, _ = finished_run
     assert len(list((args.output_dir.parent / "oracle").iterdir())) == 2
-    monkeypatch.setattr("hydrogel_gym.oracle.search", None)  # a search would fail
+    monkeypatch.setattr("hydrogel_gym.oracle.best.search", None)  # a search would fail
     again = dataclasses.replace(args, num_iterations=1, output_dir=args.output_dir.parent / "next")
     assert ppo.train(again)["holdout_regret"] > 0
 
 
 def test_learner_sees_stricter_limits_and_the_report_the_true_ones(tmp_path):
     args = small_args(tmp_path, limit_margin=0.01, penalty_scale=3.0, horizon=2)
-    envs = ppo.make_envs(args, hydrogel_gym.load_cohort(), torch.device("cpu"), num_envs=100)
+    envs = environments.make_envs(
+        args, hydrogel_gym.load_cohort(), torch.device("cpu"), num_envs=100
+    )
     obs, _ = envs.reset(seed=0)
     generator = torch.Generator().manual_seed(0)
-    _, batch, told = ppo.rollout(envs, make_agent(), obs, args, generator)
-    learnt = batch.returns.view(told["reward"].shape)
+    _, batch, infos = ppo.rollout(envs, make_agent(), obs, args, generator)
+    learnt = batch.returns.view(infos["reward"].shape)
     plain = dataclasses.replace(args, limit_margin=0.0, penalty_scale=1.0)
     obs, _ = envs.reset(seed=0)
     _, plain_batch, same = ppo.rollout(
         envs, make_agent(), obs, plain, torch.Generator().manual_seed(0)
     )
-    assert torch.equal(told["reward"], same["reward"])
+    assert torch.equal(infos["reward"], same["reward"])
     # The last step of an episode: its return is its reward.
-    strict, true = learnt[1::2], plain_batch.returns.view(told["reward"].shape)[1::2]
-    torch.testing.assert_close(true, told["reward"][1::2])
-    breached = sum(told[f"reward_{name}"] for name in ppo.SAFETY_LIMITS)[1::2]
+    strict, true = learnt[1::2], plain_batch.returns.view(infos["reward"].shape)[1::2]
+    torch.testing.assert_close(true, infos["reward"][1::2])
+    breached = sum(infos[f"reward_{name}"] for name in metrics.SAFETY_LIMITS)[1::2]
     assert (strict <= true + 2.0 * breached + 1e-4).all()
     assert (strict < true + 2.0 * breached - 1e-4).any()  # the margin
     assert (strict - true).abs().min() == 0.0
 
 
 def test_without_the_oracle_nothing_is_searched_and_regret_is_left_blank(tmp_path, monkeypatch):
-    monkeypatch.setattr("hydrogel_gym.oracle.search", None)
+    monkeypatch.setattr("hydrogel_gym.oracle.best.search", None)
     args = small_args(tmp_path)
     summary = ppo.train(args)
     assert summary["train_regret"] is None
@@ -677,8 +713,8 @@ def test_a_reward_model_that_the_oracle_cannot_use_is_a_bad_request(tmp_path, to
     def refuse(*_, **__):
         raise ValueError("outcome is nan")
 
-    monkeypatch.setattr(ppo, "best_designs", refuse)
-    with pytest.raises(ppo.UsageError, match="the oracle cannot search: outcome is nan"):
+    monkeypatch.setattr(evaluation, "best_designs", refuse)
+    with pytest.raises(errors.UsageError, match="the oracle cannot search: outcome is nan"):
         ppo.train(small_args(tmp_path, oracle=True))
 
 
@@ -694,16 +730,16 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(finished
     for seed, name in ((args.seed, "again"), (args.seed + 1, "other")):
         output_dir = tmp_path / name
         ppo.train(dataclasses.replace(args, seed=seed, output_dir=output_dir, oracle=False))
-        agent, _ = ppo.load_policy(tmp_path / name / "stage2_policy.pt", "cpu")
+        agent, _ = policies.load_policy(tmp_path / name / "stage2_policy.pt", ppo.Agent, "cpu")
         weights.append(agent.state_dict())
-    first = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")[0].state_dict()
+    first = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")[0].state_dict()
     assert all(torch.equal(first[name], weights[0][name]) for name in first)
     assert not torch.equal(first["encoder.0.weight"], weights[1]["encoder.0.weight"])
 
 
 def test_training_leaves_the_observation_statistics_of_the_cohort_in_the_policy(finished_run):
     args, _ = finished_run
-    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    agent, _ = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
     features = hydrogel_gym.load_cohort(args.cohort).features.float()
     features = features[torch.arange(args.num_envs) % len(features)]
     torch.testing.assert_close(agent.obs_mean[:11], features.mean(0))
@@ -714,38 +750,6 @@ def test_training_leaves_the_observation_statistics_of_the_cohort_in_the_policy(
 def test_episodes_of_several_steps_train(tmp_path, policy):
     summary = ppo.train(small_args(tmp_path, horizon=3, num_steps=6, policy=policy))
     assert math.isfinite(summary["holdout_deterministic_reward"])
-
-
-def test_evaluating_a_saved_policy_repeats_the_figures_of_its_run(finished_run, tmp_path, capsys):
-    args, summary = finished_run
-    flags = ["--evaluate", str(args.output_dir / "stage2_policy.pt")]
-    flags += ["--cohort", str(args.cohort), "--holdout-cohort", str(args.holdout_cohort)]
-    assert ppo.main([*flags, "--output-dir", str(tmp_path / "evaluations")]) == 0
-    result = json.loads((tmp_path / "evaluations" / "evaluation-cohort.json").read_text())
-    for name in ("train_deterministic_reward", "holdout_deterministic_reward", "holdout_regret"):
-        assert result[name] == pytest.approx(summary[name], rel=1e-6)
-    assert f"{summary['train_deterministic_reward']:.3f}" in capsys.readouterr().out
-
-
-def test_a_policy_is_evaluated_on_any_cohort(finished_run, tmp_path):
-    args, _ = finished_run
-    table = pd.read_csv(ROOT / "patients" / "cohort_holdout.csv").head(50)
-    table.to_csv(tmp_path / "mine.csv", index=False)
-    policy = args.output_dir / "stage2_policy.pt"
-    code = ppo.main(
-        [
-            "--evaluate",
-            str(policy),
-            "--cohort",
-            str(tmp_path / "mine.csv"),
-            "--output-dir",
-            str(tmp_path),
-            "--no-oracle",
-        ]
-    )
-    result = json.loads((tmp_path / "evaluation-mine.json").read_text())
-    assert (code, result["num_patients"]) == (0, 50)
-    assert "holdout_deterministic_reward" not in result
 
 
 def test_a_policy_file_loads_without_running_code(finished_run):
@@ -760,10 +764,10 @@ class _Payload:
         return exec, ("raise SystemExit('executed')",)
 
 
-def test_a_malicious_policy_file_executes_nothing(tmp_path, capsys):
+def test_a_malicious_policy_file_executes_nothing(tmp_path):
     torch.save(_Payload(), tmp_path / "policy.pt")
-    assert ppo.main(["--evaluate", str(tmp_path / "policy.pt")]) == 2
-    assert "cannot be used: Weights only load failed" in capsys.readouterr().err
+    with pytest.raises(errors.UsageError, match="cannot be used: Weights only load failed"):
+        policies.load_policy(tmp_path / "policy.pt", ppo.Agent, "cpu")
 
 
 @pytest.mark.parametrize("size", [0, 3, 20_000])
@@ -771,8 +775,8 @@ def test_a_policy_file_that_is_cut_off_is_refused_in_words(finished_run, tmp_pat
     args, _ = finished_run
     whole = (args.output_dir / "stage2_policy.pt").read_bytes()
     (tmp_path / "policy.pt").write_bytes(whole[:size])
-    with pytest.raises(ppo.UsageError, match="it is cut off, or is no policy"):
-        ppo.load_policy(tmp_path / "policy.pt", "cpu")
+    with pytest.raises(errors.UsageError, match="it is cut off, or is no policy"):
+        policies.load_policy(tmp_path / "policy.pt", ppo.Agent, "cpu")
 
 
 def test_a_policy_of_another_polymer_table_is_refused(finished_run, tmp_path):
@@ -780,8 +784,20 @@ def test_a_policy_of_another_polymer_table_is_refused(finished_run, tmp_path):
     saved = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)
     saved["polymers"][3] = "Unobtainium"
     torch.save(saved, tmp_path / "policy.pt")
-    with pytest.raises(ppo.UsageError, match="another polymer table"):
-        ppo.load_policy(tmp_path / "policy.pt", "cpu")
+    with pytest.raises(errors.UsageError, match="another polymer table"):
+        policies.load_policy(tmp_path / "policy.pt", ppo.Agent, "cpu")
+
+
+def test_a_policy_of_an_earlier_version_is_read_whatever_settings_it_had(finished_run, tmp_path):
+    args, _ = finished_run
+    saved = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)
+    saved["training_config"] |= {"reward_precision": "fp32", "evaluate": None, "colour": "blue"}
+    torch.save(saved, tmp_path / "policy.pt")
+    agent, content = policies.load_policy(tmp_path / "policy.pt", ppo.Agent, "cpu")
+    for name, value in saved["policy_state_dict"].items():
+        assert torch.equal(agent.state_dict()[name], value)
+    problem = runs.ProblemOptions.of(content["training_config"])
+    assert problem == runs.ProblemOptions(cohort=args.cohort, holdout_cohort=args.holdout_cohort)
 
 
 # --- bad input
@@ -801,7 +817,6 @@ def test_a_policy_of_another_polymer_table_is_refused(finished_run, tmp_path):
         (["--seed=-1"], "--seed is -1; allowed: 0 or more"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--cohort", "absent.csv"], "absent.csv"),
-        (["--evaluate", "absent.pt"], "absent.pt: no such file"),
         (["--env-id", "Absent-v0"], "Absent"),
         (["--no-such-flag"], "--no-such-flag"),
     ],
@@ -819,15 +834,42 @@ def test_a_bad_request_ends_in_one_line_before_anything_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("flag", REMOVED_FLAGS)
+@pytest.mark.parametrize(
+    "spelled",
+    [
+        lambda flag: [flag, "x"],
+        lambda flag: [f"{flag}=x"],
+        lambda flag: [f"--{flag[2:].replace('-', '_')}", "x"],
+        lambda flag: ["--preset", "quick", f"--{flag[2:].replace('-', '_')}=x", "--seed", "3"],
+    ],
+    ids=["two words", "one word", "underscores", "among others"],
+)
+def test_a_flag_of_earlier_versions_is_answered_with_what_replaces_it(
+    flag, spelled, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert ppo.main(spelled(flag)) == 2
+    assert capsys.readouterr().err == f"error: {flag} is gone; {REMOVED_FLAGS[flag]}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_policy_is_evaluated_by_a_script_of_its_own():
+    expected = "error: --evaluate is gone; use python train/evaluate.py POLICY"
+    with pytest.raises(errors.UsageError) as refused:
+        read_options("--evaluate", "runs/quick-s1")
+    assert f"error: {refused.value}" == expected
+
+
 def test_the_refused_minibatch_is_answered_with_sizes_that_divide(tmp_path):
-    with pytest.raises(ppo.UsageError, match=r"near it these do: 50, 80, 100, 200"):
+    with pytest.raises(errors.UsageError, match=r"near it these do: 50, 80, 100, 200"):
         ppo.train(small_args(tmp_path, minibatch_size=150))
 
 
 def test_a_directory_that_holds_a_run_is_refused_and_left_alone(finished_run):
     args, _ = finished_run
     before = {path: path.read_bytes() for path in args.output_dir.rglob("*.*")}
-    with pytest.raises(ppo.UsageError, match=r"already holds a run .*--overwrite"):
+    with pytest.raises(errors.UsageError, match=r"already contains a run .*--overwrite"):
         ppo.train(args)
     assert {path: path.read_bytes() for path in args.output_dir.rglob("*.*")} == before
 
@@ -841,7 +883,7 @@ def test_overwrite_replaces_a_run(tmp_path):
 
 def test_an_unwritable_directory_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ppo.UsageError, match="cannot be written to"):
+    with pytest.raises(errors.UsageError, match="cannot be written to"):
         ppo.train(small_args(tmp_path, output_dir=tmp_path / "file" / "run"))
 
 
@@ -856,12 +898,12 @@ def test_every_preset_field_can_be_overridden_on_the_command_line():
             else:
                 changed = other if isinstance(value, str) else value * 2
                 flags = [flag, str(changed)]
-            args = ppo.parse_args(["--preset", preset, *flags])
+            args = read_options("--preset", preset, *flags)
             assert getattr(args, name) == changed
 
 
 def test_the_source_preset_keeps_the_sources_table():
-    args = ppo.parse_args(["--preset", "source"])
+    args = read_options("--preset", "source")
     assert (args.clip_coef, args.vf_coef, args.ent_coef) == (0.2, 0.5, 0.01)
     assert (args.gamma, args.gae_lambda, args.learning_rate) == (0.99, 0.95, 3e-4)
     assert (args.num_epochs, args.max_grad_norm, args.num_envs) == (10, 0.5, 2000)
@@ -871,7 +913,9 @@ def test_the_source_preset_keeps_the_sources_table():
 # --- interruption
 
 
-def test_an_interrupted_run_saves_what_it_has_and_says_so(tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_saves_what_it_has_and_says_so(
+    tmp_path, monkeypatch, capsys, main_with, interruptible
+):
     rollouts = 0
     plain_rollout = ppo.rollout
 
@@ -884,26 +928,25 @@ def test_an_interrupted_run_saves_what_it_has_and_says_so(tmp_path, monkeypatch,
 
     monkeypatch.setattr(ppo, "rollout", interrupted_rollout)
     args = small_args(tmp_path, num_iterations=50)
-    monkeypatch.setattr(ppo, "parse_args", lambda argv: args)
-    assert ppo.main([]) == 130
+    assert main_with(args) == 130
     assert "interrupted" in capsys.readouterr().err
     summary = json.loads((args.output_dir / "summary.json").read_text())
     assert (summary["interrupted"], summary["iterations"], summary["samples"]) == (True, 3, 1200)
     assert len(pd.read_csv(args.output_dir / "metrics.csv")) == 3
-    ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
     path = tmp_path / "summary.json"
-    ppo.write_json(path, {"a": 1})
+    directory.write_json(path, {"a": 1})
 
     def full_disk(*_):
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="no space left"):
-        ppo.write_json(path, {"a": 2})
+        directory.write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
 
