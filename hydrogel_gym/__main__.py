@@ -25,7 +25,12 @@ import torch
 import hydrogel_gym
 from hydrogel_gym.envs.wrappers import VectorDiscretizeHybridAction, VectorFlattenHybridAction
 from hydrogel_gym.errors import first_line
-from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    FORMULATION_HIGH,
+    FORMULATION_LOW,
+)
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 
 DATA = {
@@ -33,8 +38,18 @@ DATA = {
     "hydrogel_gym.patients": ("cohort.csv", "cohort_holdout.csv"),
 }
 LIBRARIES = ("torch", "gymnasium", "numpy", "pandas")
-# Polymer 6 with this formulation (kPa, days, S/m, mm), on half of the border zone.
-REFERENCE_DESIGN = 6, (15.0, 60.0, 0.2, 3.0), 2
+REFERENCE_FORMULATION = {
+    "youngs_modulus_kpa": 15.0,
+    "half_life_days": 60.0,
+    "conductivity_s_per_m": 0.2,
+    "thickness_mm": 3.0,
+}
+# Polymer 6, on half of the border zone.
+REFERENCE_DESIGN = (
+    6,
+    tuple(REFERENCE_FORMULATION.get(field.name, field.low) for field in FORMULATION_FIELDS),
+    COVERAGES.index("scar_bz50"),
+)
 # Its reward for the first three patients of the cohort, by the model in float64;
 # `tests/test_main.py` works them out again.
 REFERENCE_REWARDS = (33.423765, 25.805065, 30.246383)
