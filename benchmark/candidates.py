@@ -23,14 +23,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 import torch
+from hydrogel_gym.train import generate_candidates as generator
+from hydrogel_gym.train.ppo_hybrid import Agent
 from trainers.launch import ROOT, machine, resources
 
+from hydrogel_gym.designs.sampling import BLOCK
 from hydrogel_gym.files import write_atomically
-
-sys.path.insert(0, str(ROOT / "train"))
-import generate_candidates as generator  # noqa: E402
-import ppo_hybrid  # noqa: E402
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
+from hydrogel_gym.problem.polymers import load_polymers
+from hydrogel_gym.problem.reward import compute_reward
+from hydrogel_gym.runs.designing import begin
 
 RESULTS = Path(__file__).parent / "results"
 WHOLE = 13_000_000
@@ -51,10 +55,10 @@ def measure(flags: list[str], path: Path) -> None:
     """Generate in this process, and write down what it took."""
     timed, seconds, written = generator.generate, 0.0, 0
 
-    def timed_generate(patient: Any, store: Any, *rest: Any) -> None:
+    def timed_generate(stream: Any, store: Any, *rest: Any, **settings: Any) -> None:
         nonlocal seconds, written
         start = time.perf_counter()
-        timed(patient, store, *rest)
+        timed(stream, store, *rest, **settings)
         seconds += time.perf_counter() - start
         written = store.bytes_written
 
@@ -77,13 +81,13 @@ def process(flags: list[str], folder: Path) -> Measured:
 def arithmetic(policy: Path, threads: int, rounds: int) -> list[float]:
     """Designs per second of the compiled graph alone, on numbers drawn once."""
     args = generator.Args(policy=policy, patient=(PATIENT,), compile="on")
-    start = generator.begin(args, torch.device("cpu"))
+    start = begin(args, Agent, torch.device("cpu"))
     (row,), problem = start.rows, start.problem
     torch.set_num_threads(1)
     patient = problem.params.patients[row]
-    sampler = generator.make_sampler(start.agent, start.obs[row], patient, args)
+    sampler = generator.policy_sampler(start.agent, start.obs[row], patient, args)
     call = generator.evaluator(problem, sampler, args, WHOLE)
-    numbers = torch.rand(generator.BLOCK), torch.randn(generator.BLOCK, 4)
+    numbers = torch.rand(BLOCK), torch.randn(BLOCK, len(FORMULATION_FIELDS))
     blocks = 40
 
     def work(_: int) -> None:
@@ -96,7 +100,7 @@ def arithmetic(policy: Path, threads: int, rounds: int) -> list[float]:
         for _ in range(rounds):
             began = time.perf_counter()
             list(pool.map(work, range(threads)))
-            rates.append(threads * blocks * generator.BLOCK / (time.perf_counter() - began))
+            rates.append(threads * blocks * BLOCK / (time.perf_counter() - began))
     torch.set_num_threads(threads)
     return rates
 
@@ -106,24 +110,23 @@ def sketch(policy: Path, threads: int) -> tuple[float, float]:
     import tracemalloc
 
     args = generator.Args(policy=policy, patient=(PATIENT,))
-    start = generator.begin(args, torch.device("cpu"))
+    start = begin(args, Agent, torch.device("cpu"))
     (row,), agent, obs, problem = start.rows, start.agent, start.obs, start.problem
     torch.set_num_threads(threads)
     batch_size = 10_000
-    names = ppo_hybrid.hydrogel_gym.load_polymers().names
+    names = load_polymers().names
     random = torch.Generator().manual_seed(0)
 
     def batches(count: int) -> list[dict[str, Any]]:
         every = []
         for _ in range(0, count, batch_size):
             state = obs[row].expand(batch_size, -1)
-            noise = ppo_hybrid.draw_noise(batch_size, formulation_dim=4, generator=random)
             with torch.no_grad():
-                action = agent.to_env(agent(state, noise=noise).action)
+                action, _ = agent.design(state, random)
                 patient = problem.params.patients[row].expand(batch_size, -1)
                 design = [action[name] for name in ("polymer_id", "formulation", "coverage")]
                 outcomes = problem.reward_model(patient, *design)
-                reward = generator.compute_reward(outcomes)
+                reward = compute_reward(outcomes)
             for i in range(batch_size):
                 every.append(
                     {
@@ -134,7 +137,7 @@ def sketch(policy: Path, threads: int) -> tuple[float, float]:
                         "degradation_days": action["formulation"][i, 1].item(),
                         "conductivity_S_m": action["formulation"][i, 2].item(),
                         "thickness_mm": action["formulation"][i, 3].item(),
-                        "coverage": generator.COVERAGES[action["coverage"][i].item()],
+                        "coverage": COVERAGES[action["coverage"][i].item()],
                         "predicted_delta_EF": outcomes.delta_ef_pct[i].item(),
                         "predicted_stress_reduction": outcomes.stress_reduction_pct[i].item(),
                         "optimal_probability": outcomes.optimal_logit[i].sigmoid().item(),
@@ -144,7 +147,7 @@ def sketch(policy: Path, threads: int) -> tuple[float, float]:
         return every
 
     began = time.perf_counter()
-    generator.pd.DataFrame(batches(SKETCHED))
+    pd.DataFrame(batches(SKETCHED))
     rate = SKETCHED / (time.perf_counter() - began)
     tracemalloc.start()
     kept = batches(batch_size)

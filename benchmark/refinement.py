@@ -15,15 +15,20 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from baselines.policy import load_trainer
+from hydrogel_gym.train.ppo_hybrid import Agent
 from trainers.launch import ROOT, machine, resources
 
-from hydrogel_gym import load_cohort
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.problem.reward import compute_reward
+from hydrogel_gym.runs.designing import environments
+from hydrogel_gym.runs.evaluation import policy_designs
+from hydrogel_gym.runs.policies import load_policy, policy_path
 
 RESULTS = Path(__file__).parent / "results"
 MAX_MINUTES, MIN_FRACTION = 15.0, 0.998
@@ -41,17 +46,16 @@ def main() -> None:
     parser.add_argument("--policy", type=Path, default=ROOT / "runs" / "quick-s1")
     parser.add_argument("--num-patients", type=int, help="so many instead of all")
     args = parser.parse_args()
-    trainer = load_trainer()
-    agent, saved = trainer.load_policy(args.policy / "stage2_policy.pt", "cpu")
+    agent, saved = load_policy(policy_path(args.policy), Agent, "cpu")
     cohort = load_cohort(saved["training_config"]["cohort"])
     ids = cohort.patient_ids[: args.num_patients]
     count = len(ids)
     best = best_designs(cohort, cache_dir=args.policy.parent / "oracle", progress=True)
     best = best.score[:count].double()
 
-    envs = trainer.make_envs(trainer.Args(**saved["training_config"]), cohort, torch.device("cpu"))
+    envs = environments(saved["training_config"], cohort, torch.device("cpu"))
     rewards = {
-        "policy for all, its deterministic design": trainer.policy_designs(agent, envs)["reward"]
+        "policy for all, its deterministic design": policy_designs(agent.design, envs)["reward"]
     }
     flags = ["--policy", str(args.policy), *(["--patient", *ids] if args.num_patients else [])]
     with tempfile.TemporaryDirectory() as folder:
@@ -60,10 +64,11 @@ def main() -> None:
         found = load_designs(output).groupby("patient_id")["reward"].max()
         own = []
         for row, patient_id in enumerate(ids):
-            policy, _ = trainer.load_policy(output / "patient_policies" / f"{patient_id}.pt", "cpu")
+            path = output / "patient_policies" / f"{patient_id}.pt"
+            policy, _ = load_policy(path, Agent, "cpu")
             observation = torch.cat([cohort.features[row].float(), torch.zeros(2)])
             own.append((policy, observation))
-        rewards["own policy, its deterministic design"] = deterministic(own, envs, trainer)
+        rewards["own policy, its deterministic design"] = deterministic(own, envs)
         drawn = Path(folder) / "drawn"
         plain = ["--num-candidates", str(COPIES * ITERATIONS), "--top-only", "--explore", "0"]
         process("generate_candidates.py", [*flags, *plain, "--output-dir", str(drawn)])
@@ -85,9 +90,9 @@ def main() -> None:
     minutes = seconds / 60
     lines = [
         f"{count:,} patients refined at once in one process, {COPIES} copies and {ITERATIONS} "
-        f"iterations each: {minutes:.1f} minutes ({MAX_MINUTES:g} asked: "
+        f"iterations each: {minutes:.1f} minutes ({MAX_MINUTES:g} required: "
         f"{'met' if minutes < MAX_MINUTES else 'missed'}), {megabytes:,.0f} MB at the peak; of the "
-        f"oracle {100 * fraction:.3f} % ({100 * MIN_FRACTION:g} % asked: "
+        f"oracle {100 * fraction:.3f} % ({100 * MIN_FRACTION:g} % required: "
         f"{'met' if fraction >= MIN_FRACTION else 'missed'}); made by `benchmark/refinement.py`.",
         "",
         machine(torch.get_num_threads()),
@@ -101,15 +106,15 @@ def main() -> None:
 
 
 @torch.no_grad()
-def deterministic(policies: list, envs: object, trainer: object) -> torch.Tensor:
+def deterministic(policies: list, envs: Any) -> torch.Tensor:
     """Reward of each patient's policy for its own patient, (P,)."""
     problem = envs.unwrapped.problem
     rewards = []
     for row, (policy, observation) in enumerate(policies):
-        action = policy.to_env(policy(observation[None]).action)
+        action, _ = policy.design(observation[None])
         design = [action[name] for name in ("polymer_id", "formulation", "coverage")]
         outcomes = problem.reward_model(problem.params.patients[row][None], *design)
-        reward = trainer.hydrogel_gym.compute_reward(outcomes, config=problem.params.reward_config)
+        reward = compute_reward(outcomes, config=problem.params.reward_config)
         rewards.append(reward)
     return torch.cat(rewards)
 

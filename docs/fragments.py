@@ -564,9 +564,9 @@ def fragments() -> dict[str, str]:
         ("column of `metrics.csv`", "in W&B and TensorBoard", "meaning"),
         [(f"`{m.name}`", f"`{m.key}`", m.meaning) for m in METRICS],
     )
-    ranked = load_script("train/rank_designs.py").COLUMNS
+    ranked = designs.schema.columns_of(designs.schema.RANKED_SCHEMA).values()
     result["columns.md"] = table(
-        ("column", "meaning"), [(f"`{name}`", meaning) for name, meaning in ranked.items()]
+        ("column", "meaning"), [(f"`{column.name}`", column.description) for column in ranked]
     )
     result["help/oracle.txt"] = help_text(oracle_main, "hydrogel_gym.oracle")
     outcomes = importlib.import_module("hydrogel_gym.patients.make_outcomes")
