@@ -17,13 +17,13 @@ import pandas as pd
 import pytest
 import torch
 from gymnasium.envs.registration import register, registry
+from hydrogel_gym.train import ppo_hybrid
 from torch import Tensor
 
 from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes, runs
 from hydrogel_gym.models import ensemble as stage1
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
-from hydrogel_gym.train import ppo_hybrid
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -74,12 +74,14 @@ def toy_model():
 
 @pytest.fixture
 def register_design():
-    """Registers an id of vector environments with a reward model, for as long as the test runs."""
+    """Registers an id of vector environments with settings, for as long as the test runs."""
     ids = []
 
-    def make(env_id: str, reward_model) -> str:
-        def vector_entry_point(num_envs: int, **kwargs) -> HydrogelVectorEnv:
-            return HydrogelVectorEnv(num_envs, reward_model=reward_model, **kwargs)
+    def make(
+        env_id: str, reward_model="mechanistic", *, make_envs=HydrogelVectorEnv, **settings
+    ) -> str:
+        def vector_entry_point(num_envs: int, **kwargs):
+            return make_envs(num_envs, reward_model=reward_model, **settings, **kwargs)
 
         register(id=env_id, vector_entry_point=vector_entry_point)
         ids.append(env_id)
@@ -105,6 +107,13 @@ def main_with(monkeypatch):
         return ppo_hybrid.main([])
 
     return main
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    """They take longer than a small run."""
+    monkeypatch.setattr("hydrogel_gym.runs.run.draw_learning_curve", lambda *_: None)
+    monkeypatch.setattr("hydrogel_gym.runs.run.draw_policy_selection", lambda *_: None)
 
 
 @pytest.fixture

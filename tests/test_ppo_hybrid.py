@@ -3,16 +3,17 @@ import functools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from hydrogel_gym.train import ppo_hybrid as ppo
 from torch.utils._pytree import tree_leaves, tree_map
 
 import hydrogel_gym
@@ -31,11 +32,11 @@ from hydrogel_gym.runs import (
     ranks,
 )
 from hydrogel_gym.runs.options import REMOVED_FLAGS
-from hydrogel_gym.train import ppo_hybrid as ppo
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 def make_agent(policy="autoregressive", hidden_dim=32, seed=0, state_std=True):
@@ -578,7 +579,7 @@ def test_a_toy_hybrid_task_is_solved(toy_env, tmp_path):
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    for name, num_patients in (("cohort", 40), ("cohort_holdout", 30)):
+    for name, num_patients in (("cohort", 20), ("cohort_holdout", 15)):
         table = pd.read_csv(ROOT / "patients" / f"{name}.csv").head(num_patients)
         table.to_csv(folder / f"{name}.csv", index=False)
     args = small_args(
@@ -619,6 +620,7 @@ def test_metrics_have_a_row_per_iteration_and_the_columns_of_the_table(finished_
     assert table["global_step"].tolist() == [400, 800]
     assert np.isfinite(table.to_numpy()).all()  # no blank: this run has an oracle
     assert table.columns.tolist() == [metric.name for metric in metrics.METRICS]
+
 
 def test_terms_of_the_reward_add_up_to_it_in_every_row(finished_run):
     args, _ = finished_run
@@ -700,6 +702,71 @@ def test_learner_sees_stricter_limits_and_the_report_the_true_ones(tmp_path):
     assert (strict - true).abs().min() == 0.0
 
 
+@pytest.mark.parametrize("mode", ["score", "improvement"])
+def test_learner_is_paid_by_the_limits_of_its_own_environment(
+    mode, tmp_path, register_design, monkeypatch
+):
+    config = hydrogel_gym.RewardConfig(toxicity_limit=0.05, integrity_penalty=4.0)
+    env_id = register_design("OtherLimits-v0", reward_config=config, reward_mode=mode)
+    args = small_args(tmp_path, env_id=env_id, horizon=3, num_steps=6, num_envs=500)
+    paid, plain = [], ppo.compute_gae
+    monkeypatch.setattr(ppo, "compute_gae", lambda *a: paid.append(a[0]) or plain(*a))
+    envs = environments.make_envs(
+        args, hydrogel_gym.load_cohort(), torch.device("cpu"), num_envs=500
+    )
+    obs, _ = envs.reset(seed=0)
+    generator = torch.Generator().manual_seed(0)
+    _, _, infos = ppo.rollout(envs, make_agent(), obs, args, generator)
+
+    outcomes = hydrogel_gym.Outcomes(*(infos[name] for name in hydrogel_gym.Outcomes._fields))
+    is_novel = infos["reward_novelty"] > 0.0
+    strict, of_another = (
+        hydrogel_gym.compute_reward(
+            outcomes, is_novel, limits.stricter(args.limit_margin, args.penalty_scale)
+        )
+        for limits in (config, hydrogel_gym.RewardConfig())
+    )
+    assert (strict != of_another).float().mean() > 0.05
+    if mode == "improvement":
+        score = sum(infos[name] for name in RewardTerms._fields).view(2, 3, -1)
+        none_yet = torch.zeros_like(score[:, :1])
+        best_before = torch.cat([none_yet, score[:, :-1]], 1).cummax(1).values.view_as(strict)
+        strict = (strict - best_before).clamp_min(0.0)
+        assert 0.1 < (strict == 0.0).float().mean() < 0.9
+    torch.testing.assert_close(paid[0], strict, rtol=1e-5, atol=1e-5)
+
+
+class ForeignEnvs(gym.vector.VectorEnv):
+    """Design environments that say nothing of themselves but what Gymnasium asks for."""
+
+    def __init__(self, num_envs, **settings):
+        self.inner = hydrogel_gym.HydrogelVectorEnv(num_envs, **settings)
+        names = "num_envs metadata action_space single_action_space"
+        for name in (*names.split(), "observation_space", "single_observation_space"):
+            setattr(self, name, getattr(self.inner, name))
+
+    def reset(self, **options):
+        return self.inner.reset(**options)
+
+    def step(self, action):
+        return self.inner.step(action)
+
+
+def test_learner_of_an_environment_that_names_no_limits_takes_its_reward_as_it_is(
+    tmp_path, register_design
+):
+    env_id = register_design("Foreign-v0", make_envs=ForeignEnvs)
+    args = small_args(tmp_path, env_id=env_id, horizon=2, checkpoint_interval=0)
+    with pytest.raises(errors.UsageError, match="pass --limit-margin 0 --penalty-scale 1$"):
+        ppo.train(args)
+    assert not args.output_dir.exists()
+    plain = dict(limit_margin=0.0, penalty_scale=1.0)
+    foreign = ppo.train(dataclasses.replace(args, **plain))
+    ours = small_args(tmp_path, horizon=2, output_dir=tmp_path / "ours", **plain)
+    assert foreign["mean_reward"] == ppo.train(ours)["mean_reward"]
+    assert pd.read_csv(args.output_dir / "metrics.csv")["reward_model_seconds"].isna().all()
+
+
 def test_without_the_oracle_nothing_is_searched_and_regret_is_left_blank(tmp_path, monkeypatch):
     monkeypatch.setattr("hydrogel_gym.oracle.best.search", None)
     args = small_args(tmp_path)
@@ -732,7 +799,9 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(finished
         ppo.train(dataclasses.replace(args, seed=seed, output_dir=output_dir, oracle=False))
         agent, _ = policies.load_policy(tmp_path / name / "stage2_policy.pt", ppo.Agent, "cpu")
         weights.append(agent.state_dict())
-    first = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")[0].state_dict()
+    first = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")[
+        0
+    ].state_dict()
     assert all(torch.equal(first[name], weights[0][name]) for name in first)
     assert not torch.equal(first["encoder.0.weight"], weights[1]["encoder.0.weight"])
 

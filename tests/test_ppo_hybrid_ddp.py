@@ -14,12 +14,16 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 import torch.distributed as dist
+
+from hydrogel_gym import errors, load_cohort, runs
+from hydrogel_gym.runs import compiled, devices, environments, ranks
 
 ROOT = Path(__file__).parents[1]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
@@ -70,15 +74,13 @@ def on_ranks(size: int, function, folder: Path) -> list[str]:
 
 
 @pytest.fixture
-def train(ppo, monkeypatch, tmp_path):
+def train(ppo, monkeypatch, tmp_path, without_pictures):
     """Train on so many ranks; returns what each one printed."""
-    monkeypatch.setattr(ppo, "draw_learning_curve", lambda *_: None)
-    monkeypatch.setattr(ppo, "draw_policy_selection", lambda *_: None)
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
-    monkeypatch.setattr("hydrogel_gym.env.CompiledFunction", lambda function: function)
+    monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
+    monkeypatch.setattr("hydrogel_gym.envs.vector.CompiledFunction", lambda function: function)
 
     def on(size: int, args) -> list[str]:
-        monkeypatch.setattr(ppo, "parse_args", lambda _: args)
+        monkeypatch.setattr(runs, "read_run_options", lambda *_, **__: args)
         return on_ranks(size, ppo.main, tmp_path)
 
     return on
@@ -146,40 +148,37 @@ def test_four_ranks_learn_what_one_learns(train, small_run, tmp_path):
     assert_same_weights(tmp_path / "four", tmp_path / "one", 1e-9)
 
 
-def test_ranks_treat_their_own_share_of_the_patients(ppo, small_run, tmp_path):
+def test_ranks_treat_their_own_share_of_the_patients(small_run, tmp_path):
     args = small_run(tmp_path, num_envs=60)
-    cohort, device = ppo.hydrogel_gym.load_cohort(args.cohort), torch.device("cpu")
-    whole = ppo.make_envs(args, cohort, device, num_envs=60)
-    expected = ppo.first_reset(whole, args, len(cohort))
+    cohort, device = load_cohort(args.cohort), torch.device("cpu")
+
+    def observed(args, world):
+        envs = environments.make_envs(args, cohort, device, num_envs=60 // world.size)
+        seen = [environments.first_reset(envs, args, args.seed, len(cohort), world)]
+        seen += [envs.step(envs.action_space.sample())[0] for _ in range(3)]
+        return torch.stack(seen)
+
     for assignment in ("fixed", "random"):
         args = dataclasses.replace(args, patient_assignment=assignment)
-        whole = ppo.make_envs(args, cohort, device, num_envs=60)
-        expected = [ppo.first_reset(whole, args, len(cohort))]
-        expected += [whole.step(whole.action_space.sample())[0] for _ in range(3)]
-        shares = []
-        for rank in range(3):
-            envs = ppo.make_envs(args, cohort, device, num_envs=20)
-            seen = [ppo.first_reset(envs, args, len(cohort), ppo.World(rank, 3))]
-            seen += [envs.step(envs.action_space.sample())[0] for _ in range(3)]
-            shares.append(torch.stack(seen))
-        assert torch.equal(torch.cat(shares, dim=1), torch.stack(expected))
+        shares = [observed(args, ranks.World(rank, 3)) for rank in range(3)]
+        assert torch.equal(torch.cat(shares, dim=1), observed(args, ranks.ALONE))
 
 
 def test_ranks_sample_from_streams_of_their_own(ppo, small_run, tmp_path):
-    args = small_run(tmp_path, num_envs=60, patient_assignment="fixed")
-    cohort, device = ppo.hydrogel_gym.load_cohort(args.cohort), torch.device("cpu")
-    learner = ppo.make_learner(args, cohort, device, compile=False)
+    args = small_run(tmp_path, num_envs=60, minibatch_size=60, patient_assignment="fixed")
+    cohort, device = load_cohort(args.cohort), torch.device("cpu")
+    learner, _, _ = ppo.make_learner(args, cohort, device, ranks.ALONE, compile=False)
 
     def presquash(world):
-        envs = ppo.make_envs(args, cohort, device, num_envs=60 // world.size)
-        obs = ppo.first_reset(envs, args, len(cohort), world)
+        envs = environments.make_envs(args, cohort, device, num_envs=60 // world.size)
+        obs = environments.first_reset(envs, args, args.seed, len(cohort), world)
         generator = torch.Generator().manual_seed(0)
         # Not joined: what would be gathered is this rank's own.
         _, batch, _ = ppo.rollout(envs, learner.agent, obs, args, generator, world=world)
         return batch.action.presquash.view(args.num_steps, -1, 4), generator.get_state()
 
-    whole, state = presquash(ppo.ALONE)
-    (first, first_state), (second, second_state) = (presquash(ppo.World(r, 2)) for r in range(2))
+    whole, state = presquash(ranks.ALONE)
+    (first, first_state), (second, second_state) = (presquash(ranks.World(r, 2)) for r in range(2))
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
     assert not torch.isclose(first, second).any()
     assert torch.equal(first_state, state)
@@ -195,15 +194,19 @@ def test_minibatches_of_all_ranks_make_up_those_of_one(ppo):
 
     def minibatches(world):
         seen = []
-        step = lambda minibatch, _: seen.append(minibatch) or {"policy_loss": zeros.sum()}  # noqa: E731
-        ppo.update(step, batch, args, 0.0, torch.Generator().manual_seed(0), world)
+
+        def step(minibatch):
+            seen.append(minibatch)
+            return {"policy_loss": zeros.sum()}
+
+        ppo.update(step, batch, args, torch.Generator().manual_seed(0), world)
         return seen
 
-    whole = minibatches(ppo.ALONE)
-    shares = [minibatches(ppo.World(rank, 3)) for rank in range(3)]
+    whole = minibatches(ranks.ALONE)
+    shares = [minibatches(ranks.World(rank, 3)) for rank in range(3)]
     assert len(whole) == 8
     for expected, *parts in zip(whole, *shares, strict=True):
-        assert [part.num_samples for part in parts] == [20, 20, 20]
+        assert [len(part.logprob) for part in parts] == [20, 20, 20]
         for name in ("obs", "advantage"):
             together = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(together, getattr(expected, name))
@@ -309,53 +312,153 @@ def test_what_ranks_cannot_share_is_answered_with_what_they_can(
     ppo, small_run, tmp_path, changes, size, message
 ):
     args = small_run(tmp_path, **(dict(minibatch_size=8) | changes))
-    with pytest.raises(ppo.UsageError, match=re.escape(message)):
-        ppo.check_args(args, ppo.World(size=size))
+    with pytest.raises(errors.UsageError, match=re.escape(message)):
+        ppo.check_args(args, ranks.World(size=size))
 
 
-def test_more_ranks_than_gpus_are_refused(ppo, monkeypatch):
+def test_more_ranks_than_gpus_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(ppo.UsageError, match="--device cuda for 2 ranks .* which has 1 GPUs"):
-        ppo.resolve_device("cuda", ppo.World(0, 4, 2))
-    with pytest.raises(ppo.UsageError, match="--device cuda:0 for 2 ranks"):
-        ppo.resolve_device("cuda:0", ppo.World(0, 4, 2))
+    with pytest.raises(errors.UsageError, match="--device cuda for 2 ranks .* which has 1 GPUs"):
+        devices.resolve_device("cuda", ranks.World(0, 4, 2))
+    with pytest.raises(errors.UsageError, match="--device cuda:0 for 2 ranks"):
+        devices.resolve_device("cuda:0", ranks.World(0, 4, 2))
 
 
-def test_a_batch_that_every_rank_gathers_counts_against_the_memory(
-    ppo, small_run, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(ppo, "available_bytes", lambda _: 1_000_000_000)
-    args = small_run(tmp_path, num_envs=1_000_000, num_steps=1)
-    ppo.check_memory(args, torch.device("cpu"), ppo.ALONE)
-    with pytest.raises(ppo.UsageError, match="needs about 0.9 GB .* 0.5 GB left; 555,555 samples"):
-        ppo.check_memory(args, torch.device("cpu"), ppo.World(0, 2, 2))
+def test_a_batch_that_every_rank_gathers_counts_against_the_memory(monkeypatch):
+    monkeypatch.setattr(devices, "available_bytes", lambda _: 1_000_000_000)
+    cpu = torch.device("cpu")
+    devices.check_rollout_memory(1_000_000, 1, cpu, ranks.ALONE)
+    too_large = "needs about 0.9 GB .* 0.5 GB left; 555,555 samples"
+    with pytest.raises(errors.UsageError, match=too_large):
+        devices.check_rollout_memory(1_000_000, 1, cpu, ranks.World(0, 2, 2))
 
 
 # --- with the launcher
 
 
-def test_ranks_that_were_started_again_find_nothing_of_those_before_them(ppo):
+LONG, SHORT_WAIT = timedelta(seconds=30), timedelta(seconds=0.2)
+
+
+def test_ranks_that_were_started_again_find_nothing_of_those_before_them():
     store = dist.HashStore()
     store.set("address", "of a dead rank")
     for _ in range(2):
-        with ThreadPoolExecutor(3) as ranks:
-            worlds = [ppo.World(rank, 3) for rank in (1, 2, 0)]
-            parts = list(ranks.map(lambda world: ppo.fresh_part(store, world), worlds))
+        with ThreadPoolExecutor(3) as threads:
+            parts = list(
+                threads.map(
+                    lambda rank: ranks.unused_store_prefix(store, ranks.World(rank, 3), LONG),
+                    (1, 2, 0),
+                )
+            )
         assert not any(part.check(["address"]) for part in parts)
         parts[0].set("address", "of a living one")
         assert [part.get("address") for part in parts] == [b"of a living one"] * 3
 
 
-def test_a_rank_waits_for_rank_0_and_takes_no_answer_to_an_earlier_one(ppo):
+def test_a_rank_waits_for_rank_0_and_takes_no_answer_to_an_earlier_one():
     store = dist.HashStore()
     store.set("rank 1 asks as", "one that was lost before it had an answer")
-    with ThreadPoolExecutor(2) as ranks:
-        first = ranks.submit(ppo.fresh_part, store, ppo.World(0, 2))
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ranks.unused_store_prefix, store, ranks.World(0, 2), LONG)
         with pytest.raises(TimeoutError):
             first.result(0.1)
-        second = ranks.submit(ppo.fresh_part, store, ppo.World(1, 2))
+        second = threads.submit(ranks.unused_store_prefix, store, ranks.World(1, 2), LONG)
         first.result(10).set("key", "value")
         assert second.result(10).get("key") == b"value"
+
+
+def test_a_rank_that_does_not_come_in_time_is_named():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ranks.unused_store_prefix, store, ranks.World(0, 3), SHORT_WAIT)
+        threads.submit(ranks.unused_store_prefix, store, ranks.World(1, 3), LONG)
+        with pytest.raises(ranks.RankLostError, match="rank 2 did not join within 0:00:00.2"):
+            first.result(10)
+
+
+def test_a_rank_that_waits_for_rank_0_in_vain_names_it():
+    with pytest.raises(ranks.RankLostError, match="rank 0 did not join within 0:00:00.2"):
+        ranks.unused_store_prefix(dist.HashStore(), ranks.World(1, 2), SHORT_WAIT)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]:1234"),
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms"),
+        dist.DistNetworkError("failed to recv, got 0 bytes"),
+        dist.DistStoreError("wait timeout after 300ms"),
+        dist.DistBackendError("NCCL error: remote process exited"),
+    ],
+    ids=["gloo, closed", "gloo, late", "network", "store", "nccl"],
+)
+def test_a_collective_that_fails_for_want_of_a_rank_says_so(monkeypatch, error):
+    with pytest.raises(ranks.RankLostError) as raised:
+        average_failing_with(error, monkeypatch)
+    assert str(raised.value) == f"another rank was lost: {error}"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        torch.OutOfMemoryError("CUDA out of memory, while a peer was written to"),
+        RuntimeError("[alloc_cpu.cpp:113] DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("gloo: DefaultCPUAllocator: can't allocate memory: 8 bytes"),
+        RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"),
+        ValueError("Connection closed by peer"),
+    ],
+    ids=["cuda", "cuda, of a peer", "cpu", "cpu, in gloo", "shapes", "no error of a runtime"],
+)
+def test_a_collective_that_fails_by_itself_is_not_taken_for_a_lost_rank(monkeypatch, error):
+    with pytest.raises(type(error)) as raised:
+        average_failing_with(error, monkeypatch)
+    assert raised.value is error
+
+
+def average_failing_with(error, monkeypatch):
+    """The mean over two ranks, whose message fails."""
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    ranks.World(0, 2, joined=True).average(torch.ones(3))
+
+
+# --- a launcher of one rank
+
+
+@pytest.fixture
+def launched_alone(monkeypatch):
+    """The environment that a launcher gives its only rank."""
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "1"}
+    # A port that nobody listens at.
+    for name, value in (launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_launched_rank_that_is_alone_trains_as_if_it_were_not_launched(
+    ppo, small_run, tmp_path, without_pictures, monkeypatch, request
+):
+    args = small_run(tmp_path / "plain", num_iterations=2)
+    ppo.train(args)
+    request.getfixturevalue("launched_alone")
+    monkeypatch.setattr(dist, "init_process_group", None)  # would fail
+    assert ranks.world_from_environment() == ranks.World(launched=True)
+    summary = ppo.train(dataclasses.replace(args, output_dir=tmp_path / "launched"))
+    assert_same_weights(tmp_path / "launched", tmp_path / "plain", 0.0)
+    pd.testing.assert_frame_equal(metrics(tmp_path / "launched"), metrics(tmp_path / "plain"))
+    assert summary["world_size"] == 1
+
+
+@pytest.mark.parametrize(("name", "index"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_launched_rank_takes_the_device_that_its_launcher_gives_it(
+    launched_alone, monkeypatch, name, index
+):
+    monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # there may be no such device
+    device = devices.resolve_device(name, ranks.world_from_environment())
+    assert device == torch.device("cuda", index)
 
 
 def torchrun(size: int, *flags: str, launcher: tuple[str, ...] = ()) -> list[str]:
