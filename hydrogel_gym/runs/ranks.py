@@ -259,7 +259,10 @@ def unused_store_prefix(store: Store, world: World, timeout: timedelta) -> Store
     store.set_timeout(timeout)
     if world.rank:
         store.set(f"rank {world.rank} asks as", name)
-        name = store.get(name).decode()  # waits for it
+        try:
+            name = store.get(name).decode()  # waits for it
+        except dist.DistStoreError as error:
+            raise RankLostError(f"rank 0 did not join within {timeout}") from error
         store.set(f"rank {world.rank} knows {name}", "")
         return PrefixStore(name, store)
     for rank in range(1, world.size):
