@@ -42,7 +42,7 @@ from hydrogel_gym.memory import keep_freed_memory
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.reward import RewardConfig
-from hydrogel_gym.runs.command_line import check_ranges, read_command_line, run_process, run_script
+from hydrogel_gym.runs.command_line import check_ranges, read_command_line, run_script
 from hydrogel_gym.runs.compiled import Compile
 from hydrogel_gym.runs.designing import PatientArgs, begin, explaining_interruptions, manifest
 from hydrogel_gym.runs.devices import resolve_device
@@ -322,4 +322,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    sys.exit(main())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from hydrogel_gym.problem.cohort import Cohort, load_cohort
 from hydrogel_gym.problem.fields import COVERAGES, Design, Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
 from hydrogel_gym.runs.checkpoints import newest_checkpoint, unseal
-from hydrogel_gym.runs.command_line import read_command_line, run_process, run_script
+from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.designing import environments, origin
 from hydrogel_gym.runs.directory import SUMMARY_FILE
 from hydrogel_gym.runs.policies import load_policy, policy_path
@@ -172,4 +173,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    sys.exit(main())

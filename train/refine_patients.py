@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.problem.fields import COVERAGES
 from hydrogel_gym.problem.reward import RewardConfig, compute_reward
-from hydrogel_gym.runs.command_line import check_ranges, read_command_line, run_process, run_script
+from hydrogel_gym.runs.command_line import check_ranges, read_command_line, run_script
 from hydrogel_gym.runs.designing import PatientArgs, begin, explaining_interruptions, manifest
 from hydrogel_gym.runs.devices import resolve_device
 from hydrogel_gym.runs.ranks import world_from_environment
@@ -343,4 +344,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    sys.exit(main())
