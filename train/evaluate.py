@@ -32,7 +32,7 @@ from hydrogel_gym.runs.identity import versions
 from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
 from hydrogel_gym.runs.ranks import world_from_environment
-from hydrogel_gym.runs.run import print_figures
+from hydrogel_gym.runs.summary import print_figures
 
 
 @dataclass

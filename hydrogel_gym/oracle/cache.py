@@ -47,10 +47,10 @@ def cache_entry(
 
 
 def sources() -> list[Traversable]:
-    """Code that a result depends on: the whole problem, and the search."""
-    room = sorted((files("hydrogel_gym") / "problem").iterdir(), key=lambda file: file.name)
-    problem = [file for file in room if file.name.endswith(".py")]
-    return [*problem, files("hydrogel_gym") / "oracle" / "search.py"]
+    """Code that a result depends on: the whole problem, and the whole oracle."""
+    rooms = [files("hydrogel_gym") / name for name in ("problem", "oracle")]
+    every = [file for room in rooms for file in sorted(room.iterdir(), key=lambda f: f.name)]
+    return [file for file in every if file.name.endswith(".py")]
 
 
 @torch.no_grad()

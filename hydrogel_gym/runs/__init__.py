@@ -19,7 +19,8 @@ from hydrogel_gym.runs.ranks import (
     averaging,
     world_from_environment,
 )
-from hydrogel_gym.runs.run import print_summary, start_run
+from hydrogel_gym.runs.run import start_run
+from hydrogel_gym.runs.summary import print_summary
 
 __all__ = [
     "ALONE",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hydrogel_gym.errors import UsageError, first_line
+from hydrogel_gym.files import write_atomically
 from hydrogel_gym.runs.options import RunOptions
 from hydrogel_gym.runs.ranks import World
 
@@ -193,6 +194,15 @@ def load_run_state(saved: dict[str, Any], learner: Learner, world: World) -> Ten
             torch.cuda.set_rng_state(random["cuda"][world.rank].clone(), device)
     obs: Tensor = saved["obs"][share].to(device)
     return obs
+
+
+def write_checkpoint(output_dir: Path, content: dict[str, Any], keep: int) -> None:
+    """Write a checkpoint of a run directory, and leave so many of those up to it."""
+    path = output_dir / CHECKPOINTS / checkpoint_name(content["iteration"])
+    write_atomically(path, seal(content))
+    up_to_now = [old for old in checkpoints(output_dir) if old.name <= path.name]
+    for old in up_to_now[:-keep]:
+        old.unlink()
 
 
 def adam_state(optimizer: torch.optim.Adam) -> dict[str, Any]:

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydrogel_gym.errors import UsageError
-from hydrogel_gym.files import write_atomically
 from hydrogel_gym.memory import keep_freed_memory
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.checkpoints import (
     CHECKPOINT_FORMAT,
-    CHECKPOINTS,
     Learner,
-    checkpoint_name,
     checkpoint_to_resume,
-    checkpoints,
     load_run_state,
     run_state,
-    seal,
     unseal,
+    write_checkpoint,
 )
-from hydrogel_gym.runs.command_line import INTERRUPTED
 from hydrogel_gym.runs.devices import check_precision, fast_float32, resolve_device
 from hydrogel_gym.runs.directory import (
     CONFIG_FILE,
@@ -68,7 +62,6 @@ from hydrogel_gym.runs.evaluation import (
 )
 from hydrogel_gym.runs.identity import (
     differences,
-    digest,
     identity,
     refuse_differences,
     surroundings,
@@ -80,7 +73,7 @@ from hydrogel_gym.runs.pictures import draw_learning_curve, draw_policy_selectio
 from hydrogel_gym.runs.policies import save_policy
 from hydrogel_gym.runs.ranks import World, joined
 from hydrogel_gym.runs.signals import Signals
-from hydrogel_gym.runs.tracking import Logs, Outcome, TensorBoardLog, WandbLog
+from hydrogel_gym.runs.tracking import Logs, Outcome, make_logs
 
 WATCHED = ("mean_reward", "policy_loss", "value_loss")  # end a run that they are not finite in
 
@@ -184,7 +177,7 @@ class Run:
             self.rows, self.began_at = self.saved["metrics"], self.saved["training_began"]
             seconds_before = self.rows[-1]["wall_seconds"]
         self.resumed_at = len(self.rows)
-        self.logs = self.stack.enter_context(Logs(self._log_makers()))
+        self.logs = self.stack.enter_context(self._logs())
         self.signals = self.stack.enter_context(Signals(world))
         self.bar = self.stack.enter_context(
             tqdm(
@@ -215,22 +208,12 @@ class Run:
             dtype=args.dtype,
         )
 
-    def _log_makers(self) -> dict[str, Callable[[], Any]]:
-        args, makers = self.args, dict[str, Callable[[], Any]]()
-        if self.is_main and args.track:
-            config = plain_config(args) | versions() | self.surroundings
-            config |= {"device": str(self.device), **self.labels}
-            config |= {f"{name}_cohort_digest": digest(x) for name, x in self.cohorts.items()}
-            paths = {"train": args.cohort, "holdout": args.holdout_cohort}
-            patients = {name: (cohort, paths[name]) for name, cohort in self.cohorts.items()}
-            makers["W&B"] = functools.partial(
-                WandbLog, self.output_dir, config, patients, list(self.rows)
-            )
-        if self.is_main and args.tensorboard:
-            makers["TensorBoard"] = functools.partial(
-                TensorBoardLog, self.output_dir, list(self.rows)
-            )
-        return makers
+    def _logs(self) -> Logs:
+        if not self.is_main:
+            return Logs({})
+        config = plain_config(self.args) | versions() | self.surroundings
+        config |= {"device": str(self.device), **self.labels}
+        return make_logs(self.args, self.output_dir, config, self.cohorts, self.rows)
 
     def iterations(self) -> Iterator[int]:
         """The iterations that are left, until a signal stops the run."""
@@ -326,11 +309,7 @@ class Run:
             "run": self.identity,
             "surroundings": self.surroundings,
         }
-        path = self.output_dir / CHECKPOINTS / checkpoint_name(self.iteration)
-        write_atomically(path, seal(content))
-        up_to_now = [old for old in checkpoints(self.output_dir) if old.name <= path.name]
-        for old in up_to_now[: -self.args.keep_checkpoints]:
-            old.unlink()
+        write_checkpoint(self.output_dir, content, self.args.keep_checkpoints)
 
     def finish(self) -> dict[str, Any]:
         """Write policy, pictures and summary.
@@ -388,35 +367,3 @@ class Run:
         )
         self.world.wait()
         return summary | {"output_dir": str(output_dir)}
-
-
-SHOWN = (
-    "mean_reward",
-    "optimal_rate",
-    "train_deterministic_reward",
-    "holdout_deterministic_reward",
-    "holdout_regret",
-    "holdout_fraction_of_oracle",
-    "holdout_deterministic_limit_breach_rate",
-)
-
-
-def print_figures(figures: dict[str, Any], written_to: str) -> None:
-    """Print the figures that matter most."""
-    for name in SHOWN:
-        if figures.get(name) is not None:
-            print(f"{name:>40}  {figures[name]:.3f}")
-    print(f"{'written to':>40}  {written_to}")
-
-
-def print_summary(summary: dict[str, Any]) -> int:
-    """Print the figures that matter most; returns the exit code."""
-    interrupted = summary.get("interrupted", False)
-    if "output_dir" in summary:  # not on ranks other than 0
-        print_figures(summary, summary["output_dir"])
-        if interrupted:
-            print(
-                "interrupted: what was trained so far is saved; --resume auto continues",
-                file=sys.stderr,
-            )
-    return INTERRUPTED if interrupted else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import queue
@@ -256,6 +257,33 @@ class Logs:
         except Exception as error:
             self.logs.pop(name, None)
             say(f"warning: going on without {name}: {first_line(error)}")
+
+
+def make_logs(
+    options: Any,
+    output_dir: Path,
+    config: dict[str, Any],
+    cohorts: dict[str, Cohort],
+    rows: list[dict[str, Any]],
+) -> Logs:
+    """The logs that are wanted.
+
+    Args:
+        options: `RunOptions` and `ProblemOptions`.
+        output_dir: the run directory.
+        config: what the run is.
+        cohorts: patients by name.
+        rows: of the run so far.
+    """
+    makers: dict[str, Callable[[], WandbLog | TensorBoardLog]] = {}
+    if options.track:
+        config |= {f"{name}_cohort_digest": digest(each) for name, each in cohorts.items()}
+        paths = {"train": options.cohort, "holdout": options.holdout_cohort}
+        patients = {name: (cohort, paths[name]) for name, cohort in cohorts.items()}
+        makers["W&B"] = functools.partial(WandbLog, output_dir, config, patients, list(rows))
+    if options.tensorboard:
+        makers["TensorBoard"] = functools.partial(TensorBoardLog, output_dir, list(rows))
+    return Logs(makers)
 
 
 def say(line: str) -> None:
