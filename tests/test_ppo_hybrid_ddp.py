@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import multiprocessing
 import os
@@ -60,6 +61,8 @@ def on_ranks(size: int, function, folder: Path) -> list[str]:
             printed.flush()
         os._exit(code or 0)
 
+    # What an optimiser imports at its first step, or every rank would for itself: seconds.
+    importlib.import_module("torch._dynamo")
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=work, args=(rank,)) for rank in range(size)]
     for process in processes:

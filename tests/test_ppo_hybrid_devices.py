@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hydrogel_gym import HydrogelVectorEnv
+from hydrogel_gym.runs import compiled, ranks, signals
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -31,22 +33,22 @@ def test_a_host_read_would_be_noticed():
 
 
 @pytest.fixture(params=["alone", "one of four"])
-def world(ppo, request):
+def world(request):
     """This process alone, or the second of four ranks, whose messages go nowhere."""
     if request.param == "alone":
-        yield ppo.ALONE
+        yield ranks.ALONE
         return
     dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
-    yield ppo.World(1, 4, 4, joined=True)
+    yield ranks.World(1, 4, 4, joined=True)
     dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=no_cuda)])
-@pytest.mark.parametrize("step_class", ["PlainStep", "CompiledStep"])
+@pytest.mark.parametrize("compile", [False, True], ids=["plain", "compiled"])
 def test_an_iteration_reads_nothing_on_the_host_and_makes_nothing_on_another_device(
-    ppo, small_run, world, tmp_path, monkeypatch, step_class, device
+    ppo, small_run, world, tmp_path, monkeypatch, compile, device
 ):
-    monkeypatch.setattr(ppo, "compiled", lambda function, device: function)
+    monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
     args = small_run(tmp_path)
     envs = HydrogelVectorEnv(
         args.num_envs // world.size, output="torch", validate_actions=False, device=device
@@ -69,13 +71,26 @@ def test_an_iteration_reads_nothing_on_the_host_and_makes_nothing_on_another_dev
             monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
     else:
         generator = torch.Generator(device)
-    step = getattr(ppo, step_class)(agent, args, world)
+    weights = [compiled.flatten_weights(agent)] if compile else list(agent.parameters())
+    # There is no fused optimiser on the meta device.
+    optimizer = torch.optim.Adam(weights, eps=ppo.ADAM_EPS, fused=device != "meta")
+
+    def loss(forward, minibatch):
+        output = forward(minibatch.obs, minibatch.action)
+        return ppo.ppo_loss(output, minibatch, args, agent.return_std)
+
+    if compile:
+        step = compiled.CompiledStep(agent, optimizer, loss, args.max_grad_norm, world)
+    else:
+        step = functools.partial(ppo.gradient_step, agent, optimizer, args)
+    if world.joined:
+        step = functools.partial(step, average=world.average)
     with no_read:
-        _, batch, told = ppo.rollout(envs, agent, obs, args, generator, world=world)
-        losses = ppo.update(step, batch, args, 1e-3, generator, world)
-        asked = ppo.Signals(world).requests(obs.device)
-    assert batch.num_samples == told["reward"].numel() == args.num_envs * args.num_steps
-    assert {value.device.type for value in (*losses.values(), asked)} == {device}
+        _, batch, infos = ppo.rollout(envs, agent, obs, args, generator, world=world)
+        losses = ppo.update(step, batch, args, generator, world)
+        requests = signals.Signals(world).requests(obs.device)
+    assert len(batch.logprob) == infos["reward"].numel() == args.num_envs * args.num_steps
+    assert {value.device.type for value in (*losses.values(), requests)} == {device}
     assert agent.encoder[0].weight.device.type == device
 
 

@@ -1,16 +1,18 @@
-"""Training against a fitted Stage 1: which model rewards, which one judges, what is refused."""
+"""Training against a fitted Stage 1: which model rewards, and what is refused."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import pandas as pd
 import pytest
 import torch
 
-from hydrogel_gym import load_reward_model
+from hydrogel_gym import errors, load_cohort, load_reward_model
 from hydrogel_gym.models.ensemble import save_stage1
+from hydrogel_gym.runs import environments, evaluation, policies
+
+pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +25,10 @@ def checkpoint(make_stage1, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(ppo, small_run, checkpoint, tmp_path_factory):
-    """A run on a checkpoint, judged by the built-in model: its arguments and its summary."""
+    """A run on a checkpoint: its arguments and its summary."""
     args = small_run(
         tmp_path_factory.mktemp("runs") / "run",
         reward_model=str(checkpoint),
-        true_reward_model="mechanistic",
         num_iterations=2,
     )
     return args, ppo.train(args)
@@ -37,41 +38,47 @@ def metrics(args) -> pd.DataFrame:
     return pd.read_csv(args.output_dir / "metrics.csv")
 
 
-def test_policy_is_rewarded_by_the_checkpoint_and_judged_by_the_truth(ppo, trained):
+def test_policy_is_rewarded_by_the_checkpoint(ppo, trained, checkpoint):
     args, summary = trained
-    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
-    cohort = ppo.hydrogel_gym.load_cohort(args.holdout_cohort)
-    for prefix, true in (("", False), ("true_", True)):
-        envs = ppo.make_envs(args, cohort, torch.device("cpu"), true_reward=true)
-        expected = ppo.policy_designs(agent, envs)["reward"].mean().item()
-        assert summary[f"{prefix}holdout_deterministic_reward"] == pytest.approx(expected, rel=1e-5)
-    assert envs.unwrapped.problem.reward_model._get_name() == "MechanisticModel"
-    assert metrics(args)["true_holdout_deterministic_reward"].iloc[-1] == pytest.approx(
-        summary["true_holdout_deterministic_reward"]
+    agent, _ = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
+    cohort = load_cohort(args.holdout_cohort)
+    envs = environments.make_envs(args, cohort, torch.device("cpu"))
+    assert envs.unwrapped.problem.reward_model._get_name() == "Stage1Ensemble"
+    designs = evaluation.policy_designs(agent.design, envs)
+    expected = designs["reward"].mean().item()
+    assert summary["holdout_deterministic_reward"] == pytest.approx(expected, rel=1e-5)
+    assert metrics(args)["holdout_deterministic_reward"].iloc[-1] == pytest.approx(
+        summary["holdout_deterministic_reward"]
     )
+    design = [designs[name] for name in ("polymer_id", "formulation", "coverage")]
+    predicted = load_reward_model(checkpoint)(cohort.features.float(), *design)
+    torch.testing.assert_close(designs["delta_ef_pct"], predicted.delta_ef_pct)
 
 
-def test_regret_is_to_the_oracle_of_the_truth(ppo, small_run, checkpoint, tmp_path, monkeypatch):
+def test_regret_is_to_the_oracle_of_the_checkpoint(
+    ppo, small_run, checkpoint, tmp_path, monkeypatch
+):
     searched = []
 
     def search(cohort, reward_model, *_, **__):
         searched.append(reward_model._get_name())
         return type("Best", (), {"score": torch.full((len(cohort),), 40.0)})
 
-    monkeypatch.setattr(ppo, "best_designs", search)
-    args = small_run(
-        tmp_path / "run",
-        reward_model=str(checkpoint),
-        true_reward_model="mechanistic",
-        num_iterations=1,
-        oracle=True,
-    )
+    monkeypatch.setattr(evaluation, "best_designs", search)
+    args = small_run(tmp_path / "run", reward_model=str(checkpoint), num_iterations=1, oracle=True)
     summary = ppo.train(args)
-    assert searched == ["MechanisticModel"] * 2
-    assert summary["holdout_regret"] is None
-    assert summary["true_holdout_regret"] == pytest.approx(
-        40.0 - summary["true_holdout_deterministic_reward"]
-    )
+    assert searched == ["Stage1Ensemble"] * 2
+    expected = pytest.approx(40.0 - summary["holdout_deterministic_reward"])
+    assert summary["holdout_regret"] == expected
+
+
+def test_what_reads_the_policy_later_finds_the_checkpoint_from_any_folder(
+    ppo, small_run, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(checkpoint.parent)
+    ppo.train(small_run(tmp_path / "run", reward_model=checkpoint.name, num_iterations=1))
+    saved = torch.load(tmp_path / "run" / "stage2_policy.pt", weights_only=True)
+    assert saved["training_config"]["reward_model"] == str(checkpoint)
 
 
 def test_more_pessimism_is_rewarded_less(ppo, small_run, checkpoint, tmp_path):
@@ -88,44 +95,10 @@ def test_more_pessimism_is_rewarded_less(ppo, small_run, checkpoint, tmp_path):
     assert rewards[0] > rewards[1] > rewards[2]
 
 
-def test_bfloat16_is_asked_for_by_a_flag(ppo, small_run, checkpoint, tmp_path):
-    args = small_run(tmp_path, reward_model=str(checkpoint), reward_precision="bf16")
-    cohort = ppo.hydrogel_gym.load_cohort(args.cohort)
-    model = ppo.make_envs(args, cohort, torch.device("cpu")).unwrapped.problem.reward_model
-    assert model.compute_dtype == torch.bfloat16
-
-
 def test_cost_of_the_frozen_model_is_told_apart(trained):
     args, _ = trained
     seconds = metrics(args)["reward_model_seconds"]
     assert (seconds > 0.0).all()
-
-
-def test_policy_is_judged_later_by_the_model_it_was_trained_on(ppo, trained, tmp_path):
-    args, summary = trained
-    flags = ["--evaluate", str(args.output_dir / "stage2_policy.pt"), "--no-oracle"]
-    flags += ["--cohort", str(args.cohort), "--holdout-cohort", str(args.holdout_cohort)]
-    rewards = []
-    for more in ([], ["--true-reward-model", "mechanistic"]):
-        assert ppo.main([*flags, *more, "--output-dir", str(tmp_path)]) == 0
-        figures = json.loads((tmp_path / "evaluation-cohort.json").read_text())
-        rewards.append(figures)
-    for figures in rewards:
-        assert figures["holdout_deterministic_reward"] == pytest.approx(
-            summary["holdout_deterministic_reward"], rel=1e-5
-        )
-    assert rewards[1]["true_holdout_deterministic_reward"] == pytest.approx(
-        summary["true_holdout_deterministic_reward"], rel=1e-5
-    )
-
-
-def test_policy_can_be_judged_with_another_pessimism(ppo, trained, tmp_path):
-    args, summary = trained
-    flags = ["--evaluate", str(args.output_dir / "stage2_policy.pt"), "--no-oracle"]
-    flags += ["--cohort", str(args.cohort), "--output-dir", str(tmp_path), "--pessimism", "0"]
-    assert ppo.main(flags) == 0
-    figures = json.loads((tmp_path / "evaluation-cohort.json").read_text())
-    assert figures["train_deterministic_reward"] > summary["train_deterministic_reward"]
 
 
 def test_run_goes_on_with_the_same_model_in_another_place_only(
@@ -140,7 +113,7 @@ def test_run_goes_on_with_the_same_model_in_another_place_only(
     again = dataclasses.replace(args, resume=str(first), output_dir=tmp_path / "again")
     result = ppo.train(dataclasses.replace(again, reward_model=str(moved)))
     assert result["mean_reward"] == whole["mean_reward"]
-    with pytest.raises(ppo.UsageError, match=r"reward model: "):
+    with pytest.raises(errors.UsageError, match=r"reward model: "):
         ppo.train(
             dataclasses.replace(again, reward_model=str(other), output_dir=tmp_path / "third")
         )
@@ -151,11 +124,9 @@ def test_run_goes_on_with_the_same_model_in_another_place_only(
     [
         (["--pessimism", "1"], "pessimism is 1.0; only a Stage-1 checkpoint (.pt) has an ensemble"),
         (["--pessimism", "-1"], "--pessimism is -1.0; allowed: 0 or more"),
-        (["--reward-precision", "bf16"], "compute_dtype is torch.bfloat16; only a Stage-1 check"),
         (["--reward-model", "no.pt"], "reward_model 'no.pt': Stage-1 checkpoint no.pt: no such fi"),
         (["--reward-model", "no.pt2"], "reward_model 'no.pt2': there is no such file"),
         (["--reward-model", "mine"], "reward_model is 'mine'; allowed: 'mechanistic', a path to"),
-        (["--true-reward-model", "mine"], "reward_model is 'mine'; allowed: 'mechanistic'"),
     ],
 )
 def test_model_that_cannot_be_used_is_refused_in_one_line(ppo, tmp_path, capsys, flags, message):
@@ -169,12 +140,14 @@ def test_model_that_cannot_be_used_is_refused_in_one_line(ppo, tmp_path, capsys,
 
 
 @pytest.mark.slow
-def test_compiled_environment_pays_the_same_for_a_checkpoint(ppo, small_run, checkpoint, tmp_path):
+def test_compiled_environment_pays_the_same_for_a_checkpoint(small_run, checkpoint, tmp_path):
     args = small_run(tmp_path, reward_model=str(checkpoint))
-    cohort = ppo.hydrogel_gym.load_cohort(args.cohort)
+    cohort = load_cohort(args.cohort)
     rewards = []
     for compile in (False, True):
-        envs = ppo.make_envs(args, cohort, torch.device("cpu"), num_envs=40, compile=compile)
+        envs = environments.make_envs(
+            args, cohort, torch.device("cpu"), num_envs=40, compile=compile
+        )
         envs.reset(seed=1)
         envs.action_space.seed(1)
         rewards.append(envs.step(envs.action_space.sample())[1])

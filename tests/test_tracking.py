@@ -19,7 +19,18 @@ import pytest
 import torch
 
 import hydrogel_gym
-from hydrogel_gym.problem.reward import RewardTerms
+from hydrogel_gym import errors
+from hydrogel_gym.runs import (
+    checkpoints,
+    directory,
+    environments,
+    evaluation,
+    metrics,
+    options,
+    pictures,
+    policies,
+    tracking,
+)
 
 pytest.importorskip("wandb", reason="W&B is not installed")
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
@@ -117,7 +128,7 @@ def tracked(ppo, small_run, tmp_path_factory, clean_environment):
     )
     with pytest.MonkeyPatch.context() as patch:
         said = []
-        patch.setattr(ppo, "say", said.append)
+        patch.setattr(tracking, "say", said.append)
         ppo.train(args)
     return args, said
 
@@ -128,17 +139,17 @@ def offline(tracked) -> OfflineRun:
     return OfflineRun(run_file)
 
 
-def test_every_row_of_the_metrics_is_logged_at_its_global_step(ppo, tracked, offline):
+def test_every_row_of_the_metrics_is_logged_at_its_global_step(tracked, offline):
     table = pd.read_csv(tracked[0].output_dir / "metrics.csv")
     assert [row["_step"] for row in offline.history] == table["global_step"].tolist()
     for row, logged in zip(table.to_dict("records"), offline.history, strict=True):
         for column, value in row.items():
-            assert logged[ppo.metric_key(column)] == pytest.approx(value, rel=1e-12), column
+            assert logged[metrics.KEYS[column]] == pytest.approx(value, rel=1e-12), column
 
 
-def test_every_metric_has_a_namespace_and_the_global_step_as_axis(ppo, tracked, offline):
+def test_every_metric_has_a_namespace_and_the_global_step_as_axis(tracked, offline):
     columns = pd.read_csv(tracked[0].output_dir / "metrics.csv").columns
-    keys = {ppo.metric_key(column) for column in columns} - {"global_step"}
+    keys = {metrics.KEYS[column] for column in columns} - {"global_step"}
     assert all(re.fullmatch(r"(charts|losses|reward|eval|perf)/\w+", key) for key in keys)
     for pattern in {key.split("/")[0] + "/*" for key in keys}:
         assert offline.metrics[pattern].step_metric == "global_step"
@@ -159,8 +170,8 @@ def test_summary_shows_best_last_and_final_figures(tracked, offline):
     assert offline.exit_code == 0
 
 
-def test_config_holds_every_argument_and_what_the_run_depends_on(ppo, tracked, offline):
-    arguments = ppo.plain_config(tracked[0]) | {"device": "cpu"}  # asked for as "auto"
+def test_config_holds_every_argument_and_what_the_run_depends_on(tracked, offline):
+    arguments = options.plain_config(tracked[0]) | {"device": "cpu"}  # asked for as "auto"
     assert {name: offline.config[name] for name in arguments} == arguments
     assert offline.config["torch"] == torch.__version__
     assert (offline.config["ranks"], offline.config["hydrogel_gym"]) == (
@@ -201,9 +212,11 @@ def test_tables_and_pictures_show_the_final_policy(ppo, tracked, offline):
     tables = {p.name.split("_6")[0]: p for p in offline.files.glob("media/table/eval/*.json")}
     top = json.loads(next(p for n, p in tables.items() if n.startswith("top")).read_text())
     top = pd.DataFrame(top["data"], columns=top["columns"])
-    agent, _ = ppo.load_policy(args.output_dir / "stage2_policy.pt", "cpu")
+    agent, _ = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
     cohort = hydrogel_gym.load_cohort(args.cohort)
-    designs = ppo.policy_designs(agent, ppo.make_envs(args, cohort, torch.device("cpu")))
+    designs = evaluation.policy_designs(
+        agent.design, environments.make_envs(args, cohort, torch.device("cpu"))
+    )
     best = designs["reward"].sort(descending=True).values[: len(top)]
     assert top["reward"].tolist() == pytest.approx(best.tolist())
     row = cohort.index(top["patient_id"][0])
@@ -217,9 +230,8 @@ def test_tables_and_pictures_show_the_final_policy(ppo, tracked, offline):
         assert sum(tertile) == pytest.approx(1.0)
 
 
-def test_heat_map_counts_by_tertile_of_the_scar(ppo, three_patients):
-    outcome = ppo.Outcome({}, Path(), three_patients, {"polymer_id": torch.tensor([5, 7, 5])})
-    heat_map = ppo.polymers_by_scar_size(outcome).data[0]
+def test_heat_map_counts_by_tertile_of_the_scar(three_patients):
+    heat_map = pictures.polymers_by_scar_size(three_patients, torch.tensor([5, 7, 5])).data[0]
     # scars of 20, 16 and 24 %: Bo, Ann, Cy
     chosen = [[row[tertile] for row in heat_map["z"]].index(1.0) for tertile in range(3)]
     assert chosen == [7, 5, 5]
@@ -235,14 +247,14 @@ def test_messages_name_the_reason_and_the_command_that_uploads(tracked):
     ]
 
 
-def test_tensorboard_has_the_same_values_under_the_same_names(ppo, tracked):
+def test_tensorboard_has_the_same_values_under_the_same_names(tracked):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tracked[0].output_dir / "tensorboard")).Reload()
     table = pd.read_csv(tracked[0].output_dir / "metrics.csv").set_index("global_step")
-    assert set(events.Tags()["scalars"]) == {ppo.metric_key(column) for column in table}
+    assert set(events.Tags()["scalars"]) == {metrics.KEYS[column] for column in table}
     for column in table:
-        scalars = events.Scalars(ppo.metric_key(column))
+        scalars = events.Scalars(metrics.KEYS[column])
         assert [scalar.step for scalar in scalars] == table.index.tolist()
         assert [s.value for s in scalars] == pytest.approx(table[column].tolist(), rel=1e-6)
 
@@ -260,14 +272,13 @@ def test_logged_run_trains_the_same_weights(ppo, small_run, tracked, tmp_path):
 def test_resumed_run_is_the_same_run_and_tells_all_of_it(ppo, small_run, tmp_path, monkeypatch):
     args = small_run(tmp_path / "run", track=True, tensorboard=True)
     with monkeypatch.context() as patch:  # killed in iteration 5, one after the last checkpoint
-        write_csv = ppo.write_csv
 
         def fail_at_five(path, rows):
-            write_csv(path, rows)
+            directory.write_csv(path, rows)
             if len(rows) == 5:
                 raise KeyboardInterrupt
 
-        patch.setattr(ppo, "write_csv", fail_at_five)
+        patch.setattr("hydrogel_gym.runs.run.write_csv", fail_at_five)
         with pytest.raises(KeyboardInterrupt):
             ppo.train(args)
     ppo.train(small_run(tmp_path / "run", track=True, tensorboard=True, resume="auto"))
@@ -286,7 +297,7 @@ def test_resumed_run_is_the_same_run_and_tells_all_of_it(ppo, small_run, tmp_pat
 @pytest.mark.slow
 def test_run_that_branches_off_is_another_run(ppo, small_run, tmp_path):
     ppo.train(small_run(tmp_path / "run", num_iterations=2, track=True))
-    checkpoint = ppo.checkpoints(tmp_path / "run")[0]
+    checkpoint = checkpoints.checkpoints(tmp_path / "run")[0]
     branch = small_run(tmp_path / "branch", num_iterations=2, track=True, resume=str(checkpoint))
     ppo.train(branch)
     ids = {json.loads((tmp_path / n / "wandb.json").read_text())["id"] for n in ("run", "branch")}
@@ -347,7 +358,7 @@ def server(monkeypatch):
 
 def test_resumed_run_logs_online_only_what_the_server_has_not(ppo, small_run, tmp_path, server):
     ppo.train(small_run(tmp_path / "run", num_iterations=4))  # untracked, until it is resumed
-    checkpoint = ppo.checkpoints(tmp_path / "run")[0]  # of iteration 2
+    checkpoint = checkpoints.checkpoints(tmp_path / "run")[0]  # of iteration 2
     runs = server(step=3 * 192 + 1)
     ppo.train(
         small_run(
@@ -370,7 +381,7 @@ def test_run_goes_offline_when_the_server_is_not_reached(ppo, small_run, tmp_pat
 
 def test_training_outlives_the_failure_of_a_log(ppo, small_run, tmp_path, server, monkeypatch):
     said = []
-    monkeypatch.setattr(ppo, "say", said.append)
+    monkeypatch.setattr(tracking, "say", said.append)
     runs = server(failing="log")
     summary = ppo.train(small_run(tmp_path / "run", track=True))
     assert summary["iterations"] == 6
@@ -408,25 +419,13 @@ def test_nothing_of_wandb_or_tensorboard_is_imported_unasked(ppo, small_run, tmp
 def test_missing_library_is_an_error_before_anything_is_done(
     ppo, small_run, tmp_path, monkeypatch, flag, package
 ):
-    monkeypatch.setattr(ppo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ppo.UsageError, match=rf"--{flag} needs {package}: pip install"):
+    monkeypatch.setattr(options.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(errors.UsageError, match=rf"--{flag} needs {package}: pip install"):
         ppo.train(small_run(tmp_path / "run", **{flag: True}))
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluation_refuses_to_be_tracked(ppo, tmp_path, capsys):
-    assert ppo.main(["--evaluate", str(tmp_path / "policy.pt"), "--track"]) == 2
-    assert "--track and --tensorboard log training" in capsys.readouterr().err
-
-
-def test_reward_namespace_holds_terms_and_outcomes(ppo):
-    assert set(ppo.NAMESPACES["reward"]) == {
-        *RewardTerms._fields,
-        *(f"mean_{name}" for name in hydrogel_gym.Outcomes._fields if name != "optimal_logit"),
-    }
-
-
-def test_training_begins_when_every_log_has_or_none_is_waited_for_any_longer(ppo, monkeypatch):
+def test_training_begins_when_every_log_has_or_none_is_waited_for_any_longer(monkeypatch):
     begun = []
 
     def slow() -> SimpleNamespace:
@@ -434,10 +433,10 @@ def test_training_begins_when_every_log_has_or_none_is_waited_for_any_longer(ppo
         begun.append("slow")
         return SimpleNamespace(close=lambda failed: None)
 
-    with ppo.Logs({"a": slow, "b": slow}):
+    with tracking.Logs({"a": slow, "b": slow}):
         assert begun == ["slow", "slow"]
-    monkeypatch.setattr(ppo, "FIRST_WAIT_SECONDS", 0.1)
-    with ppo.Logs({"a": slow, "b": slow}):
+    monkeypatch.setattr(tracking, "FIRST_WAIT_SECONDS", 0.1)
+    with tracking.Logs({"a": slow, "b": slow}):
         assert begun == ["slow", "slow"]
     assert len(begun) == 4
 
