@@ -19,9 +19,9 @@ from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.problem.fields import Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
-from hydrogel_gym.problem.reward import RewardTerms
+from hydrogel_gym.problem.reward import SAFETY_LIMITS, RewardTerms
 from hydrogel_gym.runs.environments import at_step, make_envs
-from hydrogel_gym.runs.metrics import COHORTS, SAFETY_LIMITS, YARDSTICK
+from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
 from hydrogel_gym.runs.options import ProblemOptions
 
 Policy = Callable[[Tensor, torch.Generator | None], tuple[dict[str, Tensor], Tensor]]

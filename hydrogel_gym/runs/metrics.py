@@ -13,10 +13,9 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from hydrogel_gym.problem.fields import Outcomes
-from hydrogel_gym.problem.reward import RewardTerms
+from hydrogel_gym.problem.reward import SAFETY_LIMITS, RewardTerms
 
 Infos = dict[str, Tensor]  # (T, B) of every step of a rollout
-SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
 COHORTS = ("train", "holdout")
 # How far the mean reward of a step falls short of the best possible, of patients.
 YARDSTICK = ("regret", "regret_p95", "fraction_of_oracle")
