@@ -169,7 +169,7 @@ def evaluator(problem: Any, sampler: Sampler, args: Args, total: int) -> Callabl
     """
     evaluate = functools.partial(
         sampling.evaluate,
-        squash=torch.tanh,
+        squash=SquashedNormal.squash,
         temperature=args.temperature,
         reward_model=problem.reward_model,
         reward_config=problem.params.reward_config,

@@ -114,7 +114,6 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "full": SHORT | dict(num_iterations=200, num_steps=5),
 }
 
-ADAM_EPS = 1e-5
 # Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
 LOG_STD_RANGE = (-6.0, 1.0)
 HEAD_WIDTHS = (128, 128, 64, 128)  # hidden units for polymer, formulation, coverage, value
@@ -141,11 +140,8 @@ class Noise(NamedTuple):
 
 def draw_noise(*shape: int, dim: int, generator: torch.Generator) -> Noise:
     """`Noise` of the given leading shape, on the generator's device."""
-    device = generator.device
-    return Noise(
-        torch.rand(*shape, 2, generator=generator, device=device),
-        torch.randn(*shape, dim, generator=generator, device=device),
-    )
+    place = {"generator": generator, "device": generator.device}
+    return Noise(torch.rand(*shape, 2, **place), torch.randn(*shape, dim, **place))
 
 
 class PolicyOutput(NamedTuple):
@@ -199,6 +195,11 @@ class SquashedNormal(NamedTuple):
     def rows(self, index: Any) -> SquashedNormal:
         """The distributions at `index` of the first dimensions."""
         return SquashedNormal(self.mean[index], self.log_std[index], self.nodes)
+
+    @staticmethod
+    def squash(u: Tensor) -> Tensor:
+        """What was sampled, on [-1, 1]."""
+        return u.tanh()
 
     def median(self) -> Tensor:
         """(B, d) median before tanh."""
@@ -352,7 +353,7 @@ class Agent(nn.Module):
 
     def to_env(self, action: HybridAction) -> dict[str, Tensor]:
         """The action in the environment's `dict` format and physical units."""
-        share = (action.presquash.tanh() + 1.0) / 2.0
+        share = (SquashedNormal.squash(action.presquash) + 1.0) / 2.0
         # lerp is exact at both ends, so that no formulation leaves its box by a rounding error.
         formulation = torch.lerp(self.formulation_low, self.formulation_high, share)
         polymer_id, _, coverage = action
@@ -647,7 +648,7 @@ def make_learner(
     agent.obs_mean[:], agent.obs_std[:] = statistics
     weights = [runs.flatten_weights(agent)] if compile else list(agent.parameters())
     fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(weights, eps=ADAM_EPS, fused=fused)
+    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=fused)
     generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
     learner = runs.Learner(envs, agent, architecture, optimizer, generator)
     if compile:
@@ -674,8 +675,8 @@ def compile_learner(
         action, logprob, value, _ = act(agent, obs[:rows], noise.rows(slice(rows)))
     act_inputs = (obs[:num_envs], noise.rows(slice(num_envs)))
     minibatch = Batch(obs[:rows], action, logprob, value, value, value)
-    examples = {"act_inputs": act_inputs, "minibatch": minibatch}
-    return runs.compile_training(agent, optimizer, act, loss, args.max_grad_norm, world, **examples)
+    inputs = (agent, optimizer, act, loss, args.max_grad_norm, world)
+    return runs.compile_training(*inputs, act_inputs=act_inputs, minibatch=minibatch)
 
 
 def train(args: Args) -> dict[str, Any]:
@@ -686,8 +687,7 @@ def train(args: Args) -> dict[str, Any]:
         FloatingPointError: the loss stopped being a number; the run so far is on disk.
         OSError: the run could not be saved; says from where it can go on.
     """
-    world = runs.world_from_environment()
-    check_args(args, world)
+    check_args(args, world := runs.world_from_environment())
     labels = {"preset": args.preset, "policy": args.policy}
     with runs.start_run(args, world, labels, args.num_iterations, args.num_steps) as run:
         world, device = run.world, run.device

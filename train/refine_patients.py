@@ -30,7 +30,13 @@ from typing import Any, NamedTuple
 
 import torch
 from hydrogel_gym.train.generate_candidates import Choices, choices_of
-from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, draw_noise
+from hydrogel_gym.train.ppo_hybrid import (
+    Agent,
+    HybridAction,
+    Noise,
+    SquashedNormal,
+    draw_noise,
+)
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -154,7 +160,7 @@ class Tuner:
     def evaluate(self, action: HybridAction) -> EvaluatedDesigns:
         """What becomes of (P, N) actions, on the grid that designs are made on."""
         polymer, presquash, coverage = action
-        formulation = on_grid((presquash.tanh() + 1.0) / 2.0).flatten(0, 1)
+        formulation = on_grid((SquashedNormal.squash(presquash) + 1.0) / 2.0).flatten(0, 1)
         shape = polymer.shape
         patients = self.patients[:, None].expand(*shape, -1).flatten(0, 1)
         outcomes = self.problem.reward_model(
