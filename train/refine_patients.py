@@ -30,13 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 from hydrogel_gym.train.generate_candidates import Choices, choices_of
-from hydrogel_gym.train.ppo_hybrid import (
-    Agent,
-    HybridAction,
-    Noise,
-    SquashedNormal,
-    draw_noise,
-)
+from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, SquashedNormal, draw_noise
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
