@@ -18,7 +18,7 @@ import hydrogel_gym
 from hydrogel_gym import errors
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.problem.dynamics import State
-from hydrogel_gym.runs import checkpoints, compiled, directory, ranks, run, signals
+from hydrogel_gym.runs import checkpoints, compiled, directory, ranks, signals
 
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
@@ -184,9 +184,8 @@ def test_auto_begins_at_the_start_where_there_is_nothing_to_resume(
 
 def test_a_checkpoint_alone_says_what_run_it_is_of(ppo, finished, tmp_path, capsys):
     folder = killed(finished, tmp_path / "run").output_dir
-    assert (
-        ppo.main(["--resume", str(checkpoint(folder, 2)), "--output-dir", str(tmp_path / "b")]) == 0
-    )
+    flags = ["--resume", str(checkpoint(folder, 2)), "--output-dir", str(tmp_path / "b")]
+    assert ppo.main(flags) == 0
     assert_same_run(tmp_path / "b", finished.output_dir)
     assert ppo.main(["--resume", str(folder)]) == 0  # into the run directory itself
     assert_same_run(folder, finished.output_dir)
@@ -524,7 +523,9 @@ def test_a_full_disk_ends_the_run_with_a_whole_checkpoint(
 ):
     args = small_run(tmp_path / "run")
     # metrics.csv is written by one module and checkpoints by another.
-    module, name = {3: (directory, "metrics.csv"), 4: (run, "checkpoint-000004.pt")}[full_at]
+    module, name = {3: (directory, "metrics.csv"), 4: (checkpoints, "checkpoint-000004.pt")}[
+        full_at
+    ]
 
     def full(path, content):
         if path.name == name and (full_at == 4 or content.count(b"\n") == full_at + 1):

@@ -21,7 +21,7 @@ CHECKPOINTS = "checkpoints"  # a folder of the run directory
 CHECKPOINT_FORMAT = "hydrogel_gym.checkpoint.v2"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UsageError):
     """A file that is not a whole checkpoint of this project; the message says why."""
 
 
@@ -73,13 +73,14 @@ def read_checkpoint(path: Path) -> bytes:
     """A checkpoint as it lies on the disk, once it is known to be whole.
 
     Raises:
-        CheckpointError: it cannot be read, or cannot be used.
+        CheckpointError: names it, and why it cannot be read or used.
     """
     try:
         sealed = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(error.strerror) from error
-    unseal(sealed)
+        unseal(sealed)
+    except (OSError, CheckpointError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"checkpoint {path} cannot be used: {why}") from error
     return sealed
 
 
@@ -95,7 +96,7 @@ def newest_checkpoint(output_dir: Path) -> bytes | None:
         try:
             sealed = read_checkpoint(path)
         except CheckpointError as error:
-            refused.append(f"checkpoint {path} cannot be used: {error}")
+            refused.append(str(error))
             continue
         for why in refused:
             print(f"warning: {why}; going back to {path}", file=sys.stderr)
@@ -118,7 +119,7 @@ def checkpoint_at(path: Path) -> bytes:
     try:
         return read_checkpoint(path)
     except CheckpointError as error:
-        raise UsageError(f"--resume {path} cannot be used: {error}") from error
+        raise UsageError(f"--resume: {error}") from error
 
 
 def contains(output_dir: Path, checkpoint: Path) -> bool:
