@@ -299,6 +299,33 @@ def test_a_second_signal_to_stop_stops_at_once(
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.fixture
+def ignored():
+    """SIGINT as `nohup` or a shell's background leaves it to a process."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(ignored):
+    with signals.Signals(ranks.ALONE) as sent:
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        signal.raise_signal(signal.SIGINT)
+        assert sent.requests(torch.device("cpu")).tolist() == [0, 0]
+        signal.raise_signal(signal.SIGTERM)  # which was not ignored
+        assert sent.requests(torch.device("cpu")).tolist() == [1, 0]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_a_run_in_the_background_is_not_stopped_by_the_keyboard(
+    ppo, finished, small_run, tmp_path, monkeypatch, ignored
+):
+    args = small_run(tmp_path / "run")
+    send_at(ppo, monkeypatch, signal.SIGINT, 3)
+    assert not ppo.train(args)["interrupted"]
+    assert_same_run(args.output_dir, finished.output_dir)
+
+
 # --- what is kept
 
 
