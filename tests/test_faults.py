@@ -70,6 +70,15 @@ def test_a_table_that_is_not_the_same_is_told(runs, pair, rows, told):
     assert line.startswith(told)
 
 
+@pytest.mark.parametrize(
+    "column", "rollout_seconds reward_model_seconds update_seconds samples_per_second".split()
+)
+def test_a_time_of_any_kind_may_differ(runs, pair, column):
+    for number, run_dir in enumerate(pair):
+        write_rows(run_dir, [(1, 0.5, number)], ("iteration", "mean_reward", column))
+    assert runs.differences(*pair) == []
+
+
 def test_a_column_that_is_missing_is_told(runs, pair):
     write_rows(pair[1], [(1, 0.5)], ("iteration", "mean_reward"))
     assert runs.differences(*pair) == ["metrics.csv has other columns"]

@@ -83,17 +83,20 @@ def test_a_metric_that_is_no_row_of_the_table_is_named():
 
 def test_recording_a_metric_that_is_no_row_of_the_table_ends_the_run(ppo, small_run, tmp_path):
     args = small_run(tmp_path / "run")
-    labels = {"preset": args.preset, "policy": args.policy}
-    device, infos = torch.device("cpu"), {}
-    with (
-        pytest.raises(KeyError, match="temperature: no row of"),
-        start_run(args, ALONE, labels, args.num_iterations, args.num_steps) as run,
-    ):
-        learner, act, _ = ppo.make_learner(args, run.cohorts["train"], device, ALONE, False)
-        obs = run.restore(learner, learner.agent.design, None)
-        for _ in run.iterations():
-            _, _, infos = ppo.rollout(learner.envs, learner.agent, obs, args, learner.generator)
-            run.record(infos, {"temperature": 3.0}, time.perf_counter())
+
+    def record_something_else():
+        labels = {"preset": args.preset, "policy": args.policy}
+        with start_run(args, ALONE, labels, args.num_iterations, args.num_steps) as run:
+            cohort, device = run.cohorts["train"], torch.device("cpu")
+            learner, _, _ = ppo.make_learner(args, cohort, device, ALONE, compile=False)
+            envs, agent, _, _, generator = learner
+            obs = run.restore(learner, agent.design, None)
+            for _ in run.iterations():
+                _, _, infos = ppo.rollout(envs, agent, obs, args, generator)
+                run.record(infos, {"temperature": 3.0}, time.perf_counter())
+
+    with pytest.raises(KeyError, match="temperature: no row of"):
+        record_something_else()
     assert not (args.output_dir / "metrics.csv").exists()
 
 

@@ -9,10 +9,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from baselines.policy import load_trainer
-
 from faults import runs
 from faults.runs import Trial
+from hydrogel_gym.runs import checkpoints
 
 CUT = "Newest checkpoint cut off"
 FLIPPED = "One bit of the newest checkpoint flipped"
@@ -75,7 +74,7 @@ def damage(fault: str, run_dir: Path, whole: bytes, place: int) -> Trial:
         newest.write_bytes(damaged)
     said = io.StringIO()
     with contextlib.redirect_stderr(said):
-        chosen = load_trainer().newest_checkpoint(run_dir)
+        chosen = checkpoints.newest_checkpoint(run_dir)
     trial.expect(chosen == previous.read_bytes(), "the one before it was not chosen")
     start, stop = f"warning: checkpoint {newest} cannot be used: ", f"; going back to {previous}\n"
     warning = said.getvalue()

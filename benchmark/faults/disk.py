@@ -13,10 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from baselines.policy import load_trainer
-
 from faults import runs
 from faults.runs import Trial
+from hydrogel_gym.runs import checkpoints
 
 SMALL = "Disk too small for all checkpoints"
 LAST_FILES = "Disk too small for the policy and the pictures"
@@ -133,7 +132,6 @@ def limit_files(run_dir: Path, undisturbed: Path, rng: random.Random) -> Trial:
 
 def judge(trial: Trial, ended: runs.Ended, run_dir: Path, number: int) -> None:
     """Note how a run met an error of the disk: one line of advice, and a whole checkpoint left."""
-    trainer = load_trainer()
     trial.expect(ended.code == 1, f"exit code {ended.code}")
     trial.expect(len(ended.said) == 1, f"said {len(ended.said)} lines: {' / '.join(ended.said)}")
     message = ended.said[-1] if ended.said else ""
@@ -142,8 +140,8 @@ def judge(trial: Trial, ended: runs.Ended, run_dir: Path, number: int) -> None:
     for part in expected:
         trial.expect(part in message, f"{part!r} is not in the message: {message}")
     try:
-        trainer.read_checkpoint(kept[-1])
-    except (IndexError, trainer.CheckpointError) as error:
+        checkpoints.read_checkpoint(kept[-1])
+    except (IndexError, checkpoints.CheckpointError) as error:
         trial.problems.append(f"the last checkpoint is not whole: {error}")
     left = [path.name for path in runs.unfinished(run_dir)]
     trial.expect(not left, f"left behind: {', '.join(left)}")

@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from baselines.policy import load_trainer
-
 from faults import runs
 from faults.runs import FaultError, Trial
+from hydrogel_gym.runs import checkpoints
 
 AT_RANDOM = "`kill -9` at a random moment of the run"
 IN_A_WRITE = "`kill -9` while a checkpoint is written"
@@ -83,9 +82,9 @@ def kill_in_a_write(run_dir: Path, undisturbed: Path, rng: random.Random) -> Tri
         trial.saw = "renamed before the kill took effect"
         for path in runs.unfinished(run_dir):
             try:
-                load_trainer().unseal(path.read_bytes())
+                checkpoints.unseal(path.read_bytes())
                 trial.saw = "left a temporary file, whole but not renamed"
-            except load_trainer().CheckpointError:
+            except checkpoints.CheckpointError:
                 trial.saw = "left a temporary file that is cut off"
         runs.resume(trial, command, run_dir, undisturbed)
     shutil.rmtree(run_dir, ignore_errors=True)

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from hydrogel_gym.runs.metrics import METRICS
+
 ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
 ITERATIONS = 20
@@ -24,7 +26,7 @@ SETTINGS = (
     f"--preset quick --no-oracle --device cpu --compile off --num-iterations {ITERATIONS} "
     "--num-envs 200 --minibatch-size 200 --resume auto"
 )
-TIMINGS = {"rollout_seconds", "update_seconds", "wall_seconds", "samples_per_second"}
+TIMINGS = {metric.name for metric in METRICS if metric.namespace == "perf"}
 # Of summary.json; that a run was continued is in it too.
 NOT_COMPARED = TIMINGS | {"training_began", "compile_seconds", "resumed_at_iteration"}
 FINISHED_FILES = {
