@@ -1,1 +1,1 @@
-"""Methods that propose designs for one new patient, all judged by the same count of calls."""
+"""Methods that propose designs for one new patient, all compared by the same count of calls."""

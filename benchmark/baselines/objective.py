@@ -1,4 +1,4 @@
-"""What every method is judged by: the reward of designs for one patient, and how many were asked.
+"""What every method is compared by: the reward of designs for one patient, and the calls made.
 
 One design is one call of the reward model, in a batch or alone.
 """
@@ -18,7 +18,7 @@ LOW, HIGH = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH
 
 
 class BudgetExceededError(RuntimeError):
-    """More designs were to be judged than the budget has left; none of them was."""
+    """More designs were to be evaluated than the budget has left; none of them was."""
 
 
 def design_at(share: Tensor, polymer_id: Tensor, coverage: Tensor) -> Design:
@@ -35,7 +35,7 @@ def design_at(share: Tensor, polymer_id: Tensor, coverage: Tensor) -> Design:
 
 
 class CountingModel:
-    """A reward model that counts the designs it has judged and the CPU seconds it took."""
+    """A reward model that counts the designs it has evaluated and the CPU seconds it took."""
 
     def __init__(self, model: RewardModel) -> None:
         self.model = model
@@ -95,7 +95,7 @@ class PatientObjective:
 
     @property
     def calls(self) -> int:
-        """Designs judged so far."""
+        """Designs evaluated so far."""
         return self._calls
 
     @property
@@ -115,7 +115,7 @@ class PatientObjective:
 
     @torch.no_grad()
     def __call__(self, design: Design) -> Tensor:
-        """Judge B designs.
+        """Evaluate B designs.
 
         Args:
             design: a batch as `Design` describes it.
@@ -124,12 +124,12 @@ class PatientObjective:
             (B,) float32 rewards.
 
         Raises:
-            BudgetExceededError: B is more than `remaining`; nothing was judged.
+            BudgetExceededError: B is more than `remaining`; nothing was evaluated.
         """
         count = len(design.polymer_id)
         if count > self.remaining:
             raise BudgetExceededError(
-                f"{count} designs to judge, but {self.remaining} of {self.budget} calls remain"
+                f"{count} designs to evaluate, but {self.remaining} of {self.budget} calls remain"
             )
         entered = time.process_time()
         spent = entered - self._start - self._model_seconds

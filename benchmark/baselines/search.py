@@ -1,4 +1,4 @@
-"""Searches that know nothing but the rewards they ask for; each spends its whole budget.
+"""Searches that see nothing but rewards; each spends its whole budget.
 
 A search is a function of an objective and a seed. The design space is six-dimensional and mixed: 24
 polymers without an order, four coverage levels with one, four formulation parameters in a box.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -159,20 +160,8 @@ def botorch_bo(objective: PatientObjective, seed: int) -> None:
         [Balandat2020] Balandat et al. BoTorch. NeurIPS 2020.
         [Ament2023] Ament et al. Unexpected improvements to expected improvement. NeurIPS 2023.
     """
-    from botorch.acquisition import LogExpectedImprovement
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import MixedSingleTaskGP
-    from botorch.models.transforms import Standardize
-    from botorch.optim import optimize_acqf_mixed
-    from gpytorch.mlls import ExactMarginalLogLikelihood
 
-    pairs = torch.cartesian_prod(
-        torch.linspace(0.0, 1.0, NUM_COVERAGES), torch.arange(float(NUM_POLYMERS))
-    ).double()
-    every_pair = pairs[:, None].expand(-1, RAW_PER_PAIR, -1)
-    bounds = torch.tensor([[0.0] * (DIM + 2), [1.0] * (DIM + 1) + [NUM_POLYMERS - 1.0]]).double()
-
-    def judge(x: Tensor) -> Tensor:
+    def rewards(x: Tensor) -> Tensor:
         coverage = (x[:, DIM] * (NUM_COVERAGES - 1)).round()
         return objective(design_at(x[:, :DIM], x[:, DIM + 1].round(), coverage)).double()[:, None]
 
@@ -180,41 +169,71 @@ def botorch_bo(objective: PatientObjective, seed: int) -> None:
     polymer_id, coverage = category(unit[:, 0], NUM_POLYMERS), category(unit[:, 1], NUM_COVERAGES)
     chosen = torch.stack([coverage / (NUM_COVERAGES - 1), polymer_id], -1)
     x = torch.cat([unit[:, 2:], chosen], -1).double()
-    y = judge(x)
+    y = rewards(x)
     raw_engine = torch.quasirandom.SobolEngine(DIM, scramble=True, seed=seed)
     fitted: dict[str, Tensor] = {}
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a fit or a line search that had to try again
         torch.manual_seed(seed)  # a second attempt at a fit draws its start
         while objective.remaining:
-            model = MixedSingleTaskGP(x, y, [DIM + 1], outcome_transform=Standardize(m=1))
-            model.load_state_dict(fitted, strict=False)
-            mll = ExactMarginalLogLikelihood(model.likelihood, model)
-            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 30}})
-            # The scale of the rewards is that of the data, not to be carried over.
-            fitted = {k: v for k, v in model.state_dict().items() if "outcome" not in k}
-            acquisition = LogExpectedImprovement(model, best_f=y.max())
-
-            # Half of the raw formulations cover the box, half lie about the best one so far.
-            raw = raw_engine.draw(RAW_PER_PAIR * len(pairs)).view(len(pairs), RAW_PER_PAIR, DIM)
-            raw = raw.double()
-            wide, narrow = raw.tensor_split(2, dim=1)
-            narrow = (x[y.argmax(), :DIM] + 0.2 * (narrow - 0.5)).clamp(0.0, 1.0)
-            candidates = torch.cat([torch.cat([wide, narrow], 1), every_pair], -1)
-            with torch.no_grad():
-                score = acquisition(candidates.flatten(0, 1).unsqueeze(1)).view(len(pairs), -1)
-            best_score, best_raw = score.max(-1)
-            leading = best_score.topk(NUM_POLISHED).indices
-            best, _ = optimize_acqf_mixed(
-                acquisition,
-                bounds,
-                q=1,
-                num_restarts=NUM_POLISHED,
-                fixed_features_list=[
-                    dict(enumerate(pair.tolist(), start=DIM)) for pair in pairs[leading]
-                ],
-                batch_initial_conditions=candidates[leading, best_raw[leading]].unsqueeze(1),
-                options={"maxiter": 50},
-            )
+            acquisition, fitted = _expected_improvement(x, y, fitted)
+            best = _most_promising(acquisition, raw_engine, x[y.argmax(), :DIM])
             x = torch.cat([x, best])
-            y = torch.cat([y, judge(best)])
+            y = torch.cat([y, rewards(best)])
+
+
+def _expected_improvement(
+    x: Tensor, y: Tensor, fitted: dict[str, Tensor]
+) -> tuple[Any, dict[str, Tensor]]:
+    """The acquisition by a process fitted to what is known, and the state of that process.
+
+    Args:
+        x: (N, 6) designs: formulation, coverage, polymer.
+        y: (N, 1) their rewards.
+        fitted: state of the last process.
+    """
+    from botorch.acquisition import LogExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import MixedSingleTaskGP
+    from botorch.models.transforms import Standardize
+    from gpytorch.mlls import ExactMarginalLogLikelihood
+
+    model = MixedSingleTaskGP(x, y, [DIM + 1], outcome_transform=Standardize(m=1))
+    model.load_state_dict(fitted, strict=False)
+    mll = ExactMarginalLogLikelihood(model.likelihood, model)
+    fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 30}})
+    # The scale of the rewards is that of the data, not to be carried over.
+    state = {k: v for k, v in model.state_dict().items() if "outcome" not in k}
+    return LogExpectedImprovement(model, best_f=y.max()), state
+
+
+def _most_promising(
+    acquisition: Any, raw_engine: torch.quasirandom.SobolEngine, best_share: Tensor
+) -> Tensor:
+    """(1, 6) the design with the largest acquisition; `best_share` (4,) is the best formulation."""
+    from botorch.optim import optimize_acqf_mixed
+
+    pairs = torch.cartesian_prod(
+        torch.linspace(0.0, 1.0, NUM_COVERAGES), torch.arange(float(NUM_POLYMERS))
+    ).double()
+    bounds = torch.tensor([[0.0] * (DIM + 2), [1.0] * (DIM + 1) + [NUM_POLYMERS - 1.0]]).double()
+    # Half of the raw formulations cover the box, half lie about the best one so far.
+    raw = raw_engine.draw(RAW_PER_PAIR * len(pairs)).view(len(pairs), RAW_PER_PAIR, DIM).double()
+    wide, narrow = raw.tensor_split(2, dim=1)
+    narrow = (best_share + 0.2 * (narrow - 0.5)).clamp(0.0, 1.0)
+    every_pair = pairs[:, None].expand(-1, RAW_PER_PAIR, -1)
+    candidates = torch.cat([torch.cat([wide, narrow], 1), every_pair], -1)
+    with torch.no_grad():
+        score = acquisition(candidates.flatten(0, 1).unsqueeze(1)).view(len(pairs), -1)
+    best_score, best_raw = score.max(-1)
+    leading = best_score.topk(NUM_POLISHED).indices
+    best, _ = optimize_acqf_mixed(
+        acquisition,
+        bounds,
+        q=1,
+        num_restarts=NUM_POLISHED,
+        fixed_features_list=[dict(enumerate(pair.tolist(), start=DIM)) for pair in pairs[leading]],
+        batch_initial_conditions=candidates[leading, best_raw[leading]].unsqueeze(1),
+        options={"maxiter": 50},
+    )
+    return best
