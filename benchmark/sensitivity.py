@@ -3,7 +3,7 @@
     python benchmark/sensitivity.py --policy runs/quick-s1 runs/quick-s2 runs/quick-s3
 
 Freezes the deterministic designs of each run for the 500 held-out patients, and the best designs
-under the reward model as shipped, then judges both again where the reward model is wrong: every
+under the reward model as shipped, then evaluates both again where the model is wrong: every
 assumption (grade D) moved by 20 %, one at a time and all together. A second part leaves the model
 alone and lets the policy see features that were measured with an error of up to 5 %. The search for
 the best designs is repeated in every case, for the first patients of the cohort: regret is what the
@@ -14,17 +14,24 @@ two cores, whatever the number of runs.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
+from hydrogel_gym.train.ppo_hybrid import Agent
+from perturbations import (
+    HELD,
+    NOISE,
+    POLYMER_INDICES,
+    SPREAD,
+    Case,
+    assumptions,
+    cases,
+    measured,
+)
 from torch import Tensor
 from tqdm import tqdm
 
@@ -33,131 +40,26 @@ from hydrogel_gym.files import write_atomically
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.problem.fields import PATIENT_FIELDS, Design
-from hydrogel_gym.problem.reward import reward_terms, sum_terms
+from hydrogel_gym.problem.fields import Design
+from hydrogel_gym.problem.reward import SAFETY_LIMITS, reward_terms, sum_terms
+from hydrogel_gym.runs.command_line import check_ranges
+from hydrogel_gym.runs.directory import POLICY_FILE
+from hydrogel_gym.runs.policies import load_policy
 
-TRAINER = Path(__file__).parents[1] / "train" / "ppo_hybrid.py"
 RESULTS = Path(__file__).parent / "results"
 
-SPREAD = 0.2  # of an assumption, as a share of its value
-NOISE = 0.05  # of a patient's feature, likewise
-SAFETY_LIMITS = ("toxicity", "integrity", "fibrosis")
 ORACLE = "best as shipped"  # the comparison designs
 
-# The indices of the polymer table, all of grade D, and the upper end of their range; all are 0 or
-# more. The windows are of grade D too, but moving one moves what can be made at all.
-POLYMER_INDICES = {
-    "bioactivity": 1.0,
-    "base_toxicity": math.inf,
-    "filler_toxicity": math.inf,
-    "filler_mid_dose_s_per_m": math.inf,
-    "foreign_body_tendency": 1.0,
-    "cohesion": 1.0,
-}
 
-# Integrity is nearly the product of these two and lies close above its limit, so that a fifth less
-# of either breaks the limit whatever is designed. The joint draws are judged without them as well.
-HELD = ("integrity_cohesion_gain", "cohesion")
-
-
-class Case(NamedTuple):
-    """A reward model to judge designs by."""
-
-    kind: str  # nominal, constant, joint or joint-held
-    name: str  # the assumption, or the number of the draw
-    factor: float  # of the assumption; NaN where each has its own
-    model: RewardModel
-
-
-def assumptions() -> tuple[str, ...]:
-    """Names of everything of grade D that is moved here."""
-    return (*MechanisticParams.names_graded("D"), *POLYMER_INDICES)
-
-
-def perturbed(factors: dict[str, float | Tensor]) -> MechanisticModel:
-    """Built-in model whose assumptions are multiplied.
-
-    Args:
-        factors: by name, one of `assumptions()`: a number, or for an index of the polymer table
-            also (24,), a number per polymer. What is not named stays as it is.
-
-    Raises:
-        ValueError: a name is no assumption.
-    """
-    if unknown := sorted(set(factors) - set(assumptions())):
-        raise ValueError(f"no assumption is called {', '.join(unknown)}")
-    params, polymers = MechanisticParams(), load_polymers()
-    constants, indices = {}, {}
-    for name, factor in factors.items():
-        if name in POLYMER_INDICES:
-            column = getattr(polymers, name) * factor
-            indices[name] = column.clamp(max=POLYMER_INDICES[name])
-        else:
-            constants[name] = getattr(params, name) * factor
-    return MechanisticModel(replace(polymers, **indices), replace(params, **constants))
-
-
-def joint_factors(generator: torch.Generator) -> dict[str, float | Tensor]:
-    """One draw of a factor for every assumption, and for every polymer in each of its indices."""
-
-    def draw(*size: int) -> Tensor:
-        uniform = torch.rand(size, generator=generator, dtype=torch.float64)
-        return 1.0 + SPREAD * (2.0 * uniform - 1.0)
-
-    num_polymers = len(load_polymers())
-    return {
-        name: draw(num_polymers) if name in POLYMER_INDICES else draw().item()
-        for name in assumptions()
-    }
-
-
-def cases(num_draws: int) -> Iterator[Case]:
-    """The model as shipped, then with one assumption moved, then with all, and all but `HELD`."""
-    yield Case("nominal", "", 1.0, MechanisticModel())
-    for name in assumptions():
-        for factor in (1.0 - SPREAD, 1.0 + SPREAD):
-            yield Case("constant", name, factor, perturbed({name: factor}))
-    generator = torch.Generator().manual_seed(0)
-    for draw in range(num_draws):
-        factors = joint_factors(generator)
-        yield Case("joint", str(draw), math.nan, perturbed(factors))
-        held = {name: factor for name, factor in factors.items() if name not in HELD}
-        yield Case("joint-held", str(draw), math.nan, perturbed(held))
-
-
-def measured(features: Tensor, generator: torch.Generator) -> Tensor:
-    """Features (P, 11) as an instrument with independent errors reads them, kept in their limits.
-
-    The errors break the identities between columns (LVEF and volumes, say), as independent
-    measurements do.
-    """
-    low, high = (
-        torch.tensor([getattr(field, end) for field in PATIENT_FIELDS], dtype=features.dtype)
-        for end in ("low", "high")
-    )
-    uniform = torch.rand(features.shape, generator=generator, dtype=features.dtype)
-    return (features * (1.0 + NOISE * (2.0 * uniform - 1.0))).clamp(low, high)
-
-
-def load_trainer() -> Any:
-    """The trainer as a module; it is a script outside the package."""
-    spec = importlib.util.spec_from_file_location("ppo_hybrid", TRAINER)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ppo_hybrid"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-def load_agents(run_dirs: list[Path]) -> dict[str, Any]:
+def load_agents(run_dirs: list[Path]) -> dict[str, Agent]:
     """The policy of each run by the name of its directory.
 
     Raises:
         ValueError: a run has no usable policy for episodes of one step, or two have the same name.
     """
-    trainer = load_trainer()
     agents = {}
     for run_dir in run_dirs:
-        agent, saved = trainer.load_policy(run_dir / trainer.POLICY_FILE, "cpu")
+        agent, saved = load_policy(run_dir / POLICY_FILE, Agent, "cpu")
         if (horizon := saved["training_config"]["horizon"]) != 1:
             raise ValueError(f"--policy {run_dir}: trained with horizon {horizon}; expected 1")
         if (name := run_dir.resolve().name) in agents:
@@ -167,11 +69,11 @@ def load_agents(run_dirs: list[Path]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def designs_of(agent: Any, features: Tensor) -> Design:
+def designs_of(agent: Agent, features: Tensor) -> Design:
     """Deterministic designs of a policy for patients (P, 11) in a first step."""
     patients = features.to(torch.float32)
     obs = torch.cat([patients, patients.new_zeros(len(patients), 2)], dim=-1)
-    return Design(**agent.to_env(agent(obs).action))
+    return Design(**agent.design(obs)[0])
 
 
 def subset(cohort: Cohort, size: int, features: Tensor | None = None) -> Cohort:
@@ -187,7 +89,7 @@ def figures(
     """What a design per patient is worth under a reward model.
 
     Args:
-        model: the judge.
+        model: what evaluates.
         features: (P, 11) of the patients as they are.
         design: one per patient.
         best_score: (Q,) score of the best design of each of the first Q <= P patients; none to
@@ -215,7 +117,7 @@ def figures(
 def measure(
     cohort: Cohort,
     training: Cohort,
-    agents: dict[str, Any],
+    agents: dict[str, Agent],
     *,
     num_draws: int,
     num_noise: int,
@@ -237,49 +139,66 @@ def measure(
         `ORACLE`; the columns of `figures`; and `change`, of the mean reward from the nominal case.
         Regret is of all patients in "holdout", of nobody in "training" and "joint-held", else of
         the first Q. The noise rows of `ORACLE` are designs for the first Q patients as measured,
-        and judged on them alone.
+        and evaluated on them alone.
     """
     truth, shipped = cohort.features, MechanisticModel()
     few = subset(cohort, oracle_patients)
-    rows: list[dict[str, Any]] = []
-
-    def add(case: Case, designs: str, result: dict[str, float]) -> None:
-        described = {"kind": case.kind, "name": case.name, "factor": case.factor}
-        rows.append(described | {"designs": designs} | result)
-
+    rows = []
     for name, agent in agents.items():
         designs = designs_of(agent, training.features)
-        nominal = Case("training", "", 1.0, shipped)
-        add(nominal, name, figures(shipped, training.features, designs))
+        case = Case("training", "", 1.0, shipped)
+        rows.append(row(case, name, figures(shipped, training.features, designs)))
     best = best_designs(cohort, shipped)
     frozen = {name: designs_of(agent, truth) for name, agent in agents.items()}
     frozen[ORACLE] = best.design
     for name, design in frozen.items():
-        nominal = Case("holdout", "", 1.0, shipped)
-        add(nominal, name, figures(shipped, truth, design, best.score))
+        case = Case("holdout", "", 1.0, shipped)
+        rows.append(row(case, name, figures(shipped, truth, design, best.score)))
     total = 1 + 2 * len(assumptions()) + 2 * num_draws
     for case in tqdm(cases(num_draws), "reward models", total, unit="model"):
         held = case.kind == "joint-held"
         best_score = None if held else best_designs(few, case.model).score
         for name, design in frozen.items():
-            add(case, name, figures(case.model, truth, design, best_score))
-
+            rows.append(row(case, name, figures(case.model, truth, design, best_score)))
     few_best = best.score[:oracle_patients]
+    rows += noise_rows(cohort, few_best, agents, num_noise)
+    return with_changes(pd.DataFrame(rows), few_best.mean().item())
+
+
+def row(case: Case, designs: str, result: dict[str, float]) -> dict[str, object]:
+    """Of the table."""
+    described = {"kind": case.kind, "name": case.name, "factor": case.factor}
+    return described | {"designs": designs} | result
+
+
+def noise_rows(
+    cohort: Cohort, best_score: Tensor, agents: dict[str, Agent], num_noise: int
+) -> list[dict[str, object]]:
+    """Designs for patients as measured, of the policies and of who knows the model."""
+    shipped, few, rows = MechanisticModel(), len(best_score), []
     generator = torch.Generator().manual_seed(0)
     for draw in tqdm(range(num_noise), "measurement errors", unit="draw"):
         case = Case("noise", str(draw), math.nan, shipped)
-        seen = measured(truth, generator)
+        seen = measured(cohort.features, generator)
         for name, agent in agents.items():
-            add(case, name, figures(shipped, truth, designs_of(agent, seen), few_best))
-        # What the same errors do to a designer who knows the model.
-        misled = best_designs(subset(cohort, oracle_patients, seen), shipped).design
-        add(case, ORACLE, figures(shipped, few.features, misled, few_best))
+            result = figures(shipped, cohort.features, designs_of(agent, seen), best_score)
+            rows.append(row(case, name, result))
+        misled = best_designs(subset(cohort, few, seen), shipped).design
+        rows.append(row(case, ORACLE, figures(shipped, cohort.features[:few], misled, best_score)))
+    return rows
 
-    table = pd.DataFrame(rows)
+
+def with_changes(table: pd.DataFrame, few_best: float) -> pd.DataFrame:
+    """The table with the change of the mean reward from the nominal case.
+
+    Args:
+        table: of `measure`.
+        few_best: mean best reward of the patients for whom designs are searched in every case.
+    """
     nominal = table[table["kind"] == "nominal"].set_index("designs")["mean_reward"]
     table["change"] = table["mean_reward"] - table["designs"].map(nominal)
     misled = (table["kind"] == "noise") & (table["designs"] == ORACLE)
-    table.loc[misled, "change"] = table["mean_reward"] - few_best.mean().item()
+    table.loc[misled, "change"] = table["mean_reward"] - few_best
     table.loc[table["kind"] == "training", "change"] = math.nan  # other patients
     return table
 
@@ -326,14 +245,12 @@ def report(
 ) -> str:
     """The tables as Markdown."""
     mean = averaged(table)
-
-    def rows_of(kind: str, designs: str = "policy") -> pd.DataFrame:
-        return mean[(mean["kind"] == kind) & (mean["designs"] == designs)]
-
     runs = [name for name in table["designs"].unique() if name != ORACLE]
+    policy = mean[mean["designs"] == "policy"].groupby("kind")
     training, holdout, nominal = (
-        rows_of(kind).iloc[0] for kind in ("training", "holdout", "nominal")
+        policy.get_group(kind).iloc[0] for kind in ("training", "holdout", "nominal")
     )
+    counts = policy.size()
     lines = [
         f"Policies {', '.join(runs)} (mean over runs); made by `benchmark/sensitivity.py`.",
         "",
@@ -343,20 +260,35 @@ def report(
         f"{num_training:,} of the training cohort; the mean regret on the held-out ones is "
         f"{holdout['regret']:.2f} of a best reward of {holdout['best_reward']:.2f}.**",
         "",
-        f"The designs are frozen; the model that judges them is not. Each of the "
+        f"The designs are frozen; the model that evaluates them is not. Each of the "
         f"{len(assumptions())} assumptions (constants of grade D and the polymer indices) is moved "
-        f"by {100 * SPREAD:.0f} % alone, and {len(rows_of('joint'))} times all are moved together "
-        f"at random by up to that, the indices of each polymer on their own. In "
-        f"{len(rows_of('noise'))} draws the model stays and every feature of a patient is measured "
+        f"by {100 * SPREAD:.0f} % alone, and {counts['joint']} times all are moved together at "
+        "random by up to that, the indices of each polymer on their own. In "
+        f"{counts['noise']} draws the model stays and every feature of a patient is measured "
         f"with an error of up to {100 * NOISE:.0f} %. Regret is what the designs lose to the best "
-        "ones under the model that judges them; it and the best reward are of the first "
+        "ones under the model that evaluates them; it and the best reward are of the first "
         f"{oracle_patients} patients. *Best as shipped* are the best designs under the unmoved "
         "model; under measurement error, those for the patients as measured (the first "
         f"{oracle_patients} only). Median and 5th to 95th percentile over the draws.",
         "",
+        *case_lines(mean),
+        *assumption_lines(mean, nominal),
+        "",
+        "Unsafe means past a limit of the reward, in a model that was fitted to nobody: neither "
+        "the shares nor the rewards are clinical facts. The ranges are not confidence intervals, "
+        f"for nobody knows how wrong the assumptions are; {100 * SPREAD:.0f} % is as far as they "
+        "were moved. The polymers' windows, the form of the equations and the safety limits were "
+        "not moved.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def case_lines(mean: pd.DataFrame) -> list[str]:
+    """Table of the kinds of cases."""
+    lines = [
         "| case | designs | mean reward | change | best reward | regret | over toxicity limit, % | "
         "under integrity limit, % | over fibrosis limit, % | any, % |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---" * 10 + "|",
     ]
     rewards = ("mean_reward", "change", "best_reward", "regret")
     shares = (*(f"{name}_breach_rate" for name in SAFETY_LIMITS), "limit_breach_rate")
@@ -367,10 +299,16 @@ def report(
         ("noise", "measurement error"),
     ):
         for designs in ("policy", ORACLE):
-            chosen = rows_of(kind, designs)
+            chosen = mean[(mean["kind"] == kind) & (mean["designs"] == designs)]
             cells = [spread(chosen[name], 2) for name in rewards]
             cells += [spread(100.0 * chosen[name], 1) for name in shares]
             lines.append(f"| {title} | {designs} | {' | '.join(cells)} |")
+    return lines
+
+
+def assumption_lines(mean: pd.DataFrame, nominal: pd.Series) -> list[str]:
+    """Tables of the assumptions that matter most, moved alone."""
+    lines = []
     for column, title in (
         ("regret", "The ten assumptions that cost the policy most regret"),
         ("limit_breach_rate", "The ten that make most of its designs unsafe"),
@@ -383,19 +321,11 @@ def report(
             "| assumption | as shipped | regret, × 0.8 | × 1.2 | unsafe, × 0.8 | × 1.2 |",
             "|---|---|---|---|---|---|",
         ]
-        for name, row in ranked(mean, column).head(10).iterrows():
-            cells = [f"{x:.2f}" for x in row["regret"]]
-            cells += [f"{100 * x:.1f} %" for x in row["limit_breach_rate"]]
+        for name, values in ranked(mean, column).head(10).iterrows():
+            cells = [f"{x:.2f}" for x in values["regret"]]
+            cells += [f"{100 * x:.1f} %" for x in values["limit_breach_rate"]]
             lines.append(f"| `{name}` | {value_shipped(name)} | {' | '.join(cells)} |")
-    lines += [
-        "",
-        "Unsafe means past a limit of the reward, in a model that was fitted to nobody: neither "
-        "the shares nor the rewards are clinical facts. The ranges are not confidence intervals, "
-        f"for nobody knows how wrong the assumptions are; {100 * SPREAD:.0f} % is as far as they "
-        "were moved. The polymers' windows, the form of the equations and the safety limits were "
-        "not moved.",
-    ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def draw(table: pd.DataFrame, num_shown: int = 15) -> bytes:
@@ -456,14 +386,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     cohort, training = load_cohort("holdout"), load_cohort("train")
     try:
-        for name, most in (
-            ("draws", None),
-            ("noise_draws", None),
-            ("oracle_patients", len(cohort)),
-        ):
-            if not 1 <= (value := getattr(args, name)) <= (most or value):
-                allowed = f"1 to {most}" if most else "1 or more"
-                raise ValueError(f"--{name.replace('_', '-')} is {value}; allowed: {allowed}")
+        check_ranges(
+            args,
+            ("draws noise_draws", "1 or more", lambda x: x >= 1),
+            ("oracle_patients", f"1 to {len(cohort)}", lambda x: 1 <= x <= len(cohort)),
+        )
         if not args.output_dir.is_dir():
             raise ValueError(f"--output-dir {args.output_dir}: no such folder")
         agents = load_agents(args.policy)

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import fields
 from pathlib import Path
-from types import SimpleNamespace
 
-import gymnasium as gym
 import pytest
 import torch
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 from hydrogel_gym import PolymerTable, load_cohort, load_polymers
 from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
@@ -21,37 +18,24 @@ from hydrogel_gym.problem.fields import (
     Design,
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.runs.environments import make_envs
+from hydrogel_gym.runs.evaluation import evaluate
+from hydrogel_gym.runs.options import ProblemOptions
 
-SCRIPT = Path(__file__).parents[1] / "benchmark" / "sensitivity.py"
+with pytest.MonkeyPatch.context() as patch:
+    # Where a script finds its neighbours.
+    patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmark"))
+    import perturbations
+    import sensitivity
 
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("sensitivity", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-sensitivity = load_script()
 HOLDOUT = load_cohort("holdout")
 PATIENTS = HOLDOUT.features.to(torch.float32)
 
 
 @pytest.fixture(scope="module")
-def trainer():
-    before = sys.modules.get("ppo_hybrid")
-    yield sensitivity.load_trainer()
-    # Other tests load the trainer themselves, under the same name.
-    if before is None:
-        del sys.modules["ppo_hybrid"]
-    else:
-        sys.modules["ppo_hybrid"] = before
-
-
-@pytest.fixture(scope="module")
-def agent(trainer):
+def agent():
     torch.manual_seed(0)
-    agent = trainer.Agent(
+    agent = Agent(
         obs_dim=13,
         num_polymers=NUM_POLYMERS,
         num_coverages=len(COVERAGES),
@@ -85,29 +69,29 @@ def test_what_is_moved_is_every_constant_and_polymer_index_of_grade_d():
     }
     indices = [f.name for f in fields(PolymerTable) if f.name not in windows_and_text]
     assert all("indices D" in confidence for confidence in load_polymers().confidences)
-    assert list(sensitivity.assumptions()) == [*MechanisticParams.names_graded("D"), *indices]
-    assert len(set(sensitivity.assumptions())) == len(sensitivity.assumptions())
+    assert list(perturbations.assumptions()) == [*MechanisticParams.names_graded("D"), *indices]
+    assert len(set(perturbations.assumptions())) == len(perturbations.assumptions())
 
 
 def test_factor_of_one_reproduces_the_shipped_model_exactly():
     design = random_designs(len(PATIENTS))
-    same = sensitivity.perturbed(dict.fromkeys(sensitivity.assumptions(), 1.0))
-    for model in (same, sensitivity.perturbed({})):
+    same = perturbations.perturbed(dict.fromkeys(perturbations.assumptions(), 1.0))
+    for model in (same, perturbations.perturbed({})):
         outcomes = model(PATIENTS, *design)
         for a, b in zip(outcomes, MechanisticModel()(PATIENTS, *design), strict=True):
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", sensitivity.assumptions())
+@pytest.mark.parametrize("name", perturbations.assumptions())
 def test_moving_one_assumption_moves_no_other(name):
-    shipped, moved = MechanisticModel(), sensitivity.perturbed({name: 0.8})
+    shipped, moved = MechanisticModel(), perturbations.perturbed({name: 0.8})
     constants = [
         f.name
         for f in fields(MechanisticParams)
         if getattr(shipped.params, f.name) != getattr(moved.params, f.name)
     ]
     columns = (shipped.polymer_table != moved.polymer_table).any(0)
-    if name in sensitivity.POLYMER_INDICES:
+    if name in perturbations.POLYMER_INDICES:
         assert constants == []
         assert columns.sum() == 1
         ratio = (moved.polymer_table / shipped.polymer_table)[:, columns]
@@ -120,12 +104,12 @@ def test_moving_one_assumption_moves_no_other(name):
 
 def test_unknown_assumption_is_refused_by_name():
     with pytest.raises(ValueError, match="no assumption is called source_gain"):
-        sensitivity.perturbed({"source_gain": 1.2})
+        perturbations.perturbed({"source_gain": 1.2})
 
 
 @pytest.mark.parametrize("name", ["bioactivity", "foreign_body_tendency", "cohesion"])
 def test_index_from_zero_to_one_stays_there(name):
-    moved = sensitivity.perturbed({name: 100.0})
+    moved = perturbations.perturbed({name: 100.0})
     changed = (moved.polymer_table != MechanisticModel().polymer_table).any(0)
     assert (moved.polymer_table[:, changed] == 1.0).all()
 
@@ -133,10 +117,10 @@ def test_index_from_zero_to_one_stays_there(name):
 @pytest.mark.parametrize("seed", range(6))
 def test_outcomes_stay_physical_at_every_corner_that_was_tried(seed):
     generator = torch.Generator().manual_seed(seed)
-    names = sensitivity.assumptions()
+    names = perturbations.assumptions()
     ends = torch.randint(2, (len(names),), generator=generator).double() if seed > 1 else seed
     factors = (0.8 + 0.4 * torch.as_tensor(ends).expand(len(names))).tolist()
-    model = sensitivity.perturbed(dict(zip(names, factors, strict=True)))
+    model = perturbations.perturbed(dict(zip(names, factors, strict=True)))
     outcomes = model(PATIENTS, *random_designs(len(PATIENTS), seed))
     for value, item in zip(outcomes, OUTCOME_FIELDS, strict=True):
         assert value.isfinite().all(), item.name
@@ -146,12 +130,12 @@ def test_outcomes_stay_physical_at_every_corner_that_was_tried(seed):
 
 def test_joint_draws_are_seeded_within_a_fifth_and_may_reorder_the_polymers():
     first, again, other = (
-        sensitivity.joint_factors(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        perturbations.joint_factors(torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
-    assert list(first) == list(sensitivity.assumptions())
+    assert list(first) == list(perturbations.assumptions())
     for name, factor in first.items():
         values = torch.as_tensor(factor)
-        assert values.shape == ((NUM_POLYMERS,) if name in sensitivity.POLYMER_INDICES else ())
+        assert values.shape == ((NUM_POLYMERS,) if name in perturbations.POLYMER_INDICES else ())
         assert ((values >= 0.8) & (values <= 1.2)).all()
         assert torch.equal(values, torch.as_tensor(again[name]))
         assert not torch.equal(values, torch.as_tensor(other[name]))
@@ -161,8 +145,8 @@ def test_joint_draws_are_seeded_within_a_fifth_and_may_reorder_the_polymers():
 
 
 def test_cases_are_the_shipped_model_both_ends_of_each_assumption_and_the_draws():
-    cases = list(sensitivity.cases(2))
-    alone = [(name, factor) for name in sensitivity.assumptions() for factor in (0.8, 1.2)]
+    cases = list(perturbations.cases(2))
+    alone = [(name, factor) for name in perturbations.assumptions() for factor in (0.8, 1.2)]
     assert [case.kind for case in cases] == [
         "nominal",
         *["constant"] * len(alone),
@@ -172,7 +156,7 @@ def test_cases_are_the_shipped_model_both_ends_of_each_assumption_and_the_draws(
 
 
 def test_held_draw_differs_from_its_draw_in_what_is_held_alone():
-    *_, joint, held = sensitivity.cases(1)
+    *_, joint, held = perturbations.cases(1)
     shipped = MechanisticParams()
     differ = [
         f.name
@@ -187,7 +171,7 @@ def test_held_draw_differs_from_its_draw_in_what_is_held_alone():
 def test_measured_features_are_seeded_within_their_error_and_within_limits():
     truth = HOLDOUT.features
     first, again, other = (
-        sensitivity.measured(truth, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
+        perturbations.measured(truth, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
@@ -224,13 +208,11 @@ def test_figures_count_what_a_person_counts(three_patients, toy_model):
     )
 
 
-def test_nominal_figures_are_those_of_the_trainer(trainer, agent):
-    args = trainer.Args()
-    envs = trainer.make_envs(args, HOLDOUT, torch.device("cpu"))
-    expected = trainer.evaluate(agent, envs, args)
+def test_nominal_figures_are_those_of_the_trainer(agent):
+    envs = make_envs(ProblemOptions(), HOLDOUT, torch.device("cpu"))
+    expected = evaluate(agent.design, envs)
     design = sensitivity.designs_of(agent, HOLDOUT.features)
     result = sensitivity.figures(MechanisticModel(), HOLDOUT.features, design)
-    assert isinstance(envs, gym.vector.VectorEnv)
     for name in ("mean_reward", "limit_breach_rate"):
         assert result[name] == pytest.approx(expected[name], rel=1e-6)
 
@@ -241,6 +223,7 @@ def small_table(agent):
     few = ("efficacy_floor", "cohesion")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sensitivity, "assumptions", lambda: few)
+        patch.setattr(perturbations, "assumptions", lambda: few)
         return sensitivity.measure(
             sensitivity.subset(HOLDOUT, 5),
             sensitivity.subset(HOLDOUT, 5),
@@ -330,15 +313,13 @@ def test_flag_out_of_range_is_refused(flags, allowed, capsys):
 
 def test_policy_of_longer_episodes_is_refused(monkeypatch, agent):
     saved = {"training_config": {"horizon": 3}}
-    fake = SimpleNamespace(POLICY_FILE="policy.pt", load_policy=lambda *_: (agent, saved))
-    monkeypatch.setattr(sensitivity, "load_trainer", lambda: fake)
+    monkeypatch.setattr(sensitivity, "load_policy", lambda *_: (agent, saved))
     with pytest.raises(ValueError, match="run: trained with horizon 3; expected 1"):
         sensitivity.load_agents([Path("run")])
 
 
 def test_runs_of_the_same_name_are_refused(monkeypatch, agent):
     saved = {"training_config": {"horizon": 1}}
-    fake = SimpleNamespace(POLICY_FILE="policy.pt", load_policy=lambda *_: (agent, saved))
-    monkeypatch.setattr(sensitivity, "load_trainer", lambda: fake)
+    monkeypatch.setattr(sensitivity, "load_policy", lambda *_: (agent, saved))
     with pytest.raises(ValueError, match="two run directories are called run"):
         sensitivity.load_agents([Path("a/run"), Path("b/run")])
