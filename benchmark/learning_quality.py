@@ -5,7 +5,7 @@
 Runs the trainer once per variant and seed, each on one thread, `--processes` at a time, and writes
 `results/learning_quality.csv` and `.md`, and the two pictures of the quick preset's first run.
 Whole presets come first; then short runs, the quick preset with half its samples and one change.
-Runs that the table already holds are kept: after a change of the algorithm pass `--fresh`. A
+Runs that the table already has are kept: after a change of the algorithm pass `--fresh`. A
 variant is a set of the trainer's flags, or a replacement for one named piece of it, below.
 """
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
+import itertools
 import json
 import math
 import os
@@ -24,23 +25,22 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 import torch
+from hydrogel_gym.train import ppo_hybrid as trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.runs.directory import CURVE_FILE, METRICS_FILE, SELECTION_FILE, SUMMARY_FILE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 ORACLE_CACHE = ROOT / "runs" / "oracle"
-TRAINER = ROOT / "train" / "ppo_hybrid.py"
 MILESTONE_REWARD = 29.2  # the source's final mean reward
 MILESTONE = "samples_to_29.2"
 
@@ -49,12 +49,9 @@ class Variant(NamedTuple):
     """Flags on top of a preset, and a change to the trainer's module before it runs."""
 
     flags: tuple[str, ...] = ()
-    patch: Callable[[ModuleType], None] | None = None
+    patch: Callable[[], None] | None = None
     preset: str = "quick"
     short: bool = True  # half the samples of the quick preset
-
-
-# Replacements
 
 
 class SquashedBeta(NamedTuple):
@@ -74,8 +71,8 @@ class SquashedBeta(NamedTuple):
         """(B,) log-density on [-1, 1]^d."""
         return (self.beta.log_prob(self._share(u)) - math.log(2.0)).sum(-1)
 
-    def entropy_estimate(self) -> Tensor:
-        """(B,), exact."""
+    def entropy(self) -> Tensor:
+        """(B,) entropy."""
         return (self.beta.entropy() + math.log(2.0)).sum(-1)
 
     @staticmethod
@@ -87,86 +84,86 @@ class SquashedBeta(NamedTuple):
         return torch.atanh(2.0 * x.clamp(1e-6, 1.0 - 1e-6) - 1.0)
 
 
-def beta_distribution(trainer: ModuleType) -> None:
+class BetaAgent(trainer.Agent):
     """Beta instead of a squashed Gaussian; concentrations are 1 + softplus of the outputs."""
 
-    class BetaAgent(trainer.Agent):
-        def formulation_distribution(
-            self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
-        ) -> SquashedBeta:
-            a, b = self.formulation_head(hidden, polymer_id).split(self.formulation_dim, -1)
-            # Without validation, which reads values on the host.
-            return SquashedBeta(
-                torch.distributions.Beta(1 + F.softplus(a), 1 + F.softplus(b), validate_args=False)
-            )
-
-    trainer.Agent = BetaAgent
+    def formulation_distribution(
+        self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
+    ) -> SquashedBeta:
+        """Distribution of the formulation."""
+        a, b = self.formulation_head(hidden, polymer_id).split(self.formulation_dim, -1)
+        # Without validation, which reads values on the host.
+        return SquashedBeta(
+            torch.distributions.Beta(1 + F.softplus(a), 1 + F.softplus(b), validate_args=False)
+        )
 
 
-def formulation_sees_coverage(trainer: ModuleType) -> None:
+class PairAgent(trainer.Agent):
     """A block of formulation outputs for each pair of polymer and coverage."""
 
-    class PairAgent(trainer.Agent):
-        def __init__(self, *, num_polymers: int, num_coverages: int, **kwargs: object) -> None:
-            super().__init__(num_polymers=num_polymers, num_coverages=num_coverages, **kwargs)
-            hidden, outputs = trainer.HEAD_WIDTHS[1], 2 * self.formulation_dim
-            pairs = num_polymers * num_coverages
-            self.formulation_head = trainer.Head(hidden, outputs, std=0.01, num_contexts=pairs)
-            self.num_coverages = num_coverages
+    def __init__(self, *, num_polymers: int, num_coverages: int, **kwargs: Any) -> None:
+        super().__init__(num_polymers=num_polymers, num_coverages=num_coverages, **kwargs)
+        hidden, outputs = trainer.HEAD_WIDTHS[1], 2 * self.formulation_dim
+        pairs = num_polymers * num_coverages
+        self.formulation_head = trainer.Head(hidden, outputs, std=0.01, num_contexts=pairs)
+        self.num_coverages = num_coverages
 
-        def formulation_distribution(
-            self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
-        ) -> object:
-            pair = polymer_id * self.num_coverages + coverage
-            return super().formulation_distribution(hidden, pair, coverage)
-
-    trainer.Agent = PairAgent
+    def formulation_distribution(
+        self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
+    ) -> trainer.SquashedNormal:
+        """Distribution of the formulation."""
+        pair = polymer_id * self.num_coverages + coverage
+        return super().formulation_distribution(hidden, pair, coverage)
 
 
-def embedded_context(trainer: ModuleType) -> None:
+class EmbeddingHead(nn.Module):
     """The category as an embedding added to the hidden layer, as appending it one-hot would."""
 
-    class EmbeddingHead(nn.Module):
-        def __init__(self, hidden_dim: int, out_dim: int, *, std: float, num_contexts: int = 1):
-            super().__init__()
-            self.num_contexts = num_contexts
-            self.context = nn.Embedding(num_contexts, hidden_dim)
-            self.out = trainer.layer_init(nn.Linear(hidden_dim, out_dim), std)
+    def __init__(self, hidden_dim: int, out_dim: int, *, std: float, num_contexts: int = 1) -> None:
+        super().__init__()
+        # A weight that nothing uses would have no gradient.
+        self.context = nn.Embedding(num_contexts, hidden_dim) if num_contexts > 1 else None
+        self.out = trainer.layer_init(nn.Linear(hidden_dim, out_dim), std)
 
-        def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
-            if self.num_contexts > 1:
-                hidden = hidden + self.context(context)
-            return self.out(hidden.relu())
-
-    trainer.Head = EmbeddingHead
+    def forward(self, hidden: Tensor, context: Tensor | None = None) -> Tensor:
+        """(B, out_dim)."""
+        if self.context is not None:
+            hidden = hidden + self.context(context)
+        return self.out(hidden.relu())
 
 
-def decaying_entropy(trainer: ModuleType) -> None:
+def replaced(name: str, value: Any) -> Callable[[], None]:
+    """A change of the trainer's module: one of its names."""
+    return functools.partial(setattr, trainer, name, value)
+
+
+def decaying_entropy() -> None:
     """Entropy coefficient from its initial value to zero, linearly."""
+    plain, count = trainer.gradient_step, itertools.count()
 
-    class DecayingStep(trainer.PlainStep):
-        def __init__(self, agent: object, args: Any, *rest: object) -> None:
-            super().__init__(agent, args, *rest)
-            batch = args.num_steps * args.num_envs
-            updates = args.num_iterations * args.num_epochs * (batch // args.minibatch_size)
-            self.coefficients = iter(np.linspace(args.ent_coef, 0.0, updates))
+    def gradient_step(
+        agent: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        args: trainer.Args,
+        minibatch: trainer.Batch,
+        average: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        coefficient = args.ent_coef * (1.0 - next(count) / (args.num_updates - 1))
+        args = dataclasses.replace(args, ent_coef=coefficient)
+        return plain(agent, optimizer, args, minibatch, average)
 
-        def __call__(self, *inputs: object) -> dict[str, Tensor]:
-            self.args = dataclasses.replace(self.args, ent_coef=next(self.coefficients))
-            return super().__call__(*inputs)
-
-    trainer.PlainStep = DecayingStep
+    trainer.gradient_step = gradient_step
 
 
-def scaled_advantages(trainer: ModuleType) -> None:
+def scaled_advantages() -> None:
     """Advantages in units of the untrained policy's returns, and no other normalisation."""
     plain = trainer.rollout
 
-    def rollout(envs: object, agent: object, *args: object) -> tuple:
-        obs, batch, told = plain(envs, agent, *args)
+    def rollout(envs: Any, agent: trainer.Agent, *args: Any) -> tuple:
+        obs, batch, infos = plain(envs, agent, *args)
         if agent.return_std == 1.0:  # first iteration
             agent.set_return_scale(batch.returns)
-        return obs, batch._replace(advantage=batch.advantage / agent.return_std), told
+        return obs, batch._replace(advantage=batch.advantage / agent.return_std), infos
 
     trainer.rollout = rollout
     trainer.normalize_advantage = lambda advantage: advantage
@@ -184,11 +181,11 @@ PRESETS = {
 CHANGES = {
     "none": Variant(),
     "factored heads": Variant(("--policy", "factored")),
-    "formulation sees polymer and coverage": Variant(patch=formulation_sees_coverage),
-    "heads see the polymer as an added embedding": Variant(patch=embedded_context),
+    "formulation sees polymer and coverage": Variant(patch=replaced("Agent", PairAgent)),
+    "heads see the polymer as an added embedding": Variant(patch=replaced("Head", EmbeddingHead)),
     "one learned spread per polymer": Variant(("--no-state-std",)),
     "factored heads, one learned spread": Variant(("--policy", "factored", "--no-state-std")),
-    "Beta distribution": Variant(patch=beta_distribution),
+    "Beta distribution": Variant(patch=replaced("Agent", BetaAgent)),
     "entropy coefficient 0.03": Variant(("--ent-coef", "0.03")),
     "entropy coefficient decays to 0": Variant(patch=decaying_entropy),
     "advantages scaled, not normalised": Variant(patch=scaled_advantages),
@@ -223,20 +220,11 @@ FIGURES = (
 )
 
 
-def load_trainer() -> ModuleType:
-    """The trainer as a module of its own."""
-    spec = importlib.util.spec_from_file_location("ppo_hybrid", TRAINER)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["ppo_hybrid"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def work(name: str, seed: int, folder: Path) -> int:
     """Train one variant in this process; returns the trainer's exit code."""
-    trainer, variant = load_trainer(), VARIANTS[name]
+    variant = VARIANTS[name]
     if variant.patch:
-        variant.patch(trainer)
+        variant.patch()
     flags = ["--preset", variant.preset, "--seed", str(seed), "--output-dir", str(folder / "run")]
     flags += ["--compile", "off"]  # changed pieces are those of the plain path
     return trainer.main([*flags, *(SHORT if variant.short else ()), *variant.flags])
@@ -257,11 +245,11 @@ def run(name: str, seed: int) -> dict[str, object]:
             env=environment,
         )
         output = Path(folder, "run")
-        summary = json.loads((output / "summary.json").read_text())
-        metrics = pd.read_csv(output / "metrics.csv")
+        summary = json.loads((output / SUMMARY_FILE).read_text())
+        metrics = pd.read_csv(output / METRICS_FILE)
         if (name, seed) == ("quick", 1):
-            for picture in ("learning_curve", "policy_selection"):
-                shutil.copy(output / f"{picture}.png", RESULTS / f"quick_{picture}.png")
+            for picture in (CURVE_FILE, SELECTION_FILE):
+                shutil.copy(output / picture, RESULTS / f"quick_{picture}")
     reached = metrics.loc[metrics["train_deterministic_reward"] >= MILESTONE_REWARD, "global_step"]
     figures = {key: summary[key] for key in FIGURES}
     return figures | {MILESTONE: reached.min() if len(reached) else math.nan}
@@ -321,7 +309,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--fresh", action="store_true", help="repeat runs that the table holds")
+    parser.add_argument("--fresh", action="store_true", help="repeat runs that the table has")
     parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

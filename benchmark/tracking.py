@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from baselines.policy import load_trainer
+from hydrogel_gym.train import ppo_hybrid as trainer
 from tqdm import tqdm
 from trainers.launch import machine
 
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.runs.directory import METRICS_FILE
+from hydrogel_gym.runs.tracking import Logs
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -48,8 +50,7 @@ class Cost(NamedTuple):
 
 def account(flags: list[str], path: Path) -> None:
     """Train in this process, and write down the processor time of logging."""
-    trainer = load_trainer()
-    work = trainer.Logs._work
+    work = Logs._work
     seconds = 0.0
 
     def timed_work(self: object) -> None:
@@ -57,7 +58,7 @@ def account(flags: list[str], path: Path) -> None:
         work(self)
         seconds = time.thread_time()
 
-    trainer.Logs._work = timed_work
+    Logs._work = timed_work
     code = trainer.main(flags)
     if code:
         raise SystemExit(code)
@@ -81,7 +82,7 @@ def run(preset: str, flags: list[str], folder: Path, name: str) -> Cost:
     )
     whole, after = time.perf_counter() - start, os.times()
     processor = sum(after[2:4]) - sum(before[2:4])
-    training = pd.read_csv(output_dir / "metrics.csv")["wall_seconds"].iloc[-1]
+    training = pd.read_csv(output_dir / METRICS_FILE)["wall_seconds"].iloc[-1]
     return Cost(whole, training, processor, json.loads(path.read_text()))
 
 
