@@ -2,7 +2,7 @@
 
     python benchmark/imports.py
 
-Whole processes, in turn: one that imports torch and gymnasium and then the package, and tells the
+Whole processes, in turn: one that imports torch and gymnasium and then the package, and prints the
 seconds of each part. Writes `results/imports.md`.
 """
 

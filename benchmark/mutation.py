@@ -202,7 +202,7 @@ def survivors(todo: list[Mutant], num_processes: int) -> list[Mutant]:
 
 
 def main() -> None:
-    """Make, judge and count the mutants."""
+    """Make, test and count the mutants."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--modules", nargs="+", choices=TESTS, default=list(TESTS))
     parser.add_argument("--every", type=int, default=1, help="take one mutant of so many")

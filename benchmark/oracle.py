@@ -37,7 +37,7 @@ def room_to_limits(best: BestDesigns) -> torch.Tensor:
 
 
 def share_of_any(mask: torch.Tensor) -> float:
-    """Share of the patients for whom a (3, P) mask holds at least once."""
+    """Share of the patients for whom a (3, P) mask is true at least once."""
     return mask.any(0).float().mean().item()
 
 

@@ -14,8 +14,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+
+from hydrogel_gym.runs.directory import CONFIG_FILE, CURVE_FILE, METRICS_FILE, SUMMARY_FILE
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -31,35 +34,23 @@ SOURCE = [
 EVALUATED = ("train_deterministic_reward", "holdout_deterministic_reward", "wall_seconds")
 
 
-def main() -> None:
-    """Train if need be, and write the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run-dir", type=Path, help="a finished run of the source preset")
-    parser.add_argument("--precision", default="bf16", help="of the run, if it is to be made")
-    args = parser.parse_args()
-    run_dir = args.run_dir or Path("runs/source-s1")
-    if args.run_dir is None:
-        command = [sys.executable, str(ROOT / "train" / "ppo_hybrid.py"), "--preset", "source"]
-        command += ["--precision", args.precision, "--output-dir", str(run_dir)]
-        subprocess.run(command, check=True)
-    summary = json.loads((run_dir / "summary.json").read_text())
-    config = json.loads((run_dir / "config.json").read_text())
-    if summary["interrupted"] or summary["preset"] != "source":
-        raise SystemExit(f"{run_dir} is not a finished run of the source preset")
-    metrics = pd.read_csv(run_dir / "metrics.csv").set_index("iteration")
+def table(metrics: pd.DataFrame, summary: dict[str, Any], batch_size: int) -> pd.DataFrame:
+    """A row per line of the source's table.
 
+    Args:
+        metrics: of our run, by iteration.
+        summary: of our run.
+        batch_size: samples of an iteration.
+    """
     rows = []
     for iteration, mean, maximum, entropy in SOURCE:
-        # Row k + 1 holds the rollout of the policy after k updates, and the evaluation after one
-        # more; the summary holds both for the final policy.
-        if iteration < summary["iterations"]:
-            ours = metrics.loc[iteration + 1]
-        else:
-            ours = pd.Series(summary)
+        # Row k + 1 has the rollout of the policy after k updates, and the evaluation after one
+        # more; the summary has both for the final policy.
+        ours = summary if iteration >= summary["iterations"] else metrics.loc[iteration + 1]
         rows.append(
             {
                 "iteration": iteration,
-                "samples": iteration * config["num_envs"] * config["num_steps"],
+                "samples": iteration * batch_size,
                 "source_mean_reward": mean,
                 "mean_reward": ours["mean_reward"],
                 "source_max_reward": maximum,
@@ -71,9 +62,11 @@ def main() -> None:
                 **metrics.reindex([iteration])[list(EVALUATED)].iloc[0],
             }
         )
-    table = pd.DataFrame(rows)
-    table.to_csv(RESULTS / "source_preset.csv", index=False)
-    (RESULTS / "source_preset.png").write_bytes((run_dir / "learning_curve.png").read_bytes())
+    return pd.DataFrame(rows)
+
+
+def markdown(rows: pd.DataFrame, summary: dict[str, Any], config: dict[str, Any]) -> str:
+    """The report."""
     lines = [
         f"Source preset, seed {summary['seed']}, {config['policy']} heads, precision "
         f"{config['precision']}, {summary['device']} with {summary['threads']} threads, "
@@ -84,21 +77,44 @@ def main() -> None:
         "deterministic, training | held out |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
-        judged = " | ".join("–" if pd.isna(x := row[k]) else f"{x:.2f}" for k in EVALUATED[:2])
+    for row in rows.to_dict("records"):
+        evaluated = " | ".join("–" if pd.isna(x := row[k]) else f"{x:.2f}" for k in EVALUATED[:2])
         lines.append(
             f"| {row['iteration']} | {row['samples'] / 1e6:g} M | {row['source_mean_reward']} | "
             f"{row['mean_reward']:.1f} | {row['source_max_reward']} | {row['max_reward']:.1f} | "
             f"{row['source_entropy']} | {row['entropy']:.2f} | {100 * row['optimal_rate']:.0f} % | "
-            f"{judged} |"
+            f"{evaluated} |"
         )
     lines.append("")
     lines.append(
         "Our entropy adds a differential entropy of the formulation, which may be negative, to "
         "those of the two categorical heads; the source does not say what its figure counts."
     )
-    text = "\n".join(lines) + "\n"
-    (RESULTS / "source_preset.md").write_text(text)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train if need be, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run-dir", type=Path, help="a finished run of the source preset")
+    parser.add_argument("--precision", default="bf16", help="of the run, if it is to be made")
+    parser.add_argument("--output-dir", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    run_dir = args.run_dir or Path("runs/source-s1")
+    if args.run_dir is None:
+        command = [sys.executable, str(ROOT / "train" / "ppo_hybrid.py"), "--preset", "source"]
+        command += ["--precision", args.precision, "--output-dir", str(run_dir)]
+        subprocess.run(command, check=True)
+    summary = json.loads((run_dir / SUMMARY_FILE).read_text())
+    config = json.loads((run_dir / CONFIG_FILE).read_text())
+    if summary["interrupted"] or summary["preset"] != "source":
+        raise SystemExit(f"{run_dir} is not a finished run of the source preset")
+    metrics = pd.read_csv(run_dir / METRICS_FILE).set_index("iteration")
+    rows = table(metrics, summary, config["num_envs"] * config["num_steps"])
+    text = markdown(rows, summary, config)
+    rows.to_csv(args.output_dir / "source_preset.csv", index=False)
+    (args.output_dir / "source_preset.png").write_bytes((run_dir / CURVE_FILE).read_bytes())
+    (args.output_dir / "source_preset.md").write_text(text)
     print(text)
 
 

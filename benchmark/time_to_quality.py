@@ -9,7 +9,7 @@ that are known of it, to the end of its own schedule, one process at a time with
 Time counts from the start of the process: interpreter, imports and compilation are in it. Our
 trainer evaluates after every iteration, and that counts too; evaluations of the others do not.
 
-Runs that the table already holds are kept: after a change of a trainer pass `--fresh`. Writes
+Runs that the table already has are kept: after a change of a trainer pass `--fresh`. Writes
 `time_to_quality.csv` (a row per run and iteration), `.md` and `.png` in `results/`. Needs
 `pip install -e ".[bench]"` for Stable-Baselines3, and a C++ compiler for what is compiled.
 """
@@ -123,8 +123,8 @@ def markdown(rows: pd.DataFrame, best_holdout: float, where: str) -> str:
     lines += [
         "",
         f"The oracle's mean reward on the held-out cohort is {best_holdout:.3f}. Looked at after "
-        "every iteration: the time of our trainer holds these evaluations, that of the others does "
-        "not. Commands:",
+        "every iteration: the time of our trainer contains these evaluations, that of the others "
+        "does not. Commands:",
         "",
         *(f"- {name}: `{TRAINERS[name]}`" for name in rows["trainer"].unique()),
     ]
@@ -166,7 +166,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
     flag("--seeds", type=int, nargs="+", default=[1, 2, 3])
     flag("--threads", type=int, default=torch.get_num_threads(), help="of every trainer")
-    flag("--fresh", action="store_true", help="repeat runs that the table holds")
+    flag("--fresh", action="store_true", help="repeat runs that the table has")
     flag("--output-dir", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     if args.threads < 1:
@@ -209,7 +209,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         write_atomically(path, rows.to_csv(index=False).encode())
     if rows.empty:
-        print("error: nothing to tell of", file=sys.stderr)
+        print("error: nothing was run", file=sys.stderr)
         return 1
     text = markdown(rows, float(best_holdout), machine(args.threads))
     write_atomically(path.with_suffix(".md"), text.encode())
