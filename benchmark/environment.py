@@ -41,7 +41,6 @@ MANUAL_SIZE = 2000  # the default `num_envs`, one environment per shipped patien
 SYNC_ENVS = 32
 MEMORY_FROM = 2**18  # fewer environments fit into what the compiler needed before them
 ROUND_SECONDS = 0.1
-LAUNCH_US = 5.0  # assumed: what a kernel launch costs the host, whatever the kernel does
 
 
 class CountOperations(TorchDispatchMode):
@@ -241,13 +240,10 @@ def summarise(table: pd.DataFrame, sync: float, counts: dict[str, tuple[int, int
         ]
         lines.append(f"| {device} | {threads} | {num_envs:,} | " + " | ".join(cells) + " |")
     for device, (operations, kernels) in counts.items():
-        launches = [f"{count * LAUNCH_US / 1e3:.2f} ms" for count in (operations, kernels)]
         lines += [
             "",
             f"On {device}, a step that is not compiled dispatches {operations} operations; a "
-            f"compiled one is {kernels} kernels (on a CPU, loops of one function). At an assumed "
-            f"{LAUNCH_US:g} µs per launch, launching alone takes a GPU {launches[0]} and "
-            f"{launches[1]}, however few environments there are.",
+            f"compiled one is {kernels} kernels (on a CPU, loops of one function).",
         ]
     return "\n".join(lines) + "\n"
 

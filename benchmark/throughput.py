@@ -2,20 +2,12 @@
 
     python benchmark/throughput.py                        # a quarter of an hour on two cores
     python benchmark/throughput.py --trainers plain "fast fp32" --rounds 3
-    python benchmark/throughput.py --trainer mine='python mine.py --out {output} --n {iterations}'
 
 Every trainer learns with the network and table of the source preset: 2,000 environments,
 minibatches of 2,000, 10 epochs. Rounds alternate over the trainers, a process at a time, so that
 whatever else the machine does hits all of them; a process's first iteration (compilation,
 allocation) is left out. The unit is 200,000 samples, 10 epochs each, which is an iteration of the
 source preset; processes do shorter ones, and the figures are scaled to the unit by their samples.
-
-`--trainer NAME=COMMAND` adds a trainer: a shell command, run from the root of the checkout, in
-which `{python}`, `{output}`, `{iterations}`, `{steps}` (per environment and iteration) and `{seed}`
-are filled in. It must do the equal work above and append a JSON object to the file `{output}` after
-every iteration, each on a line, with at least `samples` (so far) and `seconds_iteration` (rollout
-and updates of this iteration, without any evaluation); with `seconds_rollout` and `seconds_update`
-too, its arithmetic is reported. `trainers/protocol.py` has a class that writes such lines.
 
 Writes `throughput.csv` (every figure of every round), `.md` and `.png` in `results/`. Needs
 `pip install -e ".[bench]"` for Stable-Baselines3, and a C++ compiler for what is compiled.
@@ -27,8 +19,6 @@ import argparse
 import io
 import json
 import math
-import shlex
-import subprocess
 import sys
 import tempfile
 import time
@@ -39,9 +29,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from trainers.launch import ROOT, TrainerError, environment, fill, machine, train
+from trainers.launch import TrainerError, complete, environment, fill, machine, train
 
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.runs.directory import SUMMARY_FILE
 
 RESULTS = Path(__file__).parent / "results"
 UNIT_SAMPLES, UNIT_EPOCHS = 200_000, 10
@@ -176,7 +167,7 @@ def figures(iterations: pd.DataFrame, layers: Layers) -> dict[str, float]:
         "samples_measured": int(samples.sum()),
     }
     flops = UNIT_SAMPLES * UNIT_EPOCHS * flops_per_sample(layers)
-    rollout = update = math.nan  # not told
+    rollout = update = math.nan  # where a trainer does not say
     if {"seconds_rollout", "seconds_update"} <= set(measured):
         rollout, update = measured[["seconds_rollout", "seconds_update"]].sum() * scale
     return row | {
@@ -190,41 +181,21 @@ def peak_memory_mb(command: str, threads: int) -> float:
     """Peak memory of a trainer of ours beyond that of `import torch`, over one whole iteration."""
     with tempfile.TemporaryDirectory() as folder:
         # One epoch: the next ones use the same memory again.
-        argv = shlex.split(
-            fill(command, output=Path(folder, "run"), iterations=1, steps=100, seed=1)
-        )
-        ended = subprocess.run(
-            [argv[0], "-c", MEMORY_SCRIPT, *argv[1:], "--num-epochs", "1"],
-            cwd=ROOT,
-            env=environment(threads),
-            capture_output=True,
-            text=True,
-        )
-    if ended.returncode:
-        reason = "".join(ended.stderr.strip().splitlines()[-1:])
-        raise TrainerError(f"memory: exit code {ended.returncode}: {reason}")
-    return int(ended.stdout.splitlines()[-1]) / 1e6
+        argv = fill(command, output=Path(folder, "run"), iterations=1, steps=100, seed=1)
+        argv = [sys.executable, "-c", MEMORY_SCRIPT, *argv[1:], "--num-epochs", "1"]
+        return int(complete("memory", argv, environment(threads)).splitlines()[-1]) / 1e6
 
 
 def compile_seconds(command: str, threads: int) -> dict[str, float]:
     """Seconds that a trainer of ours takes to compile, with an empty cache and with a full one."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
+        variables = environment(threads) | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "cache"))}
         for state in ("cold", "warm"):
             run_dir = Path(folder, state)
-            ended = subprocess.run(
-                fill(command, output=run_dir, iterations=1, steps=1, seed=1),
-                shell=True,
-                cwd=ROOT,
-                env=environment(threads) | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "cache"))},
-                capture_output=True,
-                text=True,
-            )
-            if ended.returncode:
-                reason = "".join(ended.stderr.strip().splitlines()[-1:])
-                raise TrainerError(f"compilation: exit code {ended.returncode}: {reason}")
-            summary = json.loads((run_dir / "summary.json").read_text())
-            seconds[state] = summary["compile_seconds"]
+            argv = fill(command, output=run_dir, iterations=1, steps=1, seed=1)
+            complete("compilation", argv, variables)
+            seconds[state] = json.loads((run_dir / SUMMARY_FILE).read_text())["compile_seconds"]
     return seconds
 
 
@@ -302,7 +273,13 @@ def markdown(rows: pd.DataFrame, where: str) -> str:
         "ceiling is the rate of the matrix products alone at the network's own shapes, best of all "
         "rounds: for a trainer in bf16 that of bfloat16, else the better of the two float32.",
     ]
-    lines += ["", "## Matrix products alone", "", *matmul_table(rows)]
+    lines += ["", "## Matrix products alone", "", *matmul_table(rows), *once_lines(rows)]
+    return "\n".join(lines) + "\n"
+
+
+def once_lines(rows: pd.DataFrame) -> list[str]:
+    """The sections of what is measured once: compilation and memory."""
+    lines = []
     compiling = rows[rows["kind"] == "compile"]
     if len(compiling):
         lines += [
@@ -331,7 +308,7 @@ def markdown(rows: pd.DataFrame, where: str) -> str:
             "|---|---|",
             *(f"| {row['name']} | {row['megabytes']:.0f} |" for _, row in memory.iterrows()),
         ]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def matmul_table(rows: pd.DataFrame) -> list[str]:
@@ -384,7 +361,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = parser.add_argument
     flag("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS))
-    flag("--trainer", action="append", default=[], metavar="NAME=COMMAND", help="one more")
     flag("--rounds", type=int, default=5)
     flag("--num-iterations", type=int, default=3, help="per process; the first is left out")
     flag("--num-steps", type=int, default=20, help="per environment and iteration")
@@ -400,13 +376,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, least in (("rounds", 1), ("num_iterations", 2), ("num_steps", 1), ("threads", 1)):
         if (value := getattr(args, name)) < least:
             parser.error(f"--{name.replace('_', '-')} is {value}; allowed: {least} or more")
-    chosen = {name: TRAINERS[name] for name in args.trainers}
-    for text in args.trainer:
-        name, equals, command = text.partition("=")
-        if not (name and equals and "{output}" in command) or name in TRAINERS:
-            parser.error(f"--trainer is {text!r}; allowed: NEWNAME='COMMAND with {{output}}'")
-        chosen[name] = Trainer(command)
-    args.trainers = chosen
+    args.trainers = {name: TRAINERS[name] for name in args.trainers}
     return args
 
 
@@ -426,8 +396,8 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append({"kind": "compile", "name": name} | seconds)
         with tqdm(total=args.rounds * len(args.trainers), unit="run") as bar:
             for round_number in range(1, args.rounds + 1):
-                told = measure_round(round_number, args, bar)
-                rows += [{"round": round_number} | row for row in told]
+                measured = measure_round(round_number, args, bar)
+                rows += [{"round": round_number} | row for row in measured]
                 write(args.output_dir, pd.DataFrame(rows), args.threads)
     except TrainerError as error:
         print(f"error: {error}", file=sys.stderr)

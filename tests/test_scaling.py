@@ -1,6 +1,4 @@
 import importlib
-import math
-import sys
 from pathlib import Path
 
 import pandas as pd
@@ -13,27 +11,8 @@ BENCHMARK = Path(__file__).parents[1] / "benchmark"
 @pytest.fixture
 def scaling(monkeypatch):
     """The benchmark's module, which finds its neighbours as a script does."""
-    before = set(sys.modules)
     monkeypatch.syspath_prepend(str(BENCHMARK))
-    yield importlib.import_module("scaling")
-    for name in set(sys.modules) - before:
-        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARK)):
-            del sys.modules[name]
-
-
-WORK = dict(
-    parameters=100,
-    multiply_adds=50,
-    minibatch_rows=10,
-    updates=4,
-    steps=3,
-    epochs=2,
-    samples=20,
-    bytes_gathered=8,
-    tensors_gathered=2,
-    fixed_bytes=1000.0,
-    row_bytes=100.0,
-)
+    return importlib.import_module("scaling")
 
 
 def test_difference_is_relative_to_the_first(scaling):
@@ -42,62 +21,60 @@ def test_difference_is_relative_to_the_first(scaling):
     assert scaling.relative_difference(a, a) == 0.0
 
 
-def test_largest_difference_leaves_out_what_tells_of_time(scaling):
-    a = pd.DataFrame({"mean_reward": [2.0, 4.0], "wall_seconds": [1.0, 2.0], "x": [math.nan] * 2})
-    b = pd.DataFrame({"mean_reward": [2.0, 4.4], "wall_seconds": [9.0, 9.0], "x": [math.nan] * 2})
-    assert scaling.largest_difference(a, b) == pytest.approx(0.1)
+def curve_rows(scaling, four_ranks: float) -> list[dict]:
+    rows = []
+    for rate, precision, _ in scaling.CURVES:
+        values = {"2 ranks": 1e-10, "4 ranks": four_ranks, "2 threads": 0.5}
+        values |= {"fp64": 0.25} if precision == "fp32" else {}
+        rows += [
+            dict(setting=f"{precision}, learning rate {rate}", name=f"weights, {name}", value=value)
+            for name, value in values.items()
+        ]
+    return rows
 
 
-def test_all_reduce_of_one_rank_costs_nothing_and_of_two_is_one_size_over_the_link(scaling):
-    assert scaling.reduce_us(1e6, 1) == 0.0
-    # 2 (2 - 1) / 2 = 1 times 1 MB over 300 GB/s, and the latency
-    assert scaling.reduce_us(1e6, 2) == pytest.approx(30.0 + 1e6 / 300e3)
-    # 2 (16 - 1) / 16 MB over 25 GB/s, between two nodes
-    assert scaling.reduce_us(1e6, 16) == pytest.approx(75.0 + 1.875e6 / 25e3)
+def test_curve_is_the_same_only_if_both_numbers_of_ranks_are_within_the_bar(scaling):
+    same = "\n".join(scaling.curve_text(pd.DataFrame(curve_rows(scaling, 1e-10))))
+    assert "| fp64, learning rate 3e-4 | 1.0e-10 | 1.0e-10 | 1e-09, met | 5.0e-01 | – |" in same
+    assert "1.0e-10 | that of 2 threads | 5.0e-01 | 2.5e-01 |" in same
+    other = "\n".join(scaling.curve_text(pd.DataFrame(curve_rows(scaling, 1e-6))))
+    assert other.count("**not met**") == 2  # of the two in float64
+    assert "1e-04, met" in other
 
 
-def test_iteration_of_two_gpus_adds_up_by_hand(scaling):
-    work = scaling.Work(**WORK)
-    launches = scaling.Launches(update=6, update_kernels=10, step=4, step_kernels=2, evaluation=100)
-    told = scaling.on_paper(work, launches, gpus=2, averaging=1, table_us=7.0)
-    assert told["rows per rank"] == 5
-    compute = 1e6 * (6 * 50 * 5 / (156e12 * 0.3) + (1000 + 500) / 2e12)
-    assert told["compute"] == pytest.approx(compute)
-    # 6 + 1 launches of 5 µs are longer than 10 kernels of 2 µs with so little work.
-    reduce = 30.0 + 1e6 * 400 / 300e9
-    assert told["update"] == pytest.approx(7 * 5.0 + reduce)
-    assert told["rollout"] == pytest.approx(3 * 4 * 5.0)
-    gather = 2 * 30.0 + 1e6 * 0.5 * 8 * 20 / 300e9
-    shuffle = 1e6 * 2 * 20 * (1 / 2e9 + 40 / 2e12)
-    assert told["serial"] == pytest.approx(100 * 5.0 + 7.0 + gather + shuffle)
-    assert told["iteration"] == pytest.approx(4 * told["update"] + 60.0 + told["serial"])
-
-
-def test_weak_scaling_keeps_the_rows_of_a_rank(scaling):
-    work = scaling.scaled(scaling.Work(**WORK), 8)
-    launches = scaling.Launches(1, 1, 1, 1, 1)
-    told = scaling.on_paper(work, launches, gpus=8, averaging=0, table_us=0.0)
-    assert told["rows per rank"] == WORK["minibatch_rows"]
-    assert work.samples == 8 * WORK["samples"]
-
-
-def test_launches_are_those_of_the_committed_report(scaling):
-    counts = scaling.count_launches(evaluation=0)
-    assert counts["plain"].update == counts["plain"].update_kernels > 0
-    assert counts["plain"].update > counts["compiled"].update > counts["replayed"].update
-    # A graph is launched at once, and holds the compiled kernels.
-    assert counts["replayed"].update_kernels > counts["compiled"].update
-
-
-def test_only_rounds_that_others_left_alone_are_told_where_there_are_enough(scaling):
+def test_overhead_is_the_median_of_the_ratios_within_a_round(scaling):
+    # The second round met a machine half as fast; a ratio of medians would be off.
+    times = {"plain, nothing averaged": (10.0, 20.0, 11.0), "plain, ours": (11.0, 22.0, 13.2)}
     rows = [
-        dict(name=name, value=value, others=others)
-        for name in ("plain, nothing averaged", "plain, ours")
-        for value, others in [(1.0, 0.0)] * scaling.LEAST_QUIET_ROUNDS + [(9.0, 1.0)]
+        dict(setting="quick, 500 rows per rank", name=name, round=k, value=value)
+        for name, values in times.items()
+        for k, value in enumerate(values)
     ]
-    chosen, is_quiet = scaling.quiet_rounds(pd.DataFrame(rows))
-    assert is_quiet
-    assert set(chosen["value"]) == {1.0}
-    chosen, is_quiet = scaling.quiet_rounds(pd.DataFrame(rows[1:]))
-    assert not is_quiet
-    assert len(chosen) == len(rows) - 1
+    for name, seconds in (("1 process, 1 thread", 8.0), ("2 ranks, 1 thread each", 5.0)):
+        rows += [
+            dict(setting=f"whole, seconds_{part}", name=name, round=0, value=seconds)
+            for part in ("iteration", "rollout", "update")
+        ]
+    text = "\n".join(scaling.overhead_text(pd.DataFrame(rows)))
+    assert "| plain, nothing averaged | 11.00 | 10.00 | – |" in text
+    assert "| plain, ours | 13.20 | 11.00 | 10.0 % |" in text
+    assert "| 2 ranks, 1 thread each | 5.00 [5.00, 5.00]" in text
+    assert "| 1.60× |" in text
+
+
+def test_a_section_leaves_the_others_as_they_are(scaling, tmp_path):
+    scaling.write(tmp_path, "curve", curve_rows(scaling, 1e-10))
+    first = pd.read_csv(tmp_path / "scaling.csv")
+    checkpoints = []
+    for preset in scaling.SHORTENED:
+        figures = {"iteration": 1000.0, "bytes": 2e6, "whole": 100.0, "table, half as long": 20.0}
+        checkpoints += [
+            dict(setting=preset, name=name, round=0, value=value) for name, value in figures.items()
+        ]
+    scaling.write(tmp_path, "checkpoint", checkpoints)
+    both = pd.read_csv(tmp_path / "scaling.csv")
+    pd.testing.assert_frame_equal(both[both["section"] == "curve"], first)
+    text = (tmp_path / "scaling.md").read_text()
+    assert text.index("## The same curve") < text.index("## What a checkpoint costs")
+    # 100 ms every 20 iterations of a second, and 20 ms in each.
+    assert "| 2,000,000 | 100.0 [100.0, 100.0] | 1,000 | 0.50 %, met | 20.0 | 2.00 %, **not" in text

@@ -93,7 +93,7 @@ class Agent(nn.Module):
     def get_action_and_value(
         self, obs: Tensor, action: Action | None = None
     ) -> tuple[Action, Tensor, Tensor, Tensor]:
-        """Sample an action, or judge a given one.
+        """Sample an action, or evaluate a given one.
 
         Returns:
             The action, its log-probability, entropy and the state's value, (B,) each. Entropy has
@@ -230,7 +230,7 @@ def update(
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, telling of every iteration."""
+    """Train, recording every iteration."""
     torch.manual_seed(args.seed)
     device = torch.device(args.device)
     envs = gym.make_vec(ENV_ID, num_envs=args.num_envs, output="torch", device=args.device)

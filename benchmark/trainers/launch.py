@@ -1,6 +1,6 @@
-"""Runs trainers as processes of their own and reads what they told.
+"""Runs trainers as processes of their own and reads what they wrote.
 
-A trainer is a shell command, run from the root of the checkout, in which `{python}`, `{output}`,
+A trainer is a command, run from the root of the checkout, in which `{python}`, `{output}`,
 `{seed}`, `{iterations}` and `{steps}` are filled in. What it leaves at `{output}` is either a file
 of JSON lines, as `protocol.py` defines them, or a run directory of `train/ppo_hybrid.py`.
 """
@@ -33,14 +33,12 @@ METRICS = {
 
 
 class TrainerError(RuntimeError):
-    """A trainer failed or told too little; the message is one line."""
+    """A trainer failed or wrote too little; the message is one line."""
 
 
-def fill(command: str, **values: object) -> str:
-    """The command with its placeholders filled in; other braces are left alone."""
-    for name, value in (values | {"python": sys.executable}).items():
-        command = command.replace(f"{{{name}}}", shlex.quote(str(value)))
-    return command
+def fill(command: str, **values: object) -> list[str]:
+    """The words of a command with its placeholders filled in."""
+    return [word.format(**values, python=sys.executable) for word in shlex.split(command)]
 
 
 def environment(threads: int) -> dict[str, str]:
@@ -90,6 +88,24 @@ def resources(command: list[str]) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 1e3
 
 
+def complete(name: str, command: list[str], variables: dict[str, str]) -> str:
+    """Run a command to its end, from the root of the checkout; returns what it printed.
+
+    Args:
+        name: for messages.
+        command: the program and its arguments.
+        variables: of its environment.
+
+    Raises:
+        TrainerError: it failed.
+    """
+    ended = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+    if ended.returncode:
+        last_line = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
+        raise TrainerError(f"{name}: exit code {ended.returncode}: {''.join(last_line)}")
+    return ended.stdout
+
+
 def train(
     name: str, command: str, needed: Iterable[str], threads: int, **values: object
 ) -> pd.DataFrame:
@@ -103,21 +119,11 @@ def train(
         values: of the placeholders but `python` and `output`.
 
     Raises:
-        TrainerError: it failed or told too little.
+        TrainerError: it failed or wrote too little.
     """
     with tempfile.TemporaryDirectory() as folder:
         output, launched = Path(folder, "output"), time.time()
-        ended = subprocess.run(
-            fill(command, output=output, **values),
-            shell=True,
-            cwd=ROOT,
-            env=environment(threads),
-            capture_output=True,
-            text=True,
-        )
-        if ended.returncode:
-            reason = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
-            raise TrainerError(f"{name}: exit code {ended.returncode}: {''.join(reason)}")
+        complete(name, fill(command, output=output, **values), environment(threads))
         try:
             return read_iterations(output, needed, launched)
         except TrainerError as error:

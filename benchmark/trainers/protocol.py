@@ -1,6 +1,6 @@
-"""What the trainers of this folder tell: one JSON line per iteration, appended as it happens.
+"""What the trainers of this folder write: one JSON line per iteration, as it happens.
 
-Every line holds `iteration` (from 1), `samples` (so far), `seconds` (since the process started, as
+Every line has `iteration` (from 1), `samples` (so far), `seconds` (since the process started, as
 the operating system says, so that the interpreter's start and all imports count; what was spent on
 evaluation is left out), `seconds_iteration` (rollout and updates of this iteration) and its parts
 `seconds_rollout` and `seconds_update`, and, where the policy was evaluated,
@@ -24,12 +24,9 @@ import torch
 from torch import Tensor
 
 import hydrogel_gym
+from hydrogel_gym.errors import UsageError
 
 COHORTS = ("train", "holdout")
-
-
-class UsageError(ValueError):
-    """A request that cannot be carried out; the message is one line for the person who asked."""
 
 
 def seconds_since_process_start() -> float:
@@ -69,14 +66,14 @@ class Recorder:
     def record(
         self, iteration: int, samples: int, rollout: float, update: float, **scalars: float
     ) -> None:
-        """Tell of one iteration, and evaluate if it is time to.
+        """Write the line of one iteration, and evaluate if it is time to.
 
         Args:
             iteration: from 1.
             samples: so far.
             rollout: seconds spent in this iteration's rollout.
             update: seconds spent in its updates.
-            scalars: more to tell.
+            scalars: more to write.
         """
         row = {
             "iteration": iteration,

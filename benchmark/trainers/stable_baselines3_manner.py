@@ -20,13 +20,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from protocol import Recorder, UsageError, check_sizes, run
+from protocol import Recorder, check_sizes, run
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor, nn
 
+from hydrogel_gym.errors import UsageError
 from hydrogel_gym.sb3 import BatchedVecEnv
 
 ENV_ID = "HydrogelDesignFlat-v0"
@@ -80,7 +81,7 @@ class Trunk(BaseFeaturesExtractor):
         return self.layers((obs - self.obs_mean) / self.obs_std)
 
 
-class Telling(BaseCallback):
+class Recording(BaseCallback):
     """Times each rollout and the updates after it, and records both.
 
     Args:
@@ -111,7 +112,7 @@ class Telling(BaseCallback):
         self._finish()
 
     def _finish(self) -> None:
-        """Tell of the iteration whose updates are over, if there was one."""
+        """Record the iteration whose updates are over, if there was one."""
         if not self.iteration:
             return
         self.recorder.record(
@@ -157,7 +158,7 @@ def make_model(args: argparse.Namespace) -> PPO:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Train, telling of every iteration."""
+    """Train, recording every iteration."""
     model = make_model(args)
 
     def act(obs: Tensor) -> np.ndarray:
@@ -165,7 +166,7 @@ def train(args: argparse.Namespace) -> None:
 
     recorder = Recorder(args.output, args.evaluate_every, ENV_ID, act)
     samples = args.num_iterations * args.num_steps * args.num_envs
-    model.learn(samples, callback=Telling(recorder))
+    model.learn(samples, callback=Recording(recorder))
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
