@@ -25,8 +25,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from hydrogel_gym.train import generate_candidates as generator
-from hydrogel_gym.train.ppo_hybrid import Agent
 from trainers.launch import ROOT, machine, resources
 
 from hydrogel_gym.designs.sampling import BLOCK
@@ -35,6 +33,8 @@ from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
 from hydrogel_gym.problem.polymers import load_polymers
 from hydrogel_gym.problem.reward import compute_reward
 from hydrogel_gym.runs.designing import begin
+from hydrogel_gym.train import generate_candidates as generator
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 RESULTS = Path(__file__).parent / "results"
 WHOLE = 13_000_000

@@ -29,7 +29,6 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
-from hydrogel_gym.train import ppo_hybrid as trainer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -37,6 +36,7 @@ from tqdm import tqdm
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.runs.directory import CURVE_FILE, METRICS_FILE, SELECTION_FILE, SUMMARY_FILE
+from hydrogel_gym.train import ppo_hybrid as trainer
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydrogel_gym.train.ppo_hybrid import Agent
 from trainers.launch import ROOT, machine, resources
 
 from hydrogel_gym.designs import load_designs
@@ -29,6 +28,7 @@ from hydrogel_gym.problem.reward import compute_reward
 from hydrogel_gym.runs.designing import environments
 from hydrogel_gym.runs.evaluation import policy_designs
 from hydrogel_gym.runs.policies import load_policy, policy_path
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 RESULTS = Path(__file__).parent / "results"
 MAX_MINUTES, MIN_FRACTION = 15.0, 0.998

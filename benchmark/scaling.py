@@ -34,7 +34,6 @@ import pandas as pd
 import torch
 import torch.distributed as dist
 from environment import hardware
-from hydrogel_gym.train import ppo_hybrid as trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -51,6 +50,7 @@ from hydrogel_gym.runs.environments import first_reset
 from hydrogel_gym.runs.policies import load_policy
 from hydrogel_gym.runs.presets import read_run_options
 from hydrogel_gym.runs.ranks import ALONE, World, averaging, joined, world_from_environment
+from hydrogel_gym.train import ppo_hybrid as trainer
 
 RESULTS = Path(__file__).parent / "results"
 SECTIONS = ("curve", "overhead", "checkpoint")

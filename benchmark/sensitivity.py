@@ -21,7 +21,6 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from hydrogel_gym.train.ppo_hybrid import Agent
 from perturbations import (
     HELD,
     NOISE,
@@ -45,6 +44,7 @@ from hydrogel_gym.problem.reward import SAFETY_LIMITS, reward_terms, sum_terms
 from hydrogel_gym.runs.command_line import check_ranges
 from hydrogel_gym.runs.directory import POLICY_FILE
 from hydrogel_gym.runs.policies import load_policy
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from hydrogel_gym.train import ppo_hybrid as trainer
 from tqdm import tqdm
 from trainers.launch import machine
 
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.runs.directory import METRICS_FILE
 from hydrogel_gym.runs.tracking import Logs
+from hydrogel_gym.train import ppo_hybrid as trainer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

@@ -39,7 +39,7 @@ BOXES = {
     "report": Box(560, 310, 170, "data", "Regret and report", "summary.json, report"),
     "designs": Box(780, 110, 160, "code", "Candidates", "and refinement"),
     "ranking": Box(780, 210, 160, "code", "Ranking", "rank_designs.py"),
-    "stage3": Box(780, 310, 160, "data", "Designs for Stage 3", "designs.parquet"),
+    "stage3": Box(780, 310, 160, "data", "Designs for Stage 3", "ranked_designs.parquet"),
 }
 # Each arrow is a line of points.
 ARROWS = [

@@ -17,13 +17,13 @@ import pandas as pd
 import pytest
 import torch
 from gymnasium.envs.registration import register, registry
-from hydrogel_gym.train import ppo_hybrid
 from torch import Tensor
 
 from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes, runs
 from hydrogel_gym.models import ensemble as stage1
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.train import ppo_hybrid
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 

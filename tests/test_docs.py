@@ -9,6 +9,7 @@ import re
 import shlex
 import sys
 from configparser import ConfigParser
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import torch
 from torch.distributed.run import get_args_parser as launcher_parser
 
 from hydrogel_gym import HydrogelEnv
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.runs.command_line import read_command_line
+from hydrogel_gym.train import generate_candidates, ppo_hybrid
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -168,18 +172,18 @@ def commands() -> list[tuple[str, str]]:
     return found
 
 
-def understood(words: list[str], ppo, load) -> None:
+def understood(words: list[str]) -> None:
     """Fail where a command of this project, or an argument of it, is unknown."""
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     program, *rest = words
     if program == "torchrun":
         given = launcher_parser().parse_args(rest)
-        return understood(["python", given.training_script, *given.training_script_args], ppo, load)
+        return understood(["python", given.training_script, *given.training_script_args])
     if program == "sbatch":
         at = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
         assert (ROOT / rest[at]).is_file()
-        return understood(["python", "train/ppo_hybrid.py", *rest[at + 1 :]], ppo, load)
+        return understood(["python", "train/ppo_hybrid.py", *rest[at + 1 :]])
     if program == "pip":
         assert rest[0] == "install"
         config = ConfigParser()
@@ -202,11 +206,9 @@ def understood(words: list[str], ppo, load) -> None:
         script, flags = ROOT / rest[0], rest[1:]
     assert script.is_file(), script
     source = script.read_text(encoding="utf-8")
-    if "ppo_hybrid.read_command_line" in source or script.stem == "ppo_hybrid":
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "path", [str(script.parent), *sys.path])
-            args = load(script).Args if script.stem != "ppo_hybrid" else ppo.Args
-            ppo.read_command_line(args, args=flags, prog=script.name)
+    if script.parent == ROOT / "train":
+        args = import_module(f"hydrogel_gym.train.{script.stem}").Args
+        read_command_line(args, flags, prog=script.name)
         return None
     known = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
     assert {flag for flag in flags if flag.startswith("--")} <= known, known
@@ -214,8 +216,8 @@ def understood(words: list[str], ppo, load) -> None:
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
-def test_command_is_understood(page, command, ppo, load_checkout_script):
-    understood(shlex.split(command), ppo, load_checkout_script)
+def test_command_is_understood(page, command):
+    understood(shlex.split(command))
 
 
 @pytest.mark.parametrize(
@@ -228,20 +230,18 @@ def test_command_is_understood(page, command, ppo, load_checkout_script):
         "rm file",
     ],
 )
-def test_command_that_is_wrong_is_found(command, ppo, load_checkout_script):
-    with pytest.raises((AssertionError, ppo.UsageError)):
-        understood(shlex.split(command), ppo, load_checkout_script)
+def test_command_that_is_wrong_is_found(command):
+    with pytest.raises((AssertionError, UsageError)):
+        understood(shlex.split(command))
 
 
-def test_readme_reads_designs_that_the_scripts_wrote(
-    ppo, generator, small_run, tmp_path, monkeypatch
-):
+def test_readme_reads_designs_that_the_scripts_wrote(small_run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ppo.train(small_run(Path("runs/quick-s1"), num_iterations=1))
-    args = generator.Args(
+    ppo_hybrid.train(small_run(Path("runs/quick-s1"), num_iterations=1))
+    args = generate_candidates.Args(
         policy=Path("runs/quick-s1"), patient=("P0007",), num_candidates=2000, top_k=10
     )
-    generator.run(args)
+    generate_candidates.run(args)
     bodies = blocks("py")["README.md"]
     assert len(bodies) == 1
     namespace = {}

@@ -10,13 +10,13 @@ from importlib.resources import files
 import pandas as pd
 import pytest
 import torch
-from hydrogel_gym.train import evaluate
 
 from hydrogel_gym import compute_reward, load_cohort, load_reward_model
 from hydrogel_gym.models.ensemble import save_stage1
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.runs import policies
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
+from hydrogel_gym.train import evaluate
 
 
 @pytest.fixture(scope="module")

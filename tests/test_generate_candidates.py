@@ -15,7 +15,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydrogel_gym.train import generate_candidates, ppo_hybrid
 
 import hydrogel_gym
 from hydrogel_gym.designs import load_designs, sampling, store
@@ -27,6 +26,7 @@ from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.runs import designing
 from hydrogel_gym.runs.policies import load_policy
+from hydrogel_gym.train import generate_candidates, ppo_hybrid
 
 BLOCK, COUNT = 1024, 10_000  # ten blocks, the last of which is cut off
 OUTCOMES = {

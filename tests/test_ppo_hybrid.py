@@ -13,7 +13,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydrogel_gym.train import ppo_hybrid as ppo
 from torch.utils._pytree import tree_leaves, tree_map
 
 import hydrogel_gym
@@ -32,6 +31,7 @@ from hydrogel_gym.runs import (
     ranks,
 )
 from hydrogel_gym.runs.options import REMOVED_FLAGS
+from hydrogel_gym.train import ppo_hybrid as ppo
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 ROOT = Path(__file__).parents[1]
@@ -382,13 +382,13 @@ def random_batch(agent, dtype, rows=64):
 
 def plain_step(agent, args):
     """The gradient step and its optimiser."""
-    optimizer = torch.optim.Adam(agent.parameters(), eps=ppo.ADAM_EPS, fused=True)
+    optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
     return functools.partial(ppo.gradient_step, agent, optimizer, args), optimizer
 
 
 def compiled_step(agent, args):
     """The same as one graph, for 64 samples; compiling it leaves no trace."""
-    optimizer = torch.optim.Adam([compiled.flatten_weights(agent)], eps=ppo.ADAM_EPS, fused=True)
+    optimizer = torch.optim.Adam([compiled.flatten_weights(agent)], eps=1e-5, fused=True)
     args = dataclasses.replace(args, num_envs=64, minibatch_size=64)
     _, step = ppo.compile_learner(agent, optimizer, args, ranks.ALONE)
     return step, optimizer

@@ -73,7 +73,7 @@ def test_an_iteration_reads_nothing_on_the_host_and_makes_nothing_on_another_dev
         generator = torch.Generator(device)
     weights = [compiled.flatten_weights(agent)] if compile else list(agent.parameters())
     # There is no fused optimiser on the meta device.
-    optimizer = torch.optim.Adam(weights, eps=ppo.ADAM_EPS, fused=device != "meta")
+    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=device != "meta")
 
     def loss(forward, minibatch):
         output = forward(minibatch.obs, minibatch.action)

@@ -7,7 +7,6 @@ import json
 import pandas as pd
 import pytest
 import torch
-from hydrogel_gym.train import generate_candidates, ppo_hybrid, rank_designs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet as pq
@@ -26,6 +25,7 @@ from hydrogel_gym.designs.schema import RANKED_SCHEMA, columns_of
 from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
 from hydrogel_gym.runs.policies import load_policy
+from hydrogel_gym.train import generate_candidates, ppo_hybrid, rank_designs
 
 
 def outcomes(**columns: list[float]) -> Outcomes:

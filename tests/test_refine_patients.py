@@ -5,9 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hydrogel_gym.train import ppo_hybrid, rank_designs, refine_patients
-from hydrogel_gym.train.generate_candidates import Choices
-from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise
 
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.designs.sampling import check_finite
@@ -15,6 +12,9 @@ from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.designing import environments
 from hydrogel_gym.runs.evaluation import policy_designs
 from hydrogel_gym.runs.policies import load_policy
+from hydrogel_gym.train import ppo_hybrid, rank_designs, refine_patients
+from hydrogel_gym.train.generate_candidates import Choices
+from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise
 
 PATIENTS = ("P0003", "P0001", "P0002")
 

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hydrogel_gym.train import ppo_hybrid, report
 
 from hydrogel_gym import Outcomes, RewardConfig, compute_reward, load_reward_model
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
@@ -26,6 +25,7 @@ from hydrogel_gym.report.reading import Run
 from hydrogel_gym.report.reading import read_run as read_run_with
 from hydrogel_gym.report.sections import beside_the_source, safety_section
 from hydrogel_gym.runs.checkpoints import seal, unseal
+from hydrogel_gym.train import ppo_hybrid, report
 
 HOSTILE = "</script><script>alert(1)</script>"
 FETCHING = {"src", "href", "data", "srcset", "poster"}

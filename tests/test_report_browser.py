@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hydrogel_gym.train import ppo_hybrid, report
 from PIL import Image
 
 from hydrogel_gym.report.analysis import SLICE_POINTS, design_patients
 from hydrogel_gym.report.reading import read_run
+from hydrogel_gym.train import ppo_hybrid, report
 
 playwright = pytest.importorskip("playwright.sync_api")
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydrogel_gym.train.ppo_hybrid import Agent
 
 from hydrogel_gym import PolymerTable, load_cohort, load_polymers
 from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
@@ -21,6 +20,7 @@ from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.runs.environments import make_envs
 from hydrogel_gym.runs.evaluation import evaluate
 from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 with pytest.MonkeyPatch.context() as patch:
     # Where a script finds its neighbours.

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import tyro
-from hydrogel_gym.train.ppo_hybrid import Agent
 
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.problem.cohort import load_cohort
@@ -33,6 +32,7 @@ from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
 from hydrogel_gym.runs.ranks import world_from_environment
 from hydrogel_gym.runs.summary import print_figures
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 
 @dataclass

@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, SquashedNormal, choose
 from torch import Tensor
 from tqdm import tqdm
 
@@ -48,6 +47,7 @@ from hydrogel_gym.runs.designing import PatientArgs, begin, explaining_interrupt
 from hydrogel_gym.runs.devices import resolve_device
 from hydrogel_gym.runs.directory import save_figure
 from hydrogel_gym.runs.ranks import world_from_environment
+from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, SquashedNormal, choose
 
 BLOCKS_PER_PART = 4  # of a file of candidates
 BYTES_PER_CANDIDATE = 28  # on disk, about

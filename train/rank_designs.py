@@ -22,7 +22,6 @@ from typing import Any
 import pandas as pd
 import torch
 import tyro
-from hydrogel_gym.train.ppo_hybrid import Agent
 from tqdm import tqdm
 
 from hydrogel_gym.designs import load_designs
@@ -46,6 +45,7 @@ from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.designing import environments, origin
 from hydrogel_gym.runs.directory import SUMMARY_FILE
 from hydrogel_gym.runs.policies import load_policy, policy_path
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 COMPLETE = "stage2_complete.pt"
 

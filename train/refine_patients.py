@@ -29,8 +29,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from hydrogel_gym.train.generate_candidates import Choices, choices_of
-from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, SquashedNormal, draw_noise
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from tqdm import tqdm
@@ -47,6 +45,8 @@ from hydrogel_gym.runs.command_line import check_ranges, read_command_line, run_
 from hydrogel_gym.runs.designing import PatientArgs, begin, explaining_interruptions, manifest
 from hydrogel_gym.runs.devices import resolve_device
 from hydrogel_gym.runs.ranks import world_from_environment
+from hydrogel_gym.train.generate_candidates import Choices, choices_of
+from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise, SquashedNormal, draw_noise
 
 POLICIES = "patient_policies"
 # Patients tuned at once: their heads, gradients and moments take 0.6 MB each.

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
-from hydrogel_gym.train.ppo_hybrid import Agent
 
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.files import write_atomically
@@ -26,6 +25,7 @@ from hydrogel_gym.report.comparison import comparison_page
 from hydrogel_gym.report.page import run_page
 from hydrogel_gym.report.reading import read_run
 from hydrogel_gym.runs.command_line import read_command_line, run_script
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 
 @dataclass

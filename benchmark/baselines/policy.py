@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydrogel_gym.train.ppo_hybrid import Agent
 from torch import Tensor
 
 from hydrogel_gym.problem import dynamics
 from hydrogel_gym.problem.fields import Design
 from hydrogel_gym.runs import policies
 from hydrogel_gym.runs.directory import POLICY_FILE, SUMMARY_FILE
+from hydrogel_gym.train.ppo_hybrid import Agent
 
 
 @dataclass(frozen=True)
