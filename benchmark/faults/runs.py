@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -114,7 +116,10 @@ def command(output_dir: Path, *, interval: int = 1, keep: int = 3, ranks: int = 
 
 @contextlib.contextmanager
 def started(command: list[str]) -> Iterator[subprocess.Popen]:
-    """A process with one thread per library, which does not outlive the block."""
+    """A process with one thread per library, which does not outlive the block.
+
+    It heeds SIGINT, which a shell that runs this in the background has it ignore.
+    """
     process = subprocess.Popen(
         command,
         cwd=ROOT,
@@ -123,6 +128,7 @@ def started(command: list[str]) -> Iterator[subprocess.Popen]:
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
     try:
         yield process
