@@ -10,7 +10,6 @@ polymers and columns are read from the code.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import csv
 import dataclasses
@@ -18,16 +17,26 @@ import importlib
 import inspect
 import io
 import os
-import pkgutil
 import re
 import sys
-import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from flag_pages import flag_tables, flags, preset_table, recipe
+from markdown_text import (
+    LINK,
+    demoted,
+    headings,
+    sections,
+    slug,
+    table,
+    without_code,
+    without_title,
+)
+from module_pages import contents, exported_names, module_names, module_page, modules_in
 
 import hydrogel_gym
 from hydrogel_gym import designs
@@ -41,75 +50,12 @@ DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 GENERATED = "_generated"
 
-# Order of reading; what is not named comes after these.
-MODULES = (
-    "env spaces wrappers sb3 problem problem.fields problem.polymers problem.cohort problem.reward "
-    "problem.dynamics models models.contract envs envs.single envs.vector envs.spaces oracle "
-    "oracle.best oracle.search designs runs report memory compiled files errors"
-).split()
-NOT_DESCRIBED = ("patients", "train")  # data, and scripts, whose flags have pages of their own
 # Scripts whose flags are fields of a dataclass `Args`.
 SCRIPTS = (
     "ppo_hybrid evaluate fit_stage1 generate_candidates refine_patients rank_designs report"
 ).split()
 
-_FENCE = re.compile(r"^```.*?^```[ \t]*$", re.MULTILINE | re.DOTALL)
-_HEADING = re.compile(r"^(#{1,4}) +(.+?) *$", re.MULTILINE)
-_LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 _INCLUDE = re.compile(r"^```\{include\} (\S+)$", re.MULTILINE)
-
-
-def slug(heading: str) -> str:
-    """Anchor of a heading, in GitHub's manner, which is MyST's too."""
-    text = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).strip().lower()
-    return re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-
-
-def without_code(text: str) -> str:
-    """The text with blanks for what fences and backticks hold, of the same length."""
-
-    def blank(match: re.Match[str]) -> str:
-        return re.sub(r"[^\n]", " ", match[0])
-
-    return re.sub(r"`[^`\n]+`", blank, _FENCE.sub(blank, text))
-
-
-def headings(text: str) -> Iterator[re.Match[str]]:
-    """Headings of a Markdown text that are not within code; spans hold in the text as it is."""
-    hidden = _FENCE.sub(lambda match: re.sub(r"[^\n]", " ", match[0]), text)
-    yield from _HEADING.finditer(hidden)
-
-
-def anchors(text: str) -> set[str]:
-    """Anchors of all headings of a Markdown text."""
-    return {slug(match[2]) for match in headings(text)}
-
-
-def links(text: str) -> list[str]:
-    """Targets of the links and pictures of a Markdown text."""
-    return [match[3] for match in _LINK.finditer(_FENCE.sub("", text))]
-
-
-def sections(text: str) -> dict[str, str]:
-    """What lies between a heading and the next of any level, by the heading's anchor."""
-    found = list(headings(text))
-    ends = [match.start() for match in found[1:]] + [len(text)]
-    return {
-        slug(match[2]): text[match.end() : end].strip() + "\n"
-        for match, end in zip(found, ends, strict=True)
-    }
-
-
-def demoted(text: str, levels: int) -> str:
-    """The text with headings so many levels further down."""
-    for match in reversed(list(headings(text))):
-        text = text[: match.start()] + "#" * levels + text[match.start() :]
-    return text
-
-
-def without_title(text: str) -> str:
-    """The text without its first heading of the first level."""
-    return re.sub(r"\A# .*\n+", "", text)
 
 
 class Place(NamedTuple):
@@ -188,104 +134,7 @@ def redirected(text: str, source: Path, where: dict[str, Place]) -> str:
         return f"{bang}[{label}](../{to.as_posix()})"
 
     hidden = without_code(text)
-    return _LINK.sub(lambda m: m[0] if hidden[m.start(3) - 1] == " " else turned(m), text)
-
-
-def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
-    """A Markdown table."""
-    lines = [header, tuple("---" for _ in header), *rows]
-    return "".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
-    )
-
-
-def class_source(kind: type) -> ast.ClassDef:
-    """Syntax tree of a class."""
-    return ast.parse(inspect.getsource(kind)).body[0]
-
-
-def recipe(name: str) -> ModuleType:
-    """A script of `train/` as a module."""
-    return importlib.import_module(f"hydrogel_gym.train.{name}")
-
-
-class Flag(NamedTuple):
-    """A field of a script's `Args`."""
-
-    name: str
-    default: Any
-    meaning: str
-    section: str  # "" where the source has no heading
-
-
-def flags(kind: type) -> list[Flag]:
-    """Fields of a dataclass with the texts below them, those of its bases first."""
-    below: dict[str, tuple[str, str]] = {}
-    for base in reversed(kind.__mro__[:-1]):
-        source = inspect.getsource(base)
-        comments = {
-            token.start[0]: token.string.removeprefix("# ")
-            for token in tokenize.generate_tokens(io.StringIO(source).readline)
-            if token.type == tokenize.COMMENT and token.line.strip() == token.string
-        }
-        body, section = class_source(base).body, ""
-        for node, following in zip(body, [*body[1:], None], strict=True):
-            if not isinstance(node, ast.AnnAssign):
-                continue
-            section = comments.get(node.lineno - 1, section)
-            text = following.value.value if isinstance(following, ast.Expr) else ""
-            below[node.target.id] = " ".join(text.split()), section
-    return [Flag(f.name, f.default, *below[f.name]) for f in dataclasses.fields(kind)]
-
-
-def shown(value: Any) -> str:
-    """A default as a flag's value is written."""
-    if value is dataclasses.MISSING:
-        return "required"
-    if value is None or value == ():
-        return ""
-    return f"`{value}`"
-
-
-def spelt(flag: Flag) -> str:
-    """The flag as it is typed."""
-    word = flag.name.replace("_", "-")
-    if flag.default is dataclasses.MISSING:
-        return f"`{word.upper()}`"
-    if isinstance(flag.default, bool):
-        return f"`--no-{word}`" if flag.default else f"`--{word}`"
-    return f"`--{word}`"
-
-
-def flag_tables(every: list[Flag]) -> str:
-    """A table of flags for each section of a script's `Args`."""
-    parts = []
-    for section in dict.fromkeys(flag.section for flag in every):
-        rows = [
-            (
-                spelt(flag),
-                "" if isinstance(flag.default, bool) else shown(flag.default),
-                f"{'turns off: ' if flag.default is True else ''}{flag.meaning}",
-            )
-            for flag in every
-            if flag.section == section
-        ]
-        head = f"**{section}**\n\n" if section else ""
-        parts.append(head + table(("flag", "default", "meaning"), rows))
-    return "\n".join(parts)
-
-
-def preset_table(trainer: ModuleType) -> str:
-    """What the presets of the trainer set."""
-    presets = {name: trainer.Args(preset=name, **given) for name, given in trainer.PRESETS.items()}
-    rows = [
-        (
-            f"`--{name.replace('_', '-')}`",
-            *(shown(getattr(args, name)) for args in presets.values()),
-        )
-        for name in dict.fromkeys(key for given in trainer.PRESETS.values() for key in given)
-    ]
-    return table(("flag", *presets), rows)
+    return LINK.sub(lambda m: m[0] if hidden[m.start(3) - 1] == " " else turned(m), text)
 
 
 class Constant(NamedTuple):
@@ -455,74 +304,6 @@ def help_text(main: Callable[[list[str]], int], program: str) -> str:
         else:
             os.environ["COLUMNS"] = before[1]
     return told.getvalue()
-
-
-def module_names() -> list[str]:
-    """Modules and packages of the package, at any depth, in the order of reading.
-
-    What needs a library that is not installed is left out.
-    """
-    needing = () if find_spec("stable_baselines3") else ("sb3", "envs.sb3")
-    have, prefix = [], "hydrogel_gym."
-    for module in pkgutil.walk_packages(hydrogel_gym.__path__, prefix, raise_import_error):
-        name = module.name.removeprefix(prefix)
-        if name.partition(".")[0] not in NOT_DESCRIBED and name not in needing:
-            have.append(name)
-    known = [name for name in MODULES if name in have]
-    return known + sorted(set(have) - set(known))
-
-
-def raise_import_error(name: str) -> None:
-    """Let no package that cannot be imported be passed over."""
-    raise ImportError(f"{name} cannot be imported, and would be missing from the reference")
-
-
-def modules_in(package: str) -> list[str]:
-    """Modules and packages right below a package, or below all of them if it is ""."""
-    return [name for name in module_names() if name.rpartition(".")[0] == package]
-
-
-def only_exports(module: ModuleType) -> bool:
-    """Whether a module has no code of its own, but names from elsewhere."""
-    body = ast.parse(inspect.getsource(module)).body
-    kinds = (ast.Import, ast.ImportFrom, ast.Expr)
-    own = [node for node in body if not isinstance(node, kinds)]
-    return len(own) == 1 and ast.unparse(own[0]).startswith("__all__ = ")
-
-
-def module_page(name: str) -> str:
-    """The page of a module in the reference; that of a package lists what is in it."""
-    full = f"hydrogel_gym.{name}"
-    title = full.replace("_", r"\_")
-    exports = only_exports(module := importlib.import_module(full))
-    options = "" if exports else "   :members:\n   :show-inheritance:\n"
-    text = f"# {title}\n\n```{{eval-rst}}\n.. automodule:: {full}\n{options}"
-    text += ("   :no-members:\n" if exports else "") + "```\n"
-    if exports:
-        text += f"\n{exported_names(module)}"
-    if inside := modules_in(name):
-        text += f"\n{contents(inside)}"
-    return text
-
-
-def contents(names: list[str], folder: str = "") -> str:
-    """A table of contents of some modules' pages."""
-    lines = [f"{folder}{name}\n" for name in names]
-    return "".join(["```{toctree}\n:maxdepth: 1\n\n", *lines, "```\n"])
-
-
-def exported_names(module: ModuleType) -> str:
-    """What a module exports that others describe, and where."""
-    rows = []
-    for name in module.__all__:
-        thing = getattr(module, name)
-        if not inspect.isclass(thing) and not inspect.isfunction(thing):
-            rows.append((f"`{name}`", "a constant"))
-            continue
-        kind = "class" if inspect.isclass(thing) else "func"
-        first = inspect.getdoc(thing).splitlines()[0].rstrip(".")
-        rows.append((f"{{py:{kind}}}`{name} <{thing.__module__}.{name}>`", first))
-    return table(("name", ""), rows)
 
 
 def fragments() -> dict[str, str]:

@@ -48,7 +48,7 @@ FORMULATION_COLUMNS = [field.name for field in FORMULATION_FIELDS]
 LABEL = "is_optimal"
 
 
-class Noise(NamedTuple):
+class OutcomeNoise(NamedTuple):
     """Standard deviation of an outcome's noise, as a sum of three terms."""
 
     floor: float  # in the outcome's unit
@@ -65,11 +65,11 @@ class Noise(NamedTuple):
 # Grade D throughout, and chosen so that a good network stands out from a poor one: noise explains
 # about a twentieth of the variance of the two mechanical outcomes.
 NOISE = {
-    "delta_ef_pct": Noise(0.30, 0.06, 0.20),
-    "stress_reduction_pct": Noise(0.60, 0.05, 0.30),
-    "toxicity_risk": Noise(0.010, 0.05, 0.005),
-    "structural_integrity": Noise(0.010, 0.05, 0.005),
-    "fibrosis_risk": Noise(0.010, 0.05, 0.005),
+    "delta_ef_pct": OutcomeNoise(0.30, 0.06, 0.20),
+    "stress_reduction_pct": OutcomeNoise(0.60, 0.05, 0.30),
+    "toxicity_risk": OutcomeNoise(0.010, 0.05, 0.005),
+    "structural_integrity": OutcomeNoise(0.010, 0.05, 0.005),
+    "fibrosis_risk": OutcomeNoise(0.010, 0.05, 0.005),
 }
 LIMITS = {field.name: (field.low, field.high) for field in OUTCOME_FIELDS}
 # A mesh that failed unnoticed; grade D. Half of the outliers are this many times too large, half

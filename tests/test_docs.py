@@ -51,12 +51,19 @@ def blocks(language: str) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def fragments(load_checkout_script):
-    return load_checkout_script("docs/fragments.py")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(DOCS)  # it imports modules beside it
+        return load_checkout_script("docs/fragments.py")
+
+
+@pytest.fixture(scope="module")
+def markdown(load_checkout_script):
+    return load_checkout_script("docs/markdown_text.py")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_of_a_page_lead_to_files_and_headings(fragments, page):
-    for target in fragments.links(TEXT[page]):
+def test_links_of_a_page_lead_to_files_and_headings(markdown, page):
+    for target in markdown.links(TEXT[page]):
         if re.match(r"\w+:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -67,7 +74,7 @@ def test_links_of_a_page_lead_to_files_and_headings(fragments, page):
         text = to.read_text(encoding="utf-8")
         if to == DOCS / "environment.md":  # which includes a docstring
             text += inspect.cleandoc(HydrogelEnv.__doc__)
-        assert anchor in fragments.anchors(text), target
+        assert anchor in markdown.anchors(text), target
 
 
 def test_every_result_of_a_benchmark_is_on_the_page_of_benchmarks():

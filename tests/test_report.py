@@ -21,7 +21,7 @@ from hydrogel_gym.report.comparison import Group, comparison_page, overlay
 from hydrogel_gym.report.page import about, run_page
 from hydrogel_gym.report.patient_view import patient_columns, patient_data
 from hydrogel_gym.report.plots import BLUE, log_regret, new_figure, tertile_map
-from hydrogel_gym.report.reading import Run
+from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.report.reading import read_run as read_run_with
 from hydrogel_gym.report.sections import beside_the_source, safety_section
 from hydrogel_gym.runs.checkpoints import seal, unseal
@@ -178,21 +178,21 @@ def test_cohort_of_the_user_is_not_called_synthetic(run, trained):
     assert str(run.config["cohort"]) in own
     assert "synthetic" not in own
     assert "Nothing here is clinical advice." in model
-    shipped = Run(trained, config={"cohort": None, "env_id": "Mine-v0"})
+    shipped = SavedRun(trained, config={"cohort": None, "env_id": "Mine-v0"})
     synthetic, model = about([shipped])
     assert "synthetic" in synthetic
     assert "the outcome model of Mine-v0" in model
 
 
 def test_outcome_model_is_named_for_every_run_and_not_guessed(run, trained):
-    mine = Run(trained, config={"env_id": "Mine-v0"})
-    unknown = Run(trained)
+    mine = SavedRun(trained, config={"env_id": "Mine-v0"})
+    unknown = SavedRun(trained)
     assert "is predicted by an outcome model that is not named" in about([unknown])[-1]
     both = about([run, mine])[-1]
     assert "the outcome model of Mine-v0" in both
     assert "the built-in outcome model" in both
     config = {"env_id": "HydrogelDesign-v0", "reward_model": "mine.pt"}
-    fitted = Run(trained, config=config)
+    fitted = SavedRun(trained, config=config)
     model = about([fitted])[-1]
     assert "the outcome model mine.pt, whose mistakes" in model
     assert "built-in" not in model
@@ -323,7 +323,7 @@ def test_table_beside_the_source_says_what_was_not_reached(run):
     first = run.metrics["mean_reward"].iloc[0]
     assert table.rows[0] == ["0", "0 M", "12.4", f"{first:.1f}", "–", "–"]
     assert table.rows[1][3:] == ["not reached"] * 3
-    long = Run(run.path, metrics=run.metrics.assign(global_step=5e6))
+    long = SavedRun(run.path, metrics=run.metrics.assign(global_step=5e6))
     assert beside_the_source(long).rows[1][3] == f"{first:.1f}"
 
 

@@ -29,7 +29,7 @@ from hydrogel_gym.errors import UsageError
 from hydrogel_gym.models.contract import RewardModelError, load_reward_model
 from hydrogel_gym.models.ensemble import DEFAULT_PESSIMISM, OPTIMAL, Stage1Ensemble, save_stage1
 from hydrogel_gym.models.network import Architecture, Stage1Network
-from hydrogel_gym.models.outcome_table import OUTCOME_COLUMNS, Table, read_table
+from hydrogel_gym.models.outcome_table import OUTCOME_COLUMNS, OutcomeTable, read_table
 from hydrogel_gym.models.polymer_embedding import polymer_categories, polymer_embedding
 from hydrogel_gym.models.quality import evaluate_ensemble, quality_text
 from hydrogel_gym.problem.fields import PATIENT_FIELDS
@@ -152,7 +152,7 @@ def weighted(losses: Tensor, log_variance: Tensor) -> Tensor:
 class Fitter:
     """All members of an ensemble at once: data and weights on the device, and each one's best."""
 
-    def __init__(self, table: Table, split: Split, embedding: np.ndarray, args: Args) -> None:
+    def __init__(self, table: OutcomeTable, split: Split, embedding: Any, args: Args) -> None:
         self.args, self.device = args, resolve_device(args.device)
         self.fitted = table.rows(np.unique(np.concatenate([*split.train, *split.validation])))
         self.scaling = self.fitted.scaling()
@@ -172,7 +172,7 @@ class Fitter:
         self.place_data(table, split)
         self.make_optimizer()
 
-    def place_data(self, table: Table, split: Split) -> None:
+    def place_data(self, table: OutcomeTable, split: Split) -> None:
         """Standardise the table, and draw the rows by which members are stopped."""
         self.numeric, self.target = (x.to(self.device) for x in table.standardised(self.scaling))
         self.polymer_id = table.polymer_id.to(self.device)
@@ -306,8 +306,7 @@ def fit_table(args: Args) -> dict[str, Any]:
     split = split_patients(table.group, args.holdout_share, args.num_members, args.seed)
     parts = {"held out": [split.test], "fitted": split.train, "stopped by": split.validation}
     table.check_known(parts)
-    folder = args.output_dir
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder := args.output_dir).mkdir(parents=True, exist_ok=True)
 
     began = time.perf_counter()
     ensemble, history = fit(Fitter(table, split, embedding, args), args)

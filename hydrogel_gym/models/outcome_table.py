@@ -44,7 +44,7 @@ UNIT_FACTORS = (1000.0, 24.0, 100.0, 10.0, 7.0)
 Fail = Callable[[str], UsageError]  # makes the error of a cause, with the name of the file
 
 
-class Table(NamedTuple):
+class OutcomeTable(NamedTuple):
     """Outcomes of N designs, checked."""
 
     patient: Tensor  # (N, C) in the order of `PATIENT_FIELDS`
@@ -54,10 +54,10 @@ class Table(NamedTuple):
     outcome: Tensor  # (N, 6) in the order of `OUTCOME_COLUMNS`, NaN where missing
     group: np.ndarray  # (N,) of patients
 
-    def rows(self, index: Any) -> Table:
+    def rows(self, index: Any) -> OutcomeTable:
         """Some of them."""
         columns: Iterable[Any] = (column[index] for column in self)
-        return Table(*columns)
+        return OutcomeTable(*columns)
 
     def check_known(self, parts: dict[str, list[np.ndarray]]) -> None:
         """Refuse parts of which one knows nothing of an outcome.
@@ -114,7 +114,7 @@ class Table(NamedTuple):
         return FittedRange(self.patient.amin(0), self.patient.amax(0), low, high, seen)
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path) -> OutcomeTable:
     """Read and check a table of outcomes.
 
     Raises:
@@ -138,7 +138,7 @@ def read_table(path: Path) -> Table:
         _check_range(field, numbers[field.name], fail, required=True)
     _check_outcomes(numbers, fail)
     patient = np.column_stack([numbers[field.name] for field in PATIENT_FIELDS])
-    return Table(
+    return OutcomeTable(
         torch.from_numpy(patient.astype(np.float32)),
         torch.from_numpy(_codes(frame, "polymer_name", load_polymers().names, fail)),
         torch.from_numpy(

@@ -12,14 +12,16 @@ import torch
 
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.models.ensemble import Stage1Ensemble
-from hydrogel_gym.models.outcome_table import LABEL, OUTCOME_COLUMNS, Table
+from hydrogel_gym.models.outcome_table import LABEL, OUTCOME_COLUMNS, OutcomeTable
 from hydrogel_gym.problem.fields import Outcomes
 
 CALIBRATION_BINS = 15
 BATCH_ROWS = 16_384  # predicted at a time
 
 
-def in_batches(predict: Callable[..., Outcomes], table: Table, device: torch.device) -> np.ndarray:
+def in_batches(
+    predict: Callable[..., Outcomes], table: OutcomeTable, device: torch.device
+) -> np.ndarray:
     """(N, 6): the outcomes that a function of designs returns for the rows of a table."""
     parts = []
     for begin in range(0, len(table.group), BATCH_ROWS):
@@ -36,7 +38,7 @@ def as_in_table(outcomes: Outcomes) -> Outcomes:
 
 
 def evaluate_ensemble(
-    ensemble: Stage1Ensemble, table: Table, truth: RewardModel | None, device: torch.device
+    ensemble: Stage1Ensemble, table: OutcomeTable, truth: RewardModel | None, device: torch.device
 ) -> tuple[dict[str, Any], np.ndarray]:
     """How good an ensemble is on the rows of a table.
 

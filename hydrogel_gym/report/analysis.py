@@ -26,7 +26,7 @@ from hydrogel_gym.problem.reward import (
     compute_reward,
     safety_margins,
 )
-from hydrogel_gym.report.reading import Run
+from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.runs.devices import fast_float32
 from hydrogel_gym.runs.environments import make_envs
 from hydrogel_gym.runs.evaluation import policy_designs
@@ -84,7 +84,7 @@ class Patients(NamedTuple):
 
 
 @torch.no_grad()
-def design_patients(run: Run) -> Patients:
+def design_patients(run: SavedRun) -> Patients:
     """Design for every patient that a run was trained on.
 
     Raises:

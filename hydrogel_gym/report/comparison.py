@@ -27,8 +27,8 @@ from hydrogel_gym.report.plots import (
     share_bars,
     source_curve,
 )
-from hydrogel_gym.report.reading import Run
-from hydrogel_gym.report.sections import Section, Table
+from hydrogel_gym.report.reading import SavedRun
+from hydrogel_gym.report.sections import ReportTable, Section
 from hydrogel_gym.runs.identity import MAY_CHANGE, REMOVED
 
 # Of each run of a comparison; the other figures are shown of its group.
@@ -42,21 +42,21 @@ class Group(NamedTuple):
     """Runs with one configuration but for the seed."""
 
     label: str
-    runs: list[Run]
+    runs: list[SavedRun]
     color: str
 
     @property
-    def finished(self) -> list[Run]:
+    def finished(self) -> list[SavedRun]:
         """Those whose final figures count."""
         return [run for run in self.runs if run.is_finished]
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
+def group_runs(runs: list[SavedRun]) -> list[Group]:
     """Put runs together that differ by nothing but the seed, and name what they differ by.
 
     A run whose settings are unknown is a group of its own.
     """
-    by_settings: dict[str, list[Run]] = {}
+    by_settings: dict[str, list[SavedRun]] = {}
     for run in runs:
         settings = compared_settings(run)
         key = json.dumps(settings, sort_keys=True, default=str) if settings else str(run.path)
@@ -78,7 +78,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
     ]
 
 
-def compared_settings(run: Run) -> dict[str, Any]:
+def compared_settings(run: SavedRun) -> dict[str, Any]:
     """Settings by which runs are put into groups.
 
     A setting that earlier versions had is none of them where a run of today is as if it had it.
@@ -90,7 +90,7 @@ def compared_settings(run: Run) -> dict[str, Any]:
     }
 
 
-def differing_settings(runs: list[Run]) -> list[str]:
+def differing_settings(runs: list[SavedRun]) -> list[str]:
     """Settings, but for those that groups ignore, that are not the same in all runs."""
     known = [compared_settings(run) for run in runs if run.config]
     names = dict.fromkeys(name for settings in known for name in settings)
@@ -129,7 +129,7 @@ def overlay(groups: list[Group], name: str, axis: str) -> go.Figure:
     return figure
 
 
-def final_table(groups: list[Group]) -> Table | None:
+def final_table(groups: list[Group]) -> ReportTable | None:
     """Final figures of each group; None where no run has ended."""
     rows = []
     for name, (label, *_) in FINAL_FIGURES.items():
@@ -139,10 +139,10 @@ def final_table(groups: list[Group]) -> Table | None:
             rows.append([label, *(spread(name, group) if group else "–" for group in values)])
     header = ["figure", *(f"{group.label} (n = {len(group.finished)})" for group in groups)]
     title = "Final figures, mean ± standard deviation over seeds"
-    return Table(title, header, rows) if rows else None
+    return ReportTable(title, header, rows) if rows else None
 
 
-def runs_table(groups: list[Group]) -> Table:
+def runs_table(groups: list[Group]) -> ReportTable:
     """Every run on its own."""
     rows = []
     for group in groups:
@@ -160,7 +160,7 @@ def runs_table(groups: list[Group]) -> Table:
             )
     header = ["run", "group", "seed", "state"]
     header += ["mean reward, held out", "of the oracle, held out", "samples"]
-    return Table("Runs", header, rows)
+    return ReportTable("Runs", header, rows)
 
 
 def curves_section(groups: list[Group], gaps: list[str]) -> Section:
@@ -209,7 +209,7 @@ def compared_polymers(groups: list[Group]) -> Section | None:
     return Section("polymers", "Polymer selection", [], [plot], [])
 
 
-def comparison_page(runs: list[Run]) -> bytes:
+def comparison_page(runs: list[SavedRun]) -> bytes:
     """The page that compares runs."""
     if len({run.name for run in runs}) < len(runs):
         for run in runs:
@@ -220,7 +220,7 @@ def comparison_page(runs: list[Run]) -> bytes:
     if differing := differing_settings(runs):
         cells = [[name, *(str(g.runs[0].config.get(name)) for g in groups)] for name in differing]
         header = ["setting", *(group.label for group in groups)]
-        tables.append(Table("What differs between the groups", header, cells))
+        tables.append(ReportTable("What differs between the groups", header, cells))
     sections = [
         Section("figures", "Final figures", about_seeds(groups), [], [t for t in tables if t]),
         curves_section(groups, gaps),

@@ -15,7 +15,7 @@ from hydrogel_gym.errors import UsageError
 from hydrogel_gym.report.analysis import design_patients
 from hydrogel_gym.report.labels import final_figure
 from hydrogel_gym.report.patient_view import patient_data, shown_rows, table_html
-from hydrogel_gym.report.reading import Run
+from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.report.sections import (
     formulation_section,
     learning_section,
@@ -30,7 +30,7 @@ from hydrogel_gym.runs.options import BUILT_IN
 TEMPLATE = files("hydrogel_gym.report") / "page.html"
 
 
-def about(runs: list[Run]) -> list[str]:
+def about(runs: list[SavedRun]) -> list[str]:
     """What a reader has to know before any figure."""
     own = sorted({str(run.config["cohort"]) for run in runs if run.config.get("cohort")})
     known = all(run.config for run in runs)
@@ -61,7 +61,7 @@ def outcome_model(config: dict[str, Any]) -> str:
     return f"the outcome model of {env_id}"
 
 
-def run_page(run: Run) -> bytes:
+def run_page(run: SavedRun) -> bytes:
     """The page of one run."""
     patients = None
     run.gaps += run.policy_gaps
@@ -107,7 +107,7 @@ def run_page(run: Run) -> bytes:
     )
 
 
-def cards(run: Run) -> list[tuple[str, str]]:
+def cards(run: SavedRun) -> list[tuple[str, str]]:
     """The figures at the top of a page, with what each is."""
     wanted = {
         "holdout_deterministic_reward": "mean reward, held-out patients",

@@ -31,10 +31,12 @@ from hydrogel_gym.runs.directory import (
     RUN_FILES,
     SUMMARY_FILE,
 )
-from hydrogel_gym.runs.evaluation import Policy
+from hydrogel_gym.runs.evaluation import DesignPolicy
 from hydrogel_gym.runs.policies import agent_of, load_policy
 
-MakeAgent = Callable[..., Any]  # a policy's class: an `nn.Module` that has `design`, a `Policy`
+MakeAgent = Callable[
+    ..., Any
+]  # a policy's class: an `nn.Module` that has `design`, a `DesignPolicy`
 
 # What the page computes with, of both JSON files; all else is only printed.
 KINDS = dict(num_iterations=int, horizon=int, env_id=str, iterations=int, versions=dict)
@@ -43,13 +45,13 @@ KINDS = dict(num_iterations=int, horizon=int, env_id=str, iterations=int, versio
 class SavedPolicy(NamedTuple):
     """A policy, and where it was found."""
 
-    design: Policy
+    design: DesignPolicy
     config: dict[str, Any]
     origin: str
 
 
 @dataclass
-class Run:
+class SavedRun:
     """What could be read of a run directory; whatever is empty is named in `gaps`."""
 
     path: Path
@@ -70,7 +72,7 @@ class Run:
         return bool(self.summary) and not self.summary.get("interrupted")
 
 
-def read_run(path: Path, make_agent: MakeAgent) -> Run:
+def read_run(path: Path, make_agent: MakeAgent) -> SavedRun:
     """Read whatever a run directory contains.
 
     Args:
@@ -84,7 +86,7 @@ def read_run(path: Path, make_agent: MakeAgent) -> Run:
         raise UsageError(f"{path} is not a directory")
     if not any((path / name).exists() for name in (*RUN_FILES, CHECKPOINTS)):
         raise UsageError(f"{path} contains nothing of a run ({METRICS_FILE} and others)")
-    run = Run(path)
+    run = SavedRun(path)
     run.metrics = read_metrics(path / METRICS_FILE, run.gaps)
     run.config = read_json(path / CONFIG_FILE, run.gaps)
     checkpoint = read_newest_checkpoint(path, run.gaps)
@@ -175,7 +177,7 @@ def read_newest_checkpoint(path: Path, gaps: list[str]) -> dict[str, Any] | None
     return unseal(sealed) if sealed else None
 
 
-def read_status(run: Run, done: int | None) -> None:
+def read_status(run: SavedRun, done: int | None) -> None:
     """Read `summary.json`, and say of a run that is not finished how far it got.
 
     Args:
@@ -202,7 +204,7 @@ def read_status(run: Run, done: int | None) -> None:
         run.gaps.append(f"The run was interrupted{so_far}.")
 
 
-def read_policy(run: Run, checkpoint: dict[str, Any] | None, make_agent: MakeAgent) -> None:
+def read_policy(run: SavedRun, checkpoint: dict[str, Any] | None, make_agent: MakeAgent) -> None:
     """The policy that a finished run saved, or else that of its newest checkpoint."""
     path = run.path / POLICY_FILE
     if run.summary or not checkpoint:

@@ -45,7 +45,7 @@ from hydrogel_gym.report.plots import (
     source_curve,
     tertile_map,
 )
-from hydrogel_gym.report.reading import Run
+from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.runs.pictures import (
     SOURCE_MEAN_REWARD,
     SOURCE_POLYMER_SHARE,
@@ -53,7 +53,7 @@ from hydrogel_gym.runs.pictures import (
 )
 
 
-class Table(NamedTuple):
+class ReportTable(NamedTuple):
     """A small table of the page; the first cell of a row is its heading."""
 
     title: str
@@ -68,11 +68,11 @@ class Section(NamedTuple):
     title: str
     texts: list[str]
     plots: list[Plot]
-    tables: list[Table]
+    tables: list[ReportTable]
     legend: list[tuple[str, str]] = []  # label and colour, of all its plots
 
 
-def what_was_run(run: Run) -> Section:
+def what_was_run(run: SavedRun) -> Section:
     """Final figures, settings and versions."""
     tables = []
     figures = [
@@ -81,19 +81,19 @@ def what_was_run(run: Run) -> Section:
         if run.summary.get(name) is not None
     ]
     if figures:
-        tables.append(Table("Final figures", ["figure", "value"], figures))
+        tables.append(ReportTable("Final figures", ["figure", "value"], figures))
     settings = [[name, "–" if x is None else str(x)] for name, x in run.config.items()]
     if settings:
-        tables.append(Table("Settings", ["setting", "value"], settings))
+        tables.append(ReportTable("Settings", ["setting", "value"], settings))
     machine = {name: run.summary[name] for name in ("device", "threads") if name in run.summary}
     machine |= run.summary.get("versions", {})
     if machine:
         rows = [[name, str(value)] for name, value in machine.items()]
-        tables.append(Table("Machine and versions", ["item", "value"], rows))
+        tables.append(ReportTable("Machine and versions", ["item", "value"], rows))
     return Section("what-was-run", "What was run", [], [], tables)
 
 
-def beside_the_source(run: Run) -> Table:
+def beside_the_source(run: SavedRun) -> ReportTable:
     """The source's mean rewards, and this run's after as many samples."""
     table = run.metrics
     names = ("mean_reward", "train_deterministic_reward", "holdout_deterministic_reward")
@@ -126,10 +126,10 @@ def beside_the_source(run: Run) -> Table:
         "deterministic, training",
         "deterministic, held out",
     ]
-    return Table("Mean reward after as many samples as the source took", header, rows)
+    return ReportTable("Mean reward after as many samples as the source took", header, rows)
 
 
-def learning_section(run: Run) -> Section | None:
+def learning_section(run: SavedRun) -> Section | None:
     """Learning curves beside the source's table, and how far from the best possible."""
     table = run.metrics
     if table.empty:
@@ -157,7 +157,7 @@ def learning_section(run: Run) -> Section | None:
     return Section("learning-curves", "Learning", [], plots, [beside_the_source(run)])
 
 
-def yardstick_plots(run: Run) -> list[Plot]:
+def yardstick_plots(run: SavedRun) -> list[Plot]:
     """How far the policy is from the best possible; what is not recorded is named in the gaps."""
     table = run.metrics
     plots = []
@@ -195,7 +195,7 @@ def yardstick_plots(run: Run) -> list[Plot]:
     return plots
 
 
-def terms_section(run: Run) -> Section | None:
+def terms_section(run: SavedRun) -> Section | None:
     """What the reward is made of, by iteration."""
     table = run.metrics
     names = [name for name in RewardTerms._fields if has(table, name)]
@@ -231,7 +231,7 @@ def terms_section(run: Run) -> Section | None:
     return Section("reward-terms", "Reward terms over time", [], plots, [])
 
 
-def polymer_section(run: Run, patients: Patients | None) -> Section | None:
+def polymer_section(run: SavedRun, patients: Patients | None) -> Section | None:
     """Which polymers the policy chooses, and for whom."""
     shares: dict[str, Any] = {}
     plots: list[Plot] = []
@@ -293,7 +293,7 @@ def formulation_section(patients: Patients) -> Section:
         "Formulations",
         ["Each axis spans the range of the design space. Colours tell the polymer."],
         plots,
-        [Table("Coverage", ["covered", "patients"], rows)],
+        [ReportTable("Coverage", ["covered", "patients"], rows)],
         legend,
     )
 
@@ -334,7 +334,9 @@ def safety_section(patients: Patients) -> Section:
     broken = 100 * (np.stack(list(patients.margins.values())) < 0).any(0).mean()
     header = ["limit", "smallest margin", "5th percentile", "median", "designs that break it"]
     text = f"{broken:.2f} % of the designs break a safety limit."
-    return Section("safety", "Safety margins", [text], plots, [Table("Margins", header, rows)])
+    return Section(
+        "safety", "Safety margins", [text], plots, [ReportTable("Margins", header, rows)]
+    )
 
 
 def regret_section(patients: Patients) -> Section | None:

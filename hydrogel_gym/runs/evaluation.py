@@ -24,7 +24,7 @@ from hydrogel_gym.runs.environments import at_step, make_envs
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
 from hydrogel_gym.runs.options import ProblemOptions
 
-Policy = Callable[[Tensor, torch.Generator | None], tuple[dict[str, Tensor], Tensor]]
+DesignPolicy = Callable[[Tensor, torch.Generator | None], tuple[dict[str, Tensor], Tensor]]
 EPISODES = 10  # per patient, of the sampled figures of a summary
 
 
@@ -86,7 +86,7 @@ def best_scores(envs: gym.vector.VectorEnv, cache_dir: Path) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    policy: Policy,
+    policy: DesignPolicy,
     envs: gym.vector.VectorEnv,
     *,
     horizon: int = 1,
@@ -144,7 +144,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def policy_designs(policy: Policy, envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
+def policy_designs(policy: DesignPolicy, envs: gym.vector.VectorEnv) -> dict[str, Tensor]:
     """What the deterministic policy designs first for every patient, and what is predicted of it.
 
     Args:
@@ -164,7 +164,7 @@ def policy_designs(policy: Policy, envs: gym.vector.VectorEnv) -> dict[str, Tens
 
 
 def final_figures(
-    policy: Policy,
+    policy: DesignPolicy,
     sets: dict[str, EvaluationSet],
     *,
     horizon: int,

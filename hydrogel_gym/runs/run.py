@@ -1,13 +1,8 @@
 """One run of training: what a recipe's loop talks to.
 
-with start_run(args, ...) as run:
-    learner = ...                       # the recipe's
-    obs = run.restore(learner)
-    for iteration in run.iterations():
-        ...                             # rollout and update, the recipe's
-        run.record(infos, losses, rolled_out_at)
-        run.save_if_due(obs)
-    return run.finish()
+A recipe takes a run from `start_run`, has it `restore` its learner, and in each of its `iterations`
+passes what rollout and update showed to `record` and where it stands to `save_if_due`; `finish`
+writes policy, pictures and summary.
 """
 
 from __future__ import annotations
@@ -53,7 +48,7 @@ from hydrogel_gym.runs.directory import (
 )
 from hydrogel_gym.runs.environments import first_reset, reward_model_seconds
 from hydrogel_gym.runs.evaluation import (
-    Policy,
+    DesignPolicy,
     evaluate,
     evaluation_sets,
     final_figures,
@@ -142,7 +137,9 @@ class Run:
         self.rows: list[dict[str, Any]] = []
         self.stop = False
 
-    def restore(self, learner: Learner, policy: Policy, compile_seconds: float | None) -> Tensor:
+    def restore(
+        self, learner: Learner, policy: DesignPolicy, compile_seconds: float | None
+    ) -> Tensor:
         """Begin the run, or go on where its checkpoint was; returns what is observed first.
 
         Args:
