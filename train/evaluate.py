@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,7 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     if args.cohort is None or args.holdout_cohort is not None:
         cohorts["holdout"] = load_cohort(args.holdout_cohort or "holdout")
     folder = args.output_dir or folder
+    check_writable(folder)
     sets = evaluation_sets(
         problem,
         cohorts,
@@ -117,15 +119,21 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     }
     about |= {"seed": args.seed, "device": str(device), "versions": versions()}
     output = folder / f"{file_stem(args)}.{'csv' if args.every_checkpoint else 'json'}"
+    if args.every_checkpoint:
+        write_csv(output, [flat(result) for result in results])
+    else:
+        write_json(output, about | results[0])
+    return about | results[-1] | {"written_to": str(output)}
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be written to before anything is computed; makes it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if args.every_checkpoint:
-            write_csv(output, [flat(result) for result in results])
-        else:
-            write_json(output, about | results[0])
+        with tempfile.NamedTemporaryFile(dir=folder):
+            pass
     except OSError as error:
-        raise UsageError(f"{output} cannot be written: {error}") from error
-    return about | results[-1] | {"written_to": str(output)}
+        raise UsageError(f"{folder} cannot be written to: {error}") from error
 
 
 def file_stem(args: Args) -> str:
