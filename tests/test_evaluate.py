@@ -234,7 +234,7 @@ def damage(folder, what):
         ),
         ("absent cohort", ["--cohort", "{run}/absent.csv"], "{run}/absent.csv"),
         ("unreadable cohort", ["--cohort", "{run}/mine.csv"], "{run}/mine.csv"),
-        ("unwritable", ["--output-dir", "{run}/file"], "{run}/file/evaluation-shipped.json cann"),
+        ("unwritable", ["--output-dir", "{run}/file"], "{run}/file cannot be written to"),
         ("absent model", ["--reward-model", "mine"], "reward_model is 'mine'; allowed: 'mech"),
         ("no ensemble", ["--pessimism", "1"], "pessimism is 1.0; only a Stage-1 checkpoint"),
         ("absent device", ["--device", "abacus"], "--device abacus cannot be used"),
