@@ -64,7 +64,7 @@ def undisturbed(work: Path, **options: int) -> tuple[Path, float]:
 
 
 def inflict(args: argparse.Namespace, work: Path) -> Iterator[Trial]:
-    """Every fault that was asked for."""
+    """Every fault that was requested."""
     undisturbed(work)  # what the first one takes from the disk, the others find in memory
     alone, seconds = undisturbed(work, keep=runs.ITERATIONS)
     if "kill" in args.faults:

@@ -7,7 +7,7 @@ Two tables of synthetic outcomes, both by `patients/make_outcomes.py`, whose tru
 mechanistic model: `whole`, formulations from all over the action space, and `made`, of these the
 rows that ask of a polymer what it can be made with, as a laboratory's table would. An ensemble is
 fitted to each; policies are trained on nothing else, with several values of `--pessimism`, and on
-one network in place of the ensemble; and every iteration is judged by the truth on the held-out
+one network in place of the ensemble; and every iteration is evaluated by the truth on the held-out
 patients. Long runs have three times the iterations of the quick preset. Writes
 `results/overoptimisation.csv`, `.md` and `.png`; needs `pip install -e ".[train,stage1]"`.
 """
@@ -47,7 +47,7 @@ TABLES = {
 PESSIMISM = (0.0, DEFAULT_PESSIMISM, 1.0)
 ONE_NETWORK = "one network"
 QUICK_ITERATIONS, LONG = 100, 3
-ASKED = 95.0  # % of the true oracle
+WANTED = 95.0  # % of the true oracle
 
 
 class Run(NamedTuple):
@@ -136,7 +136,7 @@ def train(run: Run, folder: Path) -> pd.DataFrame:
 
 
 def table_of(results: pd.DataFrame) -> list[str]:
-    """A row for each table, length and reward: how the last iteration is judged."""
+    """A row for each table, length and reward: how the last iteration is evaluated."""
     lines = [
         "| table | samples | reward of | seeds | predicted reward, held out | true reward, "
         "held out | of the true oracle | highest on the way | breaks a limit, truly |",
@@ -146,14 +146,14 @@ def table_of(results: pd.DataFrame) -> list[str]:
         curves = runs.groupby("seed")
         last = curves.last()
         true = "true_holdout_deterministic_reward"
-        told = f"pessimism {reward}" if reward != ONE_NETWORK else ONE_NETWORK
+        label = f"pessimism {reward}" if reward != ONE_NETWORK else ONE_NETWORK
         if reward == f"{DEFAULT_PESSIMISM:g}":
-            told += " (default)"
+            label += " (default)"
         fraction = 100.0 * last["true_holdout_fraction_of_oracle"]
         cells = [
             table,
             f"{last['global_step'].max() / 1e6:.1f} M",
-            told,
+            label,
             str(len(last)),
             f"{last['holdout_deterministic_reward'].mean():.2f}",
             f"{last[true].mean():.2f} [{last[true].min():.2f}, {last[true].max():.2f}]",
@@ -175,10 +175,10 @@ def draw(path: Path, results: pd.DataFrame) -> None:
         longest = results[results["table"] == table]
         longest = longest[longest["iterations"] == longest["iterations"].max()]
         for i, (reward, runs) in enumerate(longest.groupby("reward", sort=False)):
-            told = f"pessimism {reward}" if reward != ONE_NETWORK else ONE_NETWORK
+            label = f"pessimism {reward}" if reward != ONE_NETWORK else ONE_NETWORK
             curve = runs.groupby("global_step").mean(numeric_only=True)
             samples, color = curve.index / 1e6, f"C{i}"
-            ax.plot(samples, curve["true_holdout_deterministic_reward"], color=color, label=told)
+            ax.plot(samples, curve["true_holdout_deterministic_reward"], color=color, label=label)
             ax.plot(samples, curve["holdout_deterministic_reward"], color=color, linestyle=":")
         best = (
             longest["true_holdout_deterministic_reward"]
@@ -237,7 +237,7 @@ def main() -> None:
     results.to_csv(RESULTS / "overoptimisation.csv", index=False, float_format="%.5g")
     draw(RESULTS / "overoptimisation.png", results)
     lines = [
-        "Policies trained on a fitted Stage 1 alone, judged by the truth behind its table (the "
+        "Policies trained on a fitted Stage 1 alone, evaluated by the truth behind its table (the "
         "mechanistic model) on the 500 held-out virtual patients: means over the seeds, range in "
         "brackets; made by `benchmark/overoptimisation.py`.",
         "",

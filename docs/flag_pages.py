@@ -62,7 +62,7 @@ def shown(value: Any) -> str:
     return f"`{value}`"
 
 
-def spelt(flag: Flag) -> str:
+def spelled(flag: Flag) -> str:
     """The flag as it is typed."""
     word = flag.name.replace("_", "-")
     if flag.default is dataclasses.MISSING:
@@ -78,7 +78,7 @@ def flag_tables(every: list[Flag]) -> str:
     for section in dict.fromkeys(flag.section for flag in every):
         rows = [
             (
-                spelt(flag),
+                spelled(flag),
                 "" if isinstance(flag.default, bool) else shown(flag.default),
                 f"{'turns off: ' if flag.default is True else ''}{flag.meaning}",
             )

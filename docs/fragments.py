@@ -292,10 +292,10 @@ def number_columns() -> str:
 
 def help_text(main: Callable[[list[str]], int], program: str) -> str:
     """What a command says of itself, whatever the terminal."""
-    told, before = io.StringIO(), (sys.argv[0], os.environ.get("COLUMNS"))
+    printed, before = io.StringIO(), (sys.argv[0], os.environ.get("COLUMNS"))
     sys.argv[0], os.environ["COLUMNS"] = program, "88"
     try:
-        with contextlib.redirect_stdout(told), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
             main(["--help"])
     finally:
         sys.argv[0] = before[0]
@@ -303,7 +303,7 @@ def help_text(main: Callable[[list[str]], int], program: str) -> str:
             del os.environ["COLUMNS"]
         else:
             os.environ["COLUMNS"] = before[1]
-    return told.getvalue()
+    return printed.getvalue()
 
 
 def fragments() -> dict[str, str]:

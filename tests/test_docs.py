@@ -142,11 +142,11 @@ def test_blocks_are_of_languages_that_are_tested_or_hold_no_code():
 def test_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    namespace, told = {}, io.StringIO()
-    with contextlib.redirect_stdout(told):
+    namespace, printed = {}, io.StringIO()
+    with contextlib.redirect_stdout(printed):
         for body in blocks("python")[page]:
             exec(compile(body, page, "exec"), namespace)
-    assert told.getvalue().strip()
+    assert printed.getvalue().strip()
 
 
 @pytest.mark.slow

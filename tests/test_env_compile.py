@@ -226,7 +226,7 @@ def test_reward_model_with_a_graph_break_is_refused_with_its_reason(three_patien
 
 
 @pytest.mark.slow
-def test_machine_without_a_compiler_is_told_so_in_one_line(tmp_path):
+def test_machine_without_a_compiler_is_refused_in_one_line(tmp_path):
     code = "import hydrogel_gym as h; h.HydrogelVectorEnv(3, compile=True)"
     done = subprocess.run(
         [sys.executable, "-c", code],

@@ -48,7 +48,7 @@ def test_a_run_that_differs_in_its_times_alone_is_the_same(runs, pair):
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "expected"),
     [
         ([(1, 0.5, 0), (3, 0.7, 0)], "metrics.csv lacks iteration 2"),
         ([(1, 0.5, 0), (2, 0.6, 0)], "metrics.csv lacks iteration 3"),
@@ -64,10 +64,10 @@ def test_a_run_that_differs_in_its_times_alone_is_the_same(runs, pair):
     ],
     ids=["missing", "last missing", "twice", "order", "value"],
 )
-def test_a_table_that_is_not_the_same_is_told(runs, pair, rows, told):
+def test_a_table_that_is_not_the_same_is_named(runs, pair, rows, expected):
     write_rows(pair[1], rows)
     (line,) = runs.differences(*pair)
-    assert line.startswith(told)
+    assert line.startswith(expected)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_a_time_of_any_kind_may_differ(runs, pair, column):
     assert runs.differences(*pair) == []
 
 
-def test_a_column_that_is_missing_is_told(runs, pair):
+def test_a_column_that_is_missing_is_named(runs, pair):
     write_rows(pair[1], [(1, 0.5)], ("iteration", "mean_reward"))
     assert runs.differences(*pair) == ["metrics.csv has other columns"]
 
@@ -93,12 +93,12 @@ def test_weights_that_differ_in_a_bit_are_told(runs, pair, weight):
     assert runs.differences(*pair) == ["1 of 2 weights differ, out.weight first"]
 
 
-def test_a_figure_that_differs_is_told(runs, pair):
+def test_a_figure_that_differs_is_named(runs, pair):
     (pair[1] / "summary.json").write_text(json.dumps({"entropy": 0.2, "wall_seconds": 3}))
     assert runs.differences(*pair) == ["summary.json differs in entropy"]
 
 
-def test_a_file_that_is_missing_or_left_behind_is_told(runs, pair):
+def test_a_file_that_is_missing_or_left_behind_is_named(runs, pair):
     left = pair[1] / "checkpoints" / ".checkpoint-000002.pt.abcdefgh"
     left.touch()
     assert runs.differences(*pair) == [f"checkpoints/{left.name} was left behind"]

@@ -342,7 +342,7 @@ def test_metadata_has_every_argument(command, script, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "told"),
+    ("flags", "expected"),
     [
         (["--rows", 0], "--rows is 0; allowed: 1440 or more, one per patient and polymer"),
         (["--rows", 1439], "--rows is 1439; allowed: 1440 or more"),
@@ -357,21 +357,21 @@ def test_metadata_has_every_argument(command, script, tmp_path):
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )
-def test_argument_out_of_range_is_refused_in_one_line(command, tmp_path, flags, told):
+def test_argument_out_of_range_is_refused_in_one_line(command, tmp_path, flags, expected):
     status, out, err = command("--output", tmp_path / "outcomes.csv", *flags)
     assert (status, out) == (2, "")
-    assert err.startswith(f"error: {told}")
+    assert err.startswith(f"error: {expected}")
     assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 def test_output_of_another_kind_or_in_no_folder_is_refused(command, tmp_path):
     text = tmp_path / "outcomes.txt"
-    told = f"error: --output is {text}; allowed: a name in .csv or .parquet\n"
-    assert command("--output", text) == (2, "", told)
+    expected = f"error: --output is {text}; allowed: a name in .csv or .parquet\n"
+    assert command("--output", text) == (2, "", expected)
     lost = tmp_path / "nowhere" / "outcomes.csv"
-    told = f"error: --output is {lost}; allowed: a file in a folder that exists\n"
-    assert command("--output", lost) == (2, "", told)
+    expected = f"error: --output is {lost}; allowed: a file in a folder that exists\n"
+    assert command("--output", lost) == (2, "", expected)
 
 
 def test_failed_write_leaves_the_old_table(command, script, tmp_path, monkeypatch):

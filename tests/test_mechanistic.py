@@ -411,11 +411,11 @@ def test_feasibility_falls_as_a_request_leaves_its_window(column, steps):
 
 def test_infeasible_request_delivers_what_can_be_made_less_the_loss_of_efficacy():
     model, fibrin = MechanisticModel(), torch.tensor(POLYMERS.index("Fibrin_thrombin"))
-    asked, made = torch.tensor(
+    requested, made = torch.tensor(
         [[25.0, 20.0, 0.0, 2.0], [10.0, 20.0, 0.0, 2.0]], dtype=torch.float64
     )
-    relief = model(MEDIAN_PATIENT, fibrin, torch.stack([asked, made]), torch.tensor(3))[1]
-    efficacy = 0.6 + 0.4 * model.feasibility(fibrin, asked)
+    relief = model(MEDIAN_PATIENT, fibrin, torch.stack([requested, made]), torch.tensor(3))[1]
+    efficacy = 0.6 + 0.4 * model.feasibility(fibrin, requested)
     torch.testing.assert_close(relief[0], efficacy * relief[1])
 
 

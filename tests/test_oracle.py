@@ -296,7 +296,7 @@ def test_model_that_cannot_be_loaded_is_named(cohort):
 
 
 class Counting:
-    """A model that counts the designs it has judged."""
+    """A model that counts the designs it has evaluated."""
 
     def __init__(self, model, shift=0.0):
         self.model, self.shift, self.designs = model, shift, 0

@@ -211,14 +211,14 @@ def test_entropy_equals_the_mean_of_minus_logprob(policy, state_std):
 
 
 @pytest.mark.parametrize("policy", ["factored", "autoregressive"])
-def test_a_sampled_action_has_the_same_logprob_when_judged_again(policy):
+def test_a_sampled_action_has_the_same_logprob_when_evaluated_again(policy):
     agent = make_agent(policy)
     obs = torch.randn(64, 13)
     with torch.no_grad():
         sampled = agent(obs, noise=noise_for(obs, seed=1))
-        judged = agent(obs, sampled.action)
-    torch.testing.assert_close(judged.logprob, sampled.logprob)
-    torch.testing.assert_close(judged.value, agent.value(obs).detach())
+        evaluated = agent(obs, sampled.action)
+    torch.testing.assert_close(evaluated.logprob, sampled.logprob)
+    torch.testing.assert_close(evaluated.value, agent.value(obs).detach())
 
 
 def test_only_the_autoregressive_heads_depend_on_the_polymer():

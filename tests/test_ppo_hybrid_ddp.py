@@ -530,7 +530,7 @@ def test_a_killed_rank_is_started_again_and_goes_on_by_itself(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_bad_request_to_several_ranks_is_told(tmp_path):
+def test_a_bad_request_to_several_ranks_is_named(tmp_path):
     result = subprocess.run(
         torchrun(2, *SHORT, "--num-envs", "63", "--output-dir", str(tmp_path / "run")),
         capture_output=True,

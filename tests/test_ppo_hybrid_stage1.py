@@ -95,7 +95,7 @@ def test_more_pessimism_is_rewarded_less(ppo, small_run, checkpoint, tmp_path):
     assert rewards[0] > rewards[1] > rewards[2]
 
 
-def test_cost_of_the_frozen_model_is_told_apart(trained):
+def test_cost_of_the_frozen_model_is_measured_apart(trained):
     args, _ = trained
     seconds = metrics(args)["reward_model_seconds"]
     assert (seconds > 0.0).all()

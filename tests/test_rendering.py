@@ -261,13 +261,13 @@ def test_long_patient_id_is_shortened(monkeypatch):
 
 
 @pytest.mark.parametrize("margin", [0.0, 0.1], ids=["default limits", "stricter limits"])
-def test_broken_limit_is_told_in_picture_and_text(monkeypatch, margin):
+def test_broken_limit_is_shown_in_picture_and_text(monkeypatch, margin):
     outcomes = (4.2, 18.2, 1.6, 0.1, 0.85, 0.15)
-    told = scene(design={"outcomes": outcomes}, limits=RewardConfig().stricter(margin))
-    texts = [text for text, _ in texts_of(monkeypatch, told)[0]]
+    expected = scene(design={"outcomes": outcomes}, limits=RewardConfig().stricter(margin))
+    texts = [text for text, _ in texts_of(monkeypatch, expected)[0]]
     broken = ["0.100 > 0.050", "0.850 < 0.900", "0.150 > 0.100"]
     assert [text for text in texts if ">" in text or "<" in text] == (broken if margin else [])
-    assert describe(told).count("(limit broken)") == (3 if margin else 0)
+    assert describe(expected).count("(limit broken)") == (3 if margin else 0)
 
 
 def test_text_says_what_the_picture_shows():

@@ -64,8 +64,8 @@ def test_batch_gives_what_single_environments_in_a_dummy_vector_give(env_id, out
         np.testing.assert_allclose(reward, expected_reward, rtol=1e-5)
         assert reward.dtype == expected_reward.dtype
         assert done.tolist() == expected_done.tolist()
-        told = [info["TimeLimit.truncated"] for info in infos]
-        assert told == [info["TimeLimit.truncated"] for info in expected_infos]
+        found = [info["TimeLimit.truncated"] for info in infos]
+        assert found == [info["TimeLimit.truncated"] for info in expected_infos]
 
 
 def test_truncated_episode_tells_its_last_observation_and_a_terminated_one_that_it_was_not():
@@ -81,7 +81,7 @@ def test_truncated_episode_tells_its_last_observation_and_a_terminated_one_that_
     assert infos[1] == {"TimeLimit.truncated": False}
 
 
-def test_last_observation_of_a_terminated_episode_is_told_when_asked_for():
+def test_last_observation_of_a_terminated_episode_is_given_when_requested():
     envs = BatchedVecEnv(counters(), all_terminal_observations=True)
     envs.reset()
     envs.step(np.array([0, 0]))

@@ -45,7 +45,7 @@ def first(design: Design) -> dict[str, np.ndarray]:
     return {head: value[0].numpy() for head, value in design._asdict().items()}
 
 
-# A batch of one of anything that may be asked for.
+# A batch of one of anything that may be requested.
 DESIGN = st.builds(
     lambda polymer_id, formulation, coverage: Design(
         torch.tensor([polymer_id]), torch.tensor([formulation]), torch.tensor([coverage])

@@ -171,7 +171,7 @@ def test_summary_shows_best_last_and_final_figures(tracked, offline):
 
 
 def test_config_holds_every_argument_and_what_the_run_depends_on(tracked, offline):
-    arguments = options.plain_config(tracked[0]) | {"device": "cpu"}  # asked for as "auto"
+    arguments = options.plain_config(tracked[0]) | {"device": "cpu"}  # requested as "auto"
     assert {name: offline.config[name] for name in arguments} == arguments
     assert offline.config["torch"] == torch.__version__
     assert (offline.config["ranks"], offline.config["hydrogel_gym"]) == (
@@ -309,8 +309,8 @@ class OnlineRun:
 
     offline, url, entity, project, dir = False, "https://example.org/run", "me", "p", "d/files"
 
-    def __init__(self, step: int, failing: str = "", **asked) -> None:
-        self.step, self.id, self.asked = step, asked["id"], asked
+    def __init__(self, step: int, failing: str = "", **settings) -> None:
+        self.step, self.id, self.settings = step, settings["id"], settings
         self.rows, self.used, self.config, self.failing = [], [], {}, failing
         self.config = SimpleNamespace(update=lambda values, allow_val_change: None)
         self.summary: dict = {}
@@ -339,10 +339,10 @@ def server(monkeypatch):
     runs = []
 
     def start(step: int = 0, failing: str = "") -> list[OnlineRun]:
-        def init(**asked):
-            if failing == "init" and asked.get("mode") != "offline":
+        def init(**settings):
+            if failing == "init" and settings.get("mode") != "offline":
                 raise wandb.errors.CommError("no such host\nConsider ...")
-            runs.append(OnlineRun(step, failing, **asked))
+            runs.append(OnlineRun(step, failing, **settings))
             return runs[-1]
 
         monkeypatch.setattr(wandb, "init", init)
@@ -366,7 +366,7 @@ def test_resumed_run_logs_online_only_what_the_server_has_not(ppo, small_run, tm
         )
     )
     (run,) = runs
-    assert run.asked["resume"] == "allow"
+    assert run.settings["resume"] == "allow"
     assert run.rows == [4 * 192, 4 * 192]  # the fourth row, then the pictures
     assert run.exit_code == 0
 
@@ -375,8 +375,8 @@ def test_resumed_run_logs_online_only_what_the_server_has_not(ppo, small_run, tm
 def test_run_goes_offline_when_the_server_is_not_reached(ppo, small_run, tmp_path, server):
     runs = server(failing="init")
     ppo.train(small_run(tmp_path / "run", num_iterations=2, track=True))
-    assert [run.asked["mode"] for run in runs] == ["offline"]
-    assert "resume" not in runs[0].asked
+    assert [run.settings["mode"] for run in runs] == ["offline"]
+    assert "resume" not in runs[0].settings
 
 
 def test_training_outlives_the_failure_of_a_log(ppo, small_run, tmp_path, server, monkeypatch):
@@ -394,7 +394,7 @@ def test_ranks_of_a_launcher_are_one_group(ppo, small_run, tmp_path, server, mon
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
     runs = server()
     ppo.train(small_run(tmp_path / "run", num_iterations=2, track=True))
-    assert [run.asked["group"] for run in runs] == ["torchrun-job7"]
+    assert [run.settings["group"] for run in runs] == ["torchrun-job7"]
 
 
 def test_run_of_a_sweep_takes_id_and_project_of_its_agent(
@@ -406,7 +406,7 @@ def test_run_of_a_sweep_takes_id_and_project_of_its_agent(
     runs = server()
     args = small_run(None, num_iterations=2, track=True)
     assert ppo.train(args)["output_dir"] == "runs/sweep-s1/r1"
-    assert (runs[0].asked["id"], runs[0].asked["project"]) == ("r1", None)
+    assert (runs[0].settings["id"], runs[0].settings["project"]) == ("r1", None)
 
 
 def test_nothing_of_wandb_or_tensorboard_is_imported_unasked(ppo, small_run, tmp_path, monkeypatch):

@@ -83,7 +83,7 @@ def outgrow(trial: Trial, disk: Path, undisturbed: Path, size: int) -> Trial:
     run_dir = disk / "run"
     command = runs.command(run_dir, keep=runs.ITERATIONS)
     with mounted(disk, size), runs.noting(trial):
-        judge(trial, runs.complete(command), run_dir, errno.ENOSPC)
+        check(trial, runs.complete(command), run_dir, errno.ENOSPC)
         larger = ["mount", "-o", f"remount,size={PLENTY}", str(disk)]
         subprocess.run(larger, check=True)
         runs.resume(trial, command, run_dir, undisturbed)
@@ -108,7 +108,7 @@ def fill(disk: Path, undisturbed: Path, rng: random.Random) -> Trial:
                             file.write(bytes(2**22))
                         time.sleep(0.001)
                 ended = runs.end(process)
-            judge(trial, ended, run_dir, errno.ENOSPC)
+            check(trial, ended, run_dir, errno.ENOSPC)
             filler.unlink()
             runs.resume(trial, command, run_dir, undisturbed)
     return trial
@@ -124,13 +124,13 @@ def limit_files(run_dir: Path, undisturbed: Path, rng: random.Random) -> Trial:
             runs.wait_for_rows(process, run_dir, rows)
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1000, 1000))
             ended = runs.end(process)
-        judge(trial, ended, run_dir, errno.EFBIG)
+        check(trial, ended, run_dir, errno.EFBIG)
         runs.resume(trial, command, run_dir, undisturbed)
     shutil.rmtree(run_dir, ignore_errors=True)
     return trial
 
 
-def judge(trial: Trial, ended: runs.Ended, run_dir: Path, number: int) -> None:
+def check(trial: Trial, ended: runs.Ended, run_dir: Path, number: int) -> None:
     """Note how a run met an error of the disk: one line of advice, and a whole checkpoint left."""
     trial.expect(ended.code == 1, f"exit code {ended.code}")
     trial.expect(len(ended.said) == 1, f"said {len(ended.said)} lines: {' / '.join(ended.said)}")

@@ -265,15 +265,17 @@ def differing_metrics(expected: Path, found: Path) -> list[str]:
     numbers = [[row["iteration"] for row in table] for table in tables]
     missing = [number for number in numbers[0] if number not in numbers[1]]
     repeated = [number for number, count in Counter(numbers[1]).items() if count > 1]
-    told = [f"metrics.csv lacks iteration {', '.join(missing)}"] if missing else []
-    told += [f"metrics.csv has iteration {', '.join(repeated)} twice or more"] if repeated else []
-    if told or numbers[0] != numbers[1]:
-        return told or ["metrics.csv has other iterations, or in another order"]
+    problems = [f"metrics.csv lacks iteration {', '.join(missing)}"] if missing else []
+    problems += (
+        [f"metrics.csv has iteration {', '.join(repeated)} twice or more"] if repeated else []
+    )
+    if problems or numbers[0] != numbers[1]:
+        return problems or ["metrics.csv has other iterations, or in another order"]
     for row, other in zip(*tables, strict=True):
         # Text, for the trainer writes floats so that they are read back to the bit.
         if names := [name for name in row.keys() - TIMINGS if row[name] != other[name]]:
-            told.append(f"iteration {row['iteration']} differs in {', '.join(sorted(names))}")
-    return told
+            problems.append(f"iteration {row['iteration']} differs in {', '.join(sorted(names))}")
+    return problems
 
 
 def differing_figures(expected: Path, found: Path) -> list[str]:

@@ -36,7 +36,7 @@ def send(run_dir: Path, undisturbed: Path, number: signal.Signals, rng: random.R
             process.send_signal(number)
             ended = runs.end(process)
         saved = [runs.iteration_of(path) for path in runs.checkpoints(run_dir)]
-        # The iteration that was under way; the next where it had just asked for signals.
+        # The iteration that was under way; the next where it had just checked for signals.
         trial.expect(bool(saved) and 0 < saved[0] - done <= 2, f"row {done}, saved {saved}")
         if number == signal.SIGUSR1:
             trial.expect(ended.code == 0, f"exit code {ended.code}")

@@ -56,7 +56,7 @@ class ProblemOptions:
 
 @dataclass
 class RunOptions:
-    """Where a run is kept, how it goes on, and who else is told of it."""
+    """Where a run is kept, how it goes on, and where it is logged."""
 
     output_dir: Path | None = None
     """run directory; default runs/PRESET-sSEED"""

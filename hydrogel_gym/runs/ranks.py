@@ -266,7 +266,7 @@ def unused_store_prefix(store: Store, world: World, timeout: timedelta) -> Store
         store.set(f"rank {world.rank} knows {name}", "")
         return PrefixStore(name, store)
     for rank in range(1, world.size):
-        # Who asked may be a rank that was lost before, so until it is known that the answer came.
+        # Until it is known that the answer came: a request may be of a rank that was lost before.
         while not store.check([f"rank {rank} knows {name}"]):
             if time.monotonic() > deadline:
                 raise RankLostError(f"rank {rank} did not join within {timeout}")
