@@ -46,7 +46,7 @@ class CompiledFunction:
             dynamic=False,
             # Environments share the code of one function, and so would share its eight graphs.
             isolate_recompiles=True,
-            options=options,
+            options=dict(options),  # it takes some of them out
         )
 
     def __call__(self, *args: Any) -> Any:

@@ -17,7 +17,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
 from hydrogel_gym import HydrogelVectorEnv, memory
-from hydrogel_gym.compiled import CompiledFunction, CompileError
+from hydrogel_gym.compiled import STEP_OPTIONS, CompiledFunction, CompileError
 
 # The compiler loads parts of torch that torch itself deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
@@ -194,6 +194,14 @@ def test_one_function_may_be_compiled_more_often_than_it_may_have_graphs(traced_
 
     doubles = [CompiledFunction(double)(torch.ones(size)) for size in range(1, 12)]
     assert [x.tolist() for x in doubles] == [[2.0] * size for size in range(1, 12)]
+
+
+def test_second_function_is_compiled_with_the_options_of_the_first():
+    """`torch.compile` takes some out of the dict that it is given."""
+    given = dict(STEP_OPTIONS)
+    first, second = (CompiledFunction(torch.neg) for _ in range(2))
+    assert first.options == second.options == STEP_OPTIONS == given
+    assert "guard_filter_fn" in given
 
 
 def test_unchecked_action_that_is_not_allowed_earns_no_number():

@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,18 +19,21 @@ from hydrogel_gym.problem.dynamics import (
     Autoreset,
     Step,
     final,
-    named_rows,
 )
 
 # What an info reports of a step. The patient is apart: a reset reports it as well.
 _REPORTED = (*INFO_SCALARS, *INFO_FLAGS, "formulation")
 _PATIENT = ("patient_index", "_patient_index")
 _INFO = (*_REPORTED, *(f"_{name}" for name in _REPORTED), *_PATIENT)
-_FINAL_INFO = {name: final(name) for name in _INFO}
+
+Rows: TypeAlias = tuple[Any, ...]
 
 
 class StepReader:
     """Takes the steps of one autoreset mode apart.
+
+    Places are worked out from the names once, here, since a dict of all rows at every step would
+    take a percent of its time.
 
     Args:
         autoreset: of the steps.
@@ -37,38 +41,64 @@ class StepReader:
     """
 
     def __init__(self, autoreset: Autoreset, device: torch.device) -> None:
-        self._names = STEP_ROWS[autoreset]
-        copied = _copied_flags(has_final=autoreset == "SameStep")
-        self._flag_names = tuple(copied)
-        self._done_row = self._flag_names.index("done")
-        rows = [self._names.flags.index(source) for source in copied.values()]
-        self._flag_rows = torch.tensor(rows, device=device)
+        names, has_final = STEP_ROWS[autoreset], autoreset == "SameStep"
+        copied = _copied_flags(has_final)
+        self._num_flags = len(names.flags)
+        places = [names.flags.index(source) for source in copied.values()]
+        self._flag_places = torch.tensor(places, device=device)
+        self._done_place = list(copied).index("done")
+        self._row_names = (tuple(copied), names.scalars, names.formulation, names.patient_index)
+        self._of_step = self._picker("reward", "terminated", "truncated", "stepped")
+        self._of_info, self._of_reset = self._picker(*_INFO), self._picker(*_PATIENT)
+        if has_final:
+            self._of_final_info = self._picker(*map(final, _INFO))
+            self._of_final_masks = self._picker("_final_info", "_final_obs")
 
-    def read(self, step: Step, to_output: Callable[[Tensor], Any]) -> tuple[Tensor, dict[str, Any]]:
-        """(B,) bool whose episode ended, on the device; and all rows of a step by their names.
+    def _picker(self, *names: str) -> Callable[[Rows], Rows]:
+        rows = [name for group in self._row_names for name in group]
+        return operator.itemgetter(*map(rows.index, names))
+
+    def read(self, step: Step, to_output: Callable[[Tensor], Any]) -> tuple[Tensor, Rows]:
+        """(B,) bool whose episode ended, on the device; and all rows of a step, for the rest below.
 
         Args:
             step: what `dynamics.step` returned.
             to_output: turns a stacked tensor into what is handed out; called once for each.
         """
-        if len(step.flags) != len(self._names.flags):
-            raise ValueError(f"{len(step.flags)} rows of flags; expected {self._names.flags}")
-        flags = step.flags.index_select(0, self._flag_rows).view(torch.bool)
-        names = self._names
-        return flags[self._done_row], {
-            **named_rows(self._flag_names, to_output(flags)),
-            **named_rows(names.scalars, to_output(step.scalars)),
-            **named_rows(names.formulation, to_output(step.formulation)),
-            **named_rows(names.patient_index, to_output(step.patient_index)),
-        }
+        if step.flags.shape[0] != self._num_flags:
+            raise ValueError(f"{step.flags.shape[0]} rows of flags; expected {self._num_flags}")
+        flags = step.flags.index_select(0, self._flag_places).view(torch.bool)
+        groups = (
+            to_output(flags),
+            to_output(step.scalars),
+            to_output(step.formulation),
+            to_output(step.patient_index),
+        )
+        for names, group in zip(self._row_names, groups, strict=True):
+            if group.shape[0] != len(names):
+                raise ValueError(f"{group.shape[0]} rows; expected {names}")
+        a, b, c, d = groups
+        return flags[self._done_place], (*a, *b, *c, *d)
 
-    def info(self, rows: dict[str, Any], *, of_reset: bool = False) -> dict[str, Any]:
-        """The info of a step, or what of it a reset has as well."""
-        return {name: rows[name] for name in (_PATIENT if of_reset else _INFO)}
+    def step(self, rows: Rows) -> Rows:
+        """Reward, terminated, truncated, and where no episode begins."""
+        return self._of_step(rows)
 
-    def final_info(self, rows: dict[str, Any]) -> dict[str, Any]:
+    def info(self, rows: Rows) -> dict[str, Any]:
+        """The info of a step."""
+        return dict(zip(_INFO, self._of_info(rows), strict=True))
+
+    def reset_info(self, rows: Rows) -> dict[str, Any]:
+        """What of the info of a step a reset has as well."""
+        return dict(zip(_PATIENT, self._of_reset(rows), strict=True))
+
+    def final_info(self, rows: Rows) -> dict[str, Any]:
         """The info of a step in which an episode ended; in mode `SameStep` alone."""
-        return {name: rows[source] for name, source in _FINAL_INFO.items()}
+        return dict(zip(_INFO, self._of_final_info(rows), strict=True))
+
+    def final_masks(self, rows: Rows) -> Rows:
+        """Masks of `final_info` and of `final_obs`; in mode `SameStep` alone."""
+        return self._of_final_masks(rows)
 
 
 def _copied_flags(has_final: bool) -> dict[str, str]:

@@ -411,17 +411,19 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
     def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:
         """Keep the state of a step; return what Gymnasium wants of one, in the user's library."""
         self._done, rows = self._reader.read(step, self._to_output)
-        self._state, terminated = step.state, rows["terminated"]
+        self._state = step.state
+        reward, terminated, truncated, stepped = self._reader.step(rows)
         # As in Gymnasium, numpy infos have no key that is true of no environment.
         has_every_key = self.output == "torch"
-        info = self._reader.info(rows, of_reset=not (has_every_key or rows["stepped"].any()))
+        is_reported = has_every_key or stepped.any()
+        info = self._reader.info(rows) if is_reported else self._reader.reset_info(rows)
         if step.final_obs is not None and (has_every_key or terminated.any()):
-            info["final_info"] = self._reader.final_info(rows)
-            info["_final_info"] = rows["_final_info"]
-            info["final_obs"] = self._final_obs(step.final_obs, terminated)
-            info["_final_obs"] = rows["_final_obs"]
+            final_info_mask, final_obs_mask = self._reader.final_masks(rows)
+            info |= {"final_info": self._reader.final_info(rows), "_final_info": final_info_mask}
+            final_obs = self._final_obs(step.final_obs, terminated)
+            info |= {"final_obs": final_obs, "_final_obs": final_obs_mask}
         obs = self._to_output(self.problem.group(step.obs))
-        return obs, rows["reward"], terminated, rows["truncated"], info
+        return obs, reward, terminated, truncated, info
 
     def _final_obs(self, obs: Tensor, done: Any) -> Any:
         """Last observations: all rows, or Gymnasium's object array of those that ended."""

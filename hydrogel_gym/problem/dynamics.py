@@ -9,9 +9,9 @@ D parameters of a formulation, F fields of an observation.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ from hydrogel_gym.problem.reward import (
 RewardMode = Literal["score", "improvement"]
 PatientAssignment = Literal["fixed", "random"]
 Autoreset = Literal["SameStep", "NextStep", "Disabled"]  # Gymnasium's names
-Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, eq=False)
@@ -266,15 +265,6 @@ def stack_rows(names: tuple[str, ...], values: Mapping[str, Tensor]) -> Tensor:
     if len(values) > len(names):
         raise ValueError(f"rows {sorted(set(values) - set(names))} have no place in {names}")
     return torch.stack([values[name] for name in names])
-
-
-def named_rows(names: tuple[str, ...], rows: Iterable[Row]) -> dict[str, Row]:
-    """The inverse of `stack_rows`; views.
-
-    Raises:
-        ValueError: there are more rows than names, or fewer.
-    """
-    return dict(zip(names, rows, strict=True))
 
 
 class Step(NamedTuple):
