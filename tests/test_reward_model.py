@@ -776,7 +776,10 @@ def set_argument(program, code):
     ("change", "message"),
     [
         (set_size, r"contains expr_str .open\("),
-        (set_target, r"contains target 'torch.os.remove'; expected plain tensors and operators only"),
+        (
+            set_target,
+            r"contains target 'torch.os.remove'; expected plain tensors and operators only",
+        ),
         (set_name, r"contains name .p=open\("),
         (set_parameter, r"contains parameter_name 'polymer.x\", open\("),
         (set_guard, r"only works for some batches, where .*open\("),
