@@ -192,6 +192,7 @@ class CompiledStep:
                 gradient, parts["grad_norm"] = self.clip_graph(average(gradient))
         self.flat.grad = gradient
         self.optimizer.step()
+        self.flat.grad = None  # so that the next gradient takes its memory, which is in the cache
         return parts
 
     @torch.no_grad()
