@@ -76,10 +76,12 @@ napoleon_numpy_docstring = False
 
 # Types of other projects and of the standard library, whose inventories would have to be fetched.
 OTHERS = "torch nn go plotly numpy np pandas pd pyarrow pa gymnasium gym stable_baselines3".split()
-OTHERS += "os pathlib collections typing enum datetime contextlib importlib".split()
-BY_NAME = (
-    "Tensor Module DesignPolicy Path PathLike ResetNeeded DependencyNotInstalled Infos".split()
-)
+OTHERS += "concurrent os pathlib collections typing enum datetime contextlib importlib".split()
+BY_NAME = "Tensor Module Figure Path PathLike ResetNeeded DependencyNotInstalled".split()
+BY_NAME += [
+    *"DesignPolicy Designs Infos".split(),
+    r"dict\[str",
+]  # names of types, and a part of one
 # What stands for any type is described nowhere.
 BY_NAME += [
     rf"{re.escape(module.__name__)}\.{name}"
