@@ -463,7 +463,7 @@ def test_readme_reads_candidates_back_with_other_libraries(make, monkeypatch, tm
     folder.mkdir(parents=True)
     make("runs/quick-s1/designs", patient=("P0007", "P0001"), num_candidates=3000)
     monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
     (block,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
     names, shown = {}, []
     for statement in ast.parse(block).body:

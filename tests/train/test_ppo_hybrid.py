@@ -34,7 +34,7 @@ from hydrogel_gym.runs.options import REMOVED_FLAGS
 from hydrogel_gym.train import ppo_hybrid as ppo
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
 pytestmark = pytest.mark.usefixtures("without_pictures")
 

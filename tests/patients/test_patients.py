@@ -14,7 +14,7 @@ import pytest
 from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, MAX_SCAR_PLUS_BZ_PCT, load_cohort
 from hydrogel_gym.problem.fields import PATIENT_FIELDS
 
-PATIENTS = Path(__file__).parents[1] / "patients"
+PATIENTS = Path(__file__).parents[2] / "patients"
 FILES = ("cohort.csv", "cohort_holdout.csv", "README.md")
 
 

@@ -20,7 +20,7 @@ from hydrogel_gym.problem.cohort import FEATURE_COLUMNS
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
-PATIENTS = Path(__file__).parents[1] / "patients"
+PATIENTS = Path(__file__).parents[2] / "patients"
 PAIR = ["patient_id", "polymer_name"]
 SMALL = {"patients": 4, "rows": 4 * NUM_POLYMERS * 40 + 10}
 CLEAN = {"outlier_share": 0.0, "missing_share": 0.0}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-BENCHMARK = Path(__file__).parents[1] / "benchmark"
+BENCHMARK = Path(__file__).parents[2] / "benchmark"
 
 
 @pytest.fixture

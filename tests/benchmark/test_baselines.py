@@ -13,7 +13,7 @@ from hydrogel_gym import Cohort, Outcomes, load_cohort, load_reward_model
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW, Design
 
-BENCHMARK = Path(__file__).parents[1] / "benchmark"
+BENCHMARK = Path(__file__).parents[2] / "benchmark"
 
 
 with pytest.MonkeyPatch.context() as patch:

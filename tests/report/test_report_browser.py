@@ -230,7 +230,7 @@ def test_print_shows_the_patient_and_no_controls(visit):
 
 
 def test_script_makes_the_same_page_from_anywhere(paths, tmp_path):
-    script = Path(__file__).parents[1] / "train" / "report.py"
+    script = Path(__file__).parents[2] / "train" / "report.py"
     run = paths["one run"].parent
     command = ["python", str(script), str(run), "--output", "page.html"]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)

@@ -22,7 +22,7 @@ from hydrogel_gym.errors import UsageError
 from hydrogel_gym.runs.command_line import read_command_line
 from hydrogel_gym.train import generate_candidates, ppo_hybrid
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "patients" / "README.md", *sorted(DOCS.glob("*.md"))]
 BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -35,7 +35,7 @@ from hydrogel_gym.runs import (
 pytest.importorskip("wandb", reason="W&B is not installed")
 pytest.importorskip("tensorboard", reason="TensorBoard is not installed")
 
-TRAINER = Path(__file__).parents[1] / "train" / "ppo_hybrid.py"
+TRAINER = Path(__file__).parents[2] / "train" / "ppo_hybrid.py"
 BLOCK = 32768
 WHOLE, LAST = 1, 4  # kinds of record in a log of LevelDB's format
 

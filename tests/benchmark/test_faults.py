@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 
-PATH = Path(__file__).parents[1] / "benchmark" / "faults" / "runs.py"
+PATH = Path(__file__).parents[2] / "benchmark" / "faults" / "runs.py"
 
 
 @pytest.fixture(scope="module")

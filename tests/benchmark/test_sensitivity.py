@@ -24,7 +24,7 @@ from hydrogel_gym.train.ppo_hybrid import Agent
 
 with pytest.MonkeyPatch.context() as patch:
     # Where a script finds its neighbours.
-    patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmark"))
+    patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmark"))
     import perturbations
     import sensitivity
 

@@ -11,7 +11,7 @@ import torch
 import hydrogel_gym
 from hydrogel_gym.errors import UsageError
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAINERS = ROOT / "benchmark" / "trainers"
 
 

@@ -14,7 +14,7 @@ import yaml
 from hydrogel_gym import runs
 from hydrogel_gym.runs import metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEPS = sorted((ROOT / "train" / "sweeps").glob("*.yaml"))
 
 

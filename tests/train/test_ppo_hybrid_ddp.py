@@ -26,7 +26,7 @@ import torch.distributed as dist
 from hydrogel_gym import errors, load_cohort, runs
 from hydrogel_gym.runs import compiled, devices, environments, ranks
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
 TIMING = "rollout_seconds reward_model_seconds update_seconds wall_seconds".split()
 TIMING += ["samples_per_second"]
