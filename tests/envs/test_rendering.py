@@ -1,6 +1,6 @@
 """What a picture shows, by numbers and beside stored pictures.
 
-`python tests/envs/test_rendering.py` rewrites the stored pictures; look at them before they are kept.
+`python tests/envs/test_rendering.py` rewrites the stored pictures; look before they are kept.
 """
 
 from __future__ import annotations
