@@ -13,38 +13,8 @@ enter at all. Everything is smooth apart from the clips.
 Every constant carries the grade of its number: A read in the study's abstract, B secondary source,
 C from memory of the literature, D assumption, also one chosen within a published range.
 "definition" is no belief: the threshold of a label, a guard or limit, or the unit in which other
-constants are expressed. A grade in a comment is that of the form, the sign or the range; "form" is
-the shape of the equation, as against its numbers.
-
-References:
-    [Anker2015] AUGMENT-HF. Eur Heart J 2015. PMC4561351.
-    [Berry2006], [Engler2008] Stiffness of myocardium and scar; not re-read.
-    [Blakney2012] 10.1002/jbm.a.34104.
-    [Chen2019] 10.2147/IJN.S204971.
-    [Cui2018] Theranostics 8:2752. 10.7150/thno.22599.
-    [Cureus2020] Predictors of LVEF gain, ischaemic cardiomyopathy, n=178. 10.7759/cureus.12110.
-    [Fomovsky2011] PMC3328213.
-    [He2020] Biomaterials 120285.
-    [Kichula2014] Biomech Model Mechanobiol.
-    [Li2020] PMC7484038.
-    [Lin2019] Nat Biomed Eng.
-    [Miller2013] Int J Numer Meth Biomed Eng. 10.1002/cnm.2551.
-    [Niederer2011] Electrophysiology benchmark.
-    [Noshadi2017] 10.1038/s41598-017-04280-w.
-    [ORegan2012] JCMR 14:41.
-    [Patch2005] Infarct patch against wrap, 69 sheep. Ann Thorac Surg 2005. PMID 15734399.
-    [Potluri2026] HYDRA-BERT, public configuration and Stage-1, Stage-2 documents.
-    [Rane2011] PLoS ONE 6:e21571.
-    [Restraint2013] Inflatable infarct restraint. Ann Thorac Surg 2013. PMC3607370.
-    [Rodell2016] 10.1161/CIRCINTERVENTIONS.116.004058, PMC5123705.
-    [Sayut2025] arXiv:2508.10188.
-    [Schuleri2012] PMC3352163.
-    [Shah2013] JAMA 309:909.
-    [Sun2010] J Thorac Cardiovasc Surg. PMC2907919.
-    [Tous2011] 10.1021/bm201198x, PMC3246217.
-    [Vunjak2010] Patch thickness and diffusion, via BioNumbers 113201.
-    [Wall2006] Circulation 114:2627. 10.1161/CIRCULATIONAHA.106.657270.
-    [Ye2020] 10.7150/thno.38876.
+constants are expressed. A grade in a remark or a heading is that of the form, the sign or the
+range; "form" is the shape of the equation, as against its numbers. `REFERENCES` lists the sources.
 """
 
 from __future__ import annotations
@@ -69,10 +39,49 @@ from hydrogel_gym.problem.polymers import PolymerTable, load_polymers
 OutcomeScale = Literal["source", "literature"]
 Grade = Literal["A", "B", "C", "D", "definition"]
 
+# Sources, by the keys that remarks and headings name in brackets.
+REFERENCES = {
+    "Anker2015": "AUGMENT-HF. Eur Heart J 2015. PMC4561351.",
+    "Berry2006": "Stiffness of myocardium and scar; not re-read.",
+    "Blakney2012": "10.1002/jbm.a.34104.",
+    "Chen2019": "10.2147/IJN.S204971.",
+    "Cui2018": "Theranostics 8:2752. 10.7150/thno.22599.",
+    "Cureus2020": "Predictors of LVEF gain, ischaemic cardiomyopathy, n=178. 10.7759/cureus.12110.",
+    "Engler2008": "Stiffness of myocardium and scar; not re-read.",
+    "Fomovsky2011": "PMC3328213.",
+    "He2020": "Biomaterials 120285.",
+    "Kichula2014": "Biomech Model Mechanobiol.",
+    "Li2020": "PMC7484038.",
+    "Lin2019": "Nat Biomed Eng.",
+    "Miller2013": "Int J Numer Meth Biomed Eng. 10.1002/cnm.2551.",
+    "Niederer2011": "Electrophysiology benchmark.",
+    "Noshadi2017": "10.1038/s41598-017-04280-w.",
+    "ORegan2012": "JCMR 14:41.",
+    "Patch2005": "Infarct patch against wrap, 69 sheep. Ann Thorac Surg 2005. PMID 15734399.",
+    "Potluri2026": "HYDRA-BERT, public configuration and Stage-1, Stage-2 documents.",
+    "Rane2011": "PLoS ONE 6:e21571.",
+    "Restraint2013": "Inflatable infarct restraint. Ann Thorac Surg 2013. PMC3607370.",
+    "Rodell2016": "10.1161/CIRCINTERVENTIONS.116.004058, PMC5123705.",
+    "Sayut2025": "arXiv:2508.10188.",
+    "Shah2013": "JAMA 309:909.",
+    "Sun2010": "J Thorac Cardiovasc Surg. PMC2907919.",
+    "Tous2011": "10.1021/bm201198x, PMC3246217.",
+    "Vunjak2010": "Patch thickness and diffusion, via BioNumbers 113201.",
+    "Wall2006": "Circulation 114:2627. 10.1161/CIRCULATIONAHA.106.657270.",
+    "Ye2020": "10.7150/thno.38876.",
+}
 
-def graded(grade: Grade, default: float) -> Any:
-    """Field of `MechanisticParams` with a default, and the grade of that number."""
-    return field(default=default, metadata={"grade": grade})
+
+def graded(grade: Grade, default: float, remark: str = "", *, heading: str = "") -> Any:
+    """Field of `MechanisticParams`: its default, and in `metadata` what is known of that number.
+
+    Args:
+        grade: grade of the evidence for the number.
+        default: the number.
+        remark: about this constant.
+        heading: what holds for this constant and those below it, up to the next with a heading.
+    """
+    return field(default=default, metadata={"grade": grade, "remark": remark, "heading": heading})
 
 
 @dataclass(frozen=True)
@@ -80,75 +89,116 @@ class MechanisticParams:
     """Every constant of the model; vary them for a sensitivity analysis.
 
     Names end in the unit; `_ln` is a difference of natural logarithms, `_pp` percentage points of
-    LVEF. The rest are dimensionless. A comment line is about the constants below it, as far as
-    the next blank line; a comment at the end of a line for that constant. `names_graded("D")`
-    lists the assumptions.
+    LVEF. The rest are dimensionless. `names_graded("D")` lists the assumptions; `graded` says what
+    the metadata of a field holds.
     """
 
-    # Feasibility: how far outside its window a polymer is requested; tolerance of one width.
-    stiffness_mismatch_width_ln: float = graded("D", 0.6)
+    stiffness_mismatch_width_ln: float = graded(
+        "D",
+        0.6,
+        heading=(
+            "Feasibility: how far outside its window a polymer is requested; tolerance of one "
+            "width."
+        ),
+    )
     half_life_mismatch_width_ln: float = graded("D", 0.8)
     conductivity_mismatch_width_s_per_m: float = graded("D", 0.5)
-    efficacy_floor: float = graded("D", 0.6)  # batch variability outside costs at most 40 %
+    efficacy_floor: float = graded("D", 0.6, "batch variability outside costs at most 40 %")
 
-    # Groups.
-    reference_youngs_modulus_kpa: float = graded("C", 15.0)  # healthy: [Berry2006], [Engler2008]
-    wall_thickness_min_mm: float = graded("definition", 4.0)  # of the cohort; [Shah2013] thinned, A
-    wall_thickness_max_mm: float = graded("D", 14.0)  # thicker is no post-infarction wall
-    coverage_saturation: float = graded("D", 2.2)  # that extent matters: [Patch2005], A
-    reference_bz_pct: float = graded("D", 13.5)  # mean of the virtual cohort
+    reference_youngs_modulus_kpa: float = graded(
+        "C", 15.0, "healthy: [Berry2006], [Engler2008]", heading="Groups."
+    )
+    wall_thickness_min_mm: float = graded("definition", 4.0, "of the cohort; [Shah2013] thinned, A")
+    wall_thickness_max_mm: float = graded("D", 14.0, "thicker is no post-infarction wall")
+    coverage_saturation: float = graded("D", 2.2, "that extent matters: [Patch2005], A")
+    reference_bz_pct: float = graded("D", 13.5, "mean of the virtual cohort")
     bz_share_min: float = graded("D", 0.3)
     bz_share_max: float = graded("D", 1.4)
-    healing_window_days: float = graded("A", 56.0)  # mean support over 8 weeks [Tous2011]; form D
+    healing_window_days: float = graded("A", 56.0, "mean support over 8 weeks [Tous2011]; form D")
 
-    # Load index: stiffness x thickness [Wall2006], [Li2020] (B, C). The reference cohesion is the
-    # middle of the polymer table.
-    load_scar_share: float = graded("D", 0.60)
+    load_scar_share: float = graded(
+        "D",
+        0.60,
+        heading=(
+            "Load index: stiffness x thickness [Wall2006], [Li2020] (B, C). The reference "
+            "cohesion is the middle of the polymer table."
+        ),
+    )
     reference_cohesion: float = graded("definition", 0.93)
     cohesion_exponent: float = graded("D", 2.0)
 
-    # Need: stress must be raised to be lowered (acute stage of [Miller2013], A). It is 1 at the
-    # reference, the mean of the virtual cohort.
-    need_scale: float = graded("D", 0.6)
+    need_scale: float = graded(
+        "D",
+        0.6,
+        heading=(
+            "Need: stress must be raised to be lowered (acute stage of [Miller2013], A). It is "
+            "1 at the reference, the mean of the virtual cohort."
+        ),
+    )
     need_reference_stress_concentration: float = graded("definition", 1.87)
     need_min: float = graded("D", 0.5)
     need_max: float = graded("D", 1.25)
 
-    # Stress relief: 8 to 10 % [Miller2013], 14 to 26 % [Kichula2014], about 20 % [Wall2006], below
-    # the 50 % of the stiffer gel of [Rodell2016]. Range A, form D.
-    stress_relief_max_pct: float = graded("D", 45.0)
+    stress_relief_max_pct: float = graded(
+        "D",
+        45.0,
+        heading=(
+            "Stress relief: 8 to 10 % [Miller2013], 14 to 26 % [Kichula2014], about 20 % "
+            "[Wall2006], below the 50 % of the stiffer gel of [Rodell2016]. Range A, form D."
+        ),
+    )
     load_half_saturation: float = graded("D", 0.42)
 
-    # Mechanical gain: saturating, for relief alone does not restore contractility [Sun2010],
-    # [Fomovsky2011], [Rane2011]. Range B.
-    mechanical_gain_max_pp: float = graded("D", 5.2)
+    mechanical_gain_max_pp: float = graded(
+        "D",
+        5.2,
+        heading=(
+            "Mechanical gain: saturating, for relief alone does not restore contractility "
+            "[Sun2010], [Fomovsky2011], [Rane2011]. Range B."
+        ),
+    )
     mechanical_gain_scale_pct: float = graded("D", 16.0)
 
-    # Biological gain: neither gone in days nor permanent [Rane2011], [Tous2011].
-    biological_gain_max_pp: float = graded("D", 4.4)
+    biological_gain_max_pp: float = graded(
+        "D",
+        4.4,
+        heading="Biological gain: neither gone in days nor permanent [Rane2011], [Tous2011].",
+    )
     bz_spread_floor: float = graded("D", 0.40)
     best_half_life_intercept_days: float = graded("D", 10.0)
-    best_half_life_slope_days_per_scar_pct: float = graded("D", 2.8)  # larger scars heal slower
+    best_half_life_slope_days_per_scar_pct: float = graded("D", 2.8, "larger scars heal slower")
     half_life_width_ln: float = graded("D", 0.6)
 
-    # Thickness factor: bulk against diffusion limits, [Vunjak2010], B, C.
-    thickness_half_saturation_mm: float = graded("D", 0.5)
+    thickness_half_saturation_mm: float = graded(
+        "D", 0.5, heading="Thickness factor: bulk against diffusion limits, [Vunjak2010], B, C."
+    )
     thickness_inhibition_mm: float = graded("D", 4.0)
     thickness_inhibition_exponent: int = graded("D", 3)
     thickness_norm: float = graded("definition", 0.65)
     thickness_factor_max: float = graded("D", 1.1)
 
-    # Electrical gain: [He2020], [Cui2018], A; half-saturated at the native longitudinal
-    # conductivity, 0.174 S/m [Niederer2011]. Full at the reference conductivity, the upper end of
-    # the action space.
-    electrical_gain_max_pp: float = graded("D", 2.2)
+    electrical_gain_max_pp: float = graded(
+        "D",
+        2.2,
+        heading=(
+            "Electrical gain: [He2020], [Cui2018], A; half-saturated at the native longitudinal "
+            "conductivity, 0.174 S/m [Niederer2011]. Full at the reference conductivity, the "
+            "upper end of the action space."
+        ),
+    )
     conductivity_half_saturation_s_per_m: float = graded("C", 0.15)
     reference_conductivity_s_per_m: float = graded("definition", 1.0)
 
-    # Responder weights: patients differ in what limits them. The total makes the mean weight 1.
-    # Centres and widths are near the mean and deviation of the virtual cohort; that viable wall
-    # leaves more to rescue: [ORegan2012], [Shah2013], A. Form D.
-    responder_total: float = graded("definition", 3.0)
+    responder_total: float = graded(
+        "definition",
+        3.0,
+        heading=(
+            "Responder weights: patients differ in what limits them. The total makes the mean "
+            "weight 1. Centres and widths are near the mean and deviation of the virtual "
+            "cohort; that viable wall leaves more to rescue: [ORegan2012], [Shah2013], A. Form "
+            "D."
+        ),
+    )
     responder_sharpness: float = graded("D", 1.4)
     responder_limit: float = graded("D", 2.5)
     responder_stress_concentration_center: float = graded("D", 1.85)
@@ -157,36 +207,59 @@ class MechanisticParams:
     responder_transmurality_width: float = graded("D", 0.14)
     responder_bz_width_pct: float = graded("D", 4.3)
 
-    # Headroom: low LVEF and viable tissue gain more [Cureus2020], [Shah2013]; sign A, form D.
-    headroom_lvef_ceiling_pct: float = graded("D", 58.0)  # near the healthy mean of 63
+    headroom_lvef_ceiling_pct: float = graded(
+        "D",
+        58.0,
+        "near the healthy mean of 63",
+        heading=(
+            "Headroom: low LVEF and viable tissue gain more [Cureus2020], [Shah2013]; sign A, "
+            "form D."
+        ),
+    )
     headroom_lvef_scale_pct: float = graded("D", 15.0)
     headroom_bz_half_pct: float = graded("D", 5.0)
     headroom_scar_limit_pct: float = graded("D", 60.0)
-    headroom_norm: float = graded("definition", 0.49)  # about 1 for the median virtual patient
+    headroom_norm: float = graded("definition", 0.49, "about 1 for the median virtual patient")
     headroom_exponent: float = graded("D", 0.6)
-    # Keeps the power differentiable where nothing is left to gain.
-    headroom_floor: float = graded("definition", 1e-6)
+    headroom_floor: float = graded(
+        "definition", 1e-6, "keeps the power differentiable where nothing is left to gain"
+    )
 
-    # Filling restriction: [Fomovsky2011], [Lin2019], [Sayut2025], stroke-volume peak of
-    # [Restraint2013]; sign A.
-    restriction_max_pp: float = graded("D", 7.0)
+    restriction_max_pp: float = graded(
+        "D",
+        7.0,
+        heading=(
+            "Filling restriction: [Fomovsky2011], [Lin2019], [Sayut2025], stroke-volume peak of "
+            "[Restraint2013]; sign A."
+        ),
+    )
     restriction_slope_pp: float = graded("D", 0.72)
     restriction_threshold: float = graded("D", 0.16)
     restriction_width: float = graded("D", 0.06)
 
-    # Toxicity: quadratic onset, then saturation ([Chen2019] safe dose; [Noshadi2017], [Ye2020] on
-    # fillers); form D. The slopes are per reference.
-    toxicity_base_floor: float = graded("D", 0.7)
+    toxicity_base_floor: float = graded(
+        "D",
+        0.7,
+        heading=(
+            "Toxicity: quadratic onset, then saturation ([Chen2019] safe dose; [Noshadi2017], "
+            "[Ye2020] on fillers); form D. The slopes are per reference."
+        ),
+    )
     toxicity_base_slope: float = graded("D", 0.6)
-    toxicity_reference_dose_mm: float = graded("definition", 0.9)  # treated share x thickness
+    toxicity_reference_dose_mm: float = graded("definition", 0.9, "treated share x thickness")
     toxicity_filler_floor: float = graded("D", 0.6)
     toxicity_filler_slope: float = graded("D", 0.4)
     toxicity_reference_thickness_mm: float = graded("definition", 3.0)
 
-    # Fibrosis: persistence x foreign-body tendency, stiffness ([Blakney2012], extrapolated from
-    # far stiffer gels), thickness, filler, by-products of a burst. Three of the scales are the
-    # upper ends of the action space.
-    fibrosis_baseline: float = graded("D", 0.02)
+    fibrosis_baseline: float = graded(
+        "D",
+        0.02,
+        heading=(
+            "Fibrosis: persistence x foreign-body tendency, stiffness ([Blakney2012], "
+            "extrapolated from far stiffer gels), thickness, filler, by-products of a burst. "
+            "Three of the scales are the upper ends of the action space."
+        ),
+    )
     fibrosis_persistence: float = graded("D", 0.22)
     fibrosis_half_life_scale_days: float = graded("definition", 180.0)
     fibrosis_stiffness: float = graded("D", 0.07)
@@ -197,16 +270,20 @@ class MechanisticParams:
     fibrosis_burst: float = graded("D", 0.05)
     fibrosis_burst_scale_days: float = graded("D", 10.0)
 
-    # Harm feedback on function.
-    harm_toxicity_slope_pp: float = graded("D", 0.24)
+    harm_toxicity_slope_pp: float = graded("D", 0.24, heading="Harm feedback on function.")
     harm_toxicity_threshold: float = graded("D", 0.12)
     harm_fibrosis_slope_pp: float = graded("D", 0.18)
     harm_fibrosis_threshold: float = graded("D", 0.18)
     harm_width: float = graded("D", 0.03)
 
-    # Integrity: retention at 28 days; very soft gels leak, stiff ends of a window are brittle,
-    # thick patches delaminate, high stress tears.
-    integrity_cohesion_gain: float = graded("D", 1.04)
+    integrity_cohesion_gain: float = graded(
+        "D",
+        1.04,
+        heading=(
+            "Integrity: retention at 28 days; very soft gels leak, stiff ends of a window are "
+            "brittle, thick patches delaminate, high stress tears."
+        ),
+    )
     integrity_loss_degraded: float = graded("D", 0.35)
     integrity_window_days: float = graded("D", 28.0)
     integrity_loss_soft: float = graded("D", 0.10)
@@ -221,17 +298,26 @@ class MechanisticParams:
     integrity_stress_concentration_threshold: float = graded("D", 1.8)
     integrity_loss_infeasible: float = graded("D", 0.25)
 
-    # Change in LVEF. The gain is the one constant that is neither physiology nor evidence: 1.75
-    # puts the model on the scale of the reward table of [Potluri2026]; 1 leaves a very good design
-    # at about +6 points, in line with animal work and above what any controlled trial has shown.
-    source_gain: float = graded("definition", 1.75)
+    source_gain: float = graded(
+        "definition",
+        1.75,
+        heading=(
+            "Change in LVEF. The gain is the one constant that is neither physiology nor "
+            "evidence: 1.75 puts the model on the scale of the reward table of [Potluri2026]; 1 "
+            "leaves a very good design at about +6 points, in line with animal work and above "
+            "what any controlled trial has shown."
+        ),
+    )
     literature_gain: float = graded("definition", 1.0)
-    coverage_cost_pp: float = graded("D", 0.5)  # procedure; [Anker2015] 30-day mortality 8.6 %
+    coverage_cost_pp: float = graded("D", 0.5, "procedure; [Anker2015] 30-day mortality 8.6 %")
     delta_ef_max_pp: float = graded("D", 14.0)
     delta_ef_loss_max_pp: float = graded("D", 1.0)
 
-    # Optimal: thresholds of the Stage-1 label of [Potluri2026], made soft.
-    optimal_delta_ef_pp: float = graded("definition", 3.0)
+    optimal_delta_ef_pp: float = graded(
+        "definition",
+        3.0,
+        heading="Optimal: thresholds of the Stage-1 label of [Potluri2026], made soft.",
+    )
     optimal_delta_ef_width_pp: float = graded("D", 0.5)
     optimal_stress_reduction_pct: float = graded("definition", 15.0)
     optimal_stress_reduction_width_pct: float = graded("D", 2.0)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from numbers import Real
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,6 +36,11 @@ SAFETY = (
 SAFETY_LIMITS = tuple(item.name for item in SAFETY)
 
 
+def described(default: float, meaning: str) -> Any:
+    """Field of `RewardConfig` with a default, and its meaning in `metadata`."""
+    return field(default=default, metadata={"meaning": meaning})
+
+
 @dataclass(frozen=True)
 class RewardConfig:
     """Weights, safety limits and thresholds of the reward; defaults are the source's, section 2.1.
@@ -44,19 +49,22 @@ class RewardConfig:
         ValueError: a value is not a finite number.
     """
 
-    delta_ef_weight: float = 3.0  # per percentage point
-    stress_reduction_weight: float = 1.5  # per 100 %
-    optimal_prob_weight: float = 1.0
-    toxicity_limit: float = 0.15
-    toxicity_penalty: float = 2.0
-    integrity_limit: float = 0.80
-    integrity_penalty: float = 1.0
-    fibrosis_limit: float = 0.20
-    fibrosis_penalty: float = 0.5
-    novelty_bonus: float = 0.1
-    # The hard label `is_optimal`: Stage-1 definition, not part of the reward.
-    optimal_delta_ef_pct: float = 3.0
-    optimal_stress_reduction_pct: float = 15.0
+    delta_ef_weight: float = described(3.0, "reward per percentage point of LVEF gained")
+    stress_reduction_weight: float = described(1.5, "reward per 100 % of stress reduction")
+    optimal_prob_weight: float = described(1.0, "reward of a certainly optimal design")
+    toxicity_limit: float = described(0.15, "largest toxicity risk without penalty")
+    toxicity_penalty: float = described(2.0, "what a design beyond it loses")
+    integrity_limit: float = described(0.80, "smallest structural integrity without penalty")
+    integrity_penalty: float = described(1.0, "what a design below it loses")
+    fibrosis_limit: float = described(0.20, "largest fibrosis risk without penalty")
+    fibrosis_penalty: float = described(0.5, "what a design beyond it loses")
+    novelty_bonus: float = described(0.1, "reward of a polymer that is new in the episode")
+    optimal_delta_ef_pct: float = described(
+        3.0, "least gain of LVEF of the hard label `is_optimal`, which the reward does not use"
+    )
+    optimal_stress_reduction_pct: float = described(
+        15.0, "least stress reduction of that label, by the Stage-1 definition"
+    )
 
     def __post_init__(self) -> None:
         for item in fields(self):
