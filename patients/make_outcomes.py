@@ -38,11 +38,12 @@ from sklearn.exceptions import UndefinedMetricWarning
 
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.models.mechanistic import MechanisticModel, OutcomeScale
-from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, ID_COLUMN, SUFFIXES, Cohort, load_cohort
+from hydrogel_gym.problem.cohort import FEATURE_COLUMNS, ID_COLUMN, Cohort, load_cohort
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, OUTCOME_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 from hydrogel_gym.problem.reward import RewardConfig
 from hydrogel_gym.problem.reward import is_optimal as reaches_thresholds
+from hydrogel_gym.problem.tables import SUFFIXES
 
 FORMULATION_COLUMNS = [field.name for field in FORMULATION_FIELDS]
 LABEL = "is_optimal"

@@ -3,7 +3,7 @@
 CSV or Parquet, a row per simulation or experiment: `patient_id`, the columns of a cohort
 (`PATIENT_FIELDS`), `polymer_name`, those of a formulation (`FORMULATION_FIELDS`), `coverage` (a
 name of `COVERAGES`), and the outcomes of `OUTCOME_COLUMNS`, whose cells may be empty. Other columns
-are ignored.
+are ignored. Patients are held to what a cohort is held to, and outcomes to each other.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from hydrogel_gym.errors import UsageError, first_line
+from hydrogel_gym.errors import UsageError
 from hydrogel_gym.models.ensemble import OPTIMAL, FittedRange, Scaling
 from hydrogel_gym.models.network import raw_numeric
+from hydrogel_gym.problem import tables
+from hydrogel_gym.problem.cohort import patient_limits
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
@@ -32,14 +34,27 @@ from hydrogel_gym.problem.fields import (
     Outcomes,
 )
 from hydrogel_gym.problem.polymers import load_polymers
+from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.tables import TableError, identifiers, read_table_file
 
 LABEL = "is_optimal"  # 0 or 1; what is predicted of it is its logit
 # In the order of `Outcomes`.
 OUTCOME_COLUMNS = tuple(LABEL if name == "optimal_logit" else name for name in Outcomes._fields)
 REGRESSED = tuple(name for name in OUTCOME_COLUMNS if name != LABEL)
-# Factors between units that are confused: kPa and Pa, days and hours, mm and um, share and percent,
-# S/m and mS/cm, days and weeks.
-UNIT_FACTORS = (1000.0, 24.0, 100.0, 10.0, 7.0)
+# How a cell says that it is missing, beside being empty.
+MISSING = ("NA", "N/A", "#N/A", "NaN", "nan", "null", "NULL", "None")
+# By the unit that a name ends in: units that are taken for it, and what to multiply them with.
+OTHER_UNITS = {
+    "_kpa": {"Pa": 0.001, "MPa": 1000.0, "mmHg": 0.133322},
+    "_days": {"hours": 1.0 / 24.0, "weeks": 7.0, "months": 30.4375},
+    "_mm": {"um": 0.001, "cm": 10.0, "m": 1000.0},
+    "_ml": {"L": 1000.0},
+    "_s_per_m": {"mS/cm": 0.1, "S/cm": 100.0, "mS/m": 0.001, "uS/cm": 0.0001},
+    "_pct": {"shares of 1": 100.0},
+    "": {"%": 0.01},  # what has no unit is a share of 1
+}
+# A conversion that leaves all values below this share of the range is not what was meant.
+PLAUSIBLE_SHARE = 0.1
 
 Fail = Callable[[str], UsageError]  # makes the error of a cause, with the name of the file
 
@@ -120,22 +135,20 @@ def read_table(path: Path) -> OutcomeTable:
     Raises:
         UsageError: names the column, the first row that is wrong, its value and what is allowed.
     """
-    frame = read_frame(path)
 
     def fail(cause: str) -> UsageError:
         return UsageError(f"table {path}: {cause}")
 
     fields = (*PATIENT_FIELDS, *FORMULATION_FIELDS)
     numeric = [*(f.name for f in fields), *OUTCOME_COLUMNS]
-    wanted = ["patient_id", "polymer_name", "coverage", *numeric]
-    if missing := [name for name in wanted if name not in frame.columns]:
-        found = ", ".join(map(str, frame.columns))
-        raise fail(f"missing columns: {', '.join(missing)}; columns found: {found}")
-    if frame.empty:
-        raise fail("no rows, only a header")
+    try:
+        frame = read_table_file(path, ["patient_id", "polymer_name", "coverage", *numeric])
+    except TableError as error:
+        raise fail(str(error)) from error
     numbers = {name: _numbers(frame, name, fail) for name in numeric}
     for field in fields:
         _check_range(field, numbers[field.name], fail, required=True)
+    _check_patients(numbers, fail)
     _check_outcomes(numbers, fail)
     patient = np.column_stack([numbers[field.name] for field in PATIENT_FIELDS])
     return OutcomeTable(
@@ -152,45 +165,96 @@ def read_table(path: Path) -> OutcomeTable:
     )
 
 
-def read_frame(path: Path) -> pd.DataFrame:
-    """The content of a CSV or Parquet file.
-
-    Raises:
-        UsageError: it is missing, damaged or of another kind.
-    """
-    suffixes: dict[str, Callable[[Path], pd.DataFrame]]
-    suffixes = {".csv": pd.read_csv, ".parquet": pd.read_parquet}
-    if path.suffix not in suffixes:
-        raise UsageError(f"table {path}: suffix {path.suffix!r}; allowed: {', '.join(suffixes)}")
-    if not path.is_file():
-        raise UsageError(f"table {path}: no such file")
-    try:
-        return suffixes[path.suffix](path)
-    except Exception as error:  # whatever the readers raise of a damaged file
-        raise UsageError(f"table {path} cannot be read: {first_line(error)}") from error
-
-
 def _numbers(frame: pd.DataFrame, name: str, fail: Fail) -> np.ndarray:
-    """(N,) float64, NaN where a cell is empty."""
-    values = pd.to_numeric(frame[name], errors="coerce")
-    if (bad := values.isna() & frame[name].notna()).any():
-        row = int(bad.to_numpy().argmax())
+    """(N,) float64, NaN where a cell is missing."""
+    cells = frame[name]
+    missing = cells.isna()
+    if cells.dtype.kind not in "iuf":
+        text = cells.astype(object).where(~missing, "").map(str).str.strip()
+        missing = text.isin(("", *MISSING))
+        if name == LABEL:  # the one column that may hold truth values
+            cells = text.replace({"True": "1", "true": "1", "False": "0", "false": "0"})
+    values = tables.numbers(cells)
+    if (bad := np.isnan(values) & ~missing.to_numpy()).any():
+        row = int(bad.argmax())
         raise fail(f"row {row + 1}, {name}: {str(frame[name].iloc[row])!r}; expected a number")
-    return values.to_numpy(np.float64, na_value=np.nan)
+    return values
+
+
+def _check_patients(numbers: dict[str, np.ndarray], fail: Fail) -> None:
+    """Hold the patients to the identities of a cohort."""
+    for column, values, low, high, reason in patient_limits(numbers):
+        bad = ~((values >= low) & (values <= high))
+        if reason and bad.any():  # ranges were looked at with the units that may be confused
+            row = int(bad.argmax())
+            row_low, row_high = (np.broadcast_to(x, bad.shape)[row] for x in (low, high))
+            raise fail(
+                f"row {row + 1}, {column}: {values[row]:g}; allowed: {row_low:g} to "
+                f"{row_high:g}{reason}; rows with this fault: {int(bad.sum())} of {len(values)}"
+            )
 
 
 def _check_outcomes(numbers: dict[str, np.ndarray], fail: Fail) -> None:
     for field, name in zip(OUTCOME_FIELDS, OUTCOME_COLUMNS, strict=True):
+        values = numbers[name]
         limits = Field(name, 0.0, 1.0, "") if name == LABEL else field
-        _check_range(limits, numbers[name], fail, required=False)
-        known = numbers[name][~np.isnan(numbers[name])]
+        _check_no_mark_for_missing(limits, values, fail)
+        _check_range(limits, values, fail, required=False)
+        known = values[~np.isnan(values)]
         if len(np.unique(known)) < 2:
             constant = f"is {known[0]:g} in every row" if len(known) else "is empty in every row"
             raise fail(f"{name} {constant}; there is nothing to learn from a constant outcome")
+        if name.endswith("_pct") and np.abs(known).max() <= 1.0:
+            raise fail(
+                f"{name}: all values lie in -1 to 1; expected {field.meaning}; of shares of 1, "
+                "100 times the values would fit"
+            )
     label = numbers[LABEL]
     if (bad := ~np.isin(label, (0.0, 1.0)) & ~np.isnan(label)).any():
         row = int(bad.argmax())
         raise fail(f"row {row + 1}, {LABEL}: {label[row]:g}; allowed: 0, 1 or empty")
+    _check_label(numbers, fail)
+
+
+def _check_no_mark_for_missing(field: Field, values: np.ndarray, fail: Fail) -> None:
+    """Refuse a whole number that several rows have and that lies far from all others.
+
+    Zero and the ends of the range are what outcomes may well be.
+    """
+    levels, counts = np.unique(values[~np.isnan(values)], return_counts=True)
+    if len(levels) < 3:
+        return
+    for end, others in ((0, levels[1:]), (-1, levels[:-1])):
+        mark, gap = levels[end], np.abs(levels[end] - others).min()
+        if mark != round(mark) or mark in (0.0, field.low, field.high):
+            continue
+        if counts[end] > 1 and gap > others[-1] - others[0]:
+            row = int((values == mark).argmax())
+            raise fail(
+                f"row {row + 1}, {field.name}: {mark:g}, in {counts[end]} rows and far from all other "
+                f"values ({others[0]:g} to {others[-1]:g}), looks like a mark for what is missing; "
+                "leave such cells empty"
+            )
+
+
+def _check_label(numbers: dict[str, np.ndarray], fail: Fail) -> None:
+    """Refuse labels that gain and stress reduction contradict more often than not."""
+    config = RewardConfig()
+    gain, relief, label = (numbers[name] for name in (*OUTCOME_COLUMNS[:2], LABEL))
+    reaches = (gain >= config.optimal_delta_ef_pct) & (
+        relief >= config.optimal_stress_reduction_pct
+    )
+    optimal = ~np.isnan(gain + relief) & (label == 1.0)
+    wrong = optimal & ~reaches
+    if 2 * wrong.sum() > optimal.sum():
+        row = int(wrong.argmax())
+        raise fail(
+            f"row {row + 1}: {LABEL} is 1 with {OUTCOME_COLUMNS[0]} {gain[row]:g} and "
+            f"{OUTCOME_COLUMNS[1]} {relief[row]:g}, and so in {int(wrong.sum())} of "
+            f"{int(optimal.sum())} such rows; it is expected from "
+            f"{config.optimal_delta_ef_pct:g} points and {config.optimal_stress_reduction_pct:g} % "
+            "on; are both in their units?"
+        )
 
 
 def _check_range(field: Field, values: np.ndarray, fail: Fail, *, required: bool) -> None:
@@ -202,10 +266,9 @@ def _check_range(field: Field, values: np.ndarray, fail: Fail, *, required: bool
     bad = ~missing & ~((values >= field.low - slack) & (values <= field.high + slack))
     if not bad.any():
         return
-    row, middle = int(bad.argmax()), float(np.median(values[bad]))
-    factors = [f for each in UNIT_FACTORS for f in (each, 1.0 / each)]
-    fits = [f for f in factors if field.low <= middle / f <= field.high and middle != 0.0]
-    hint = f"; is it in another unit? {1.0 / fits[0]:g} times the values would fit" if fits else ""
+    row = int(bad.argmax())
+    fits = _fitting_units(field, values[~missing & (values != 0.0)])
+    hint = f"; is it in another unit? {' or '.join(fits)}" if fits else ""
     unit = f" ({field.meaning})" if field.meaning else ""
     raise fail(
         f"row {row + 1}, {field.name}: {values[row]:g}; allowed: {field.low:g} to {field.high:g}"
@@ -213,10 +276,26 @@ def _check_range(field: Field, values: np.ndarray, fail: Fail, *, required: bool
     )
 
 
+def _fitting_units(field: Field, values: np.ndarray) -> list[str]:
+    """Conversions after which all of these values fit, if most of them do not fit as they are."""
+    if np.mean((values >= field.low) & (values <= field.high)) > 0.5:
+        return []
+    others = next(units for end, units in OTHER_UNITS.items() if field.name.endswith(end))
+    fits = []
+    for unit, factor in others.items():
+        converted = values * factor
+        within = (converted >= field.low).all() and (converted <= field.high).all()
+        if within and np.abs(converted).max() >= PLAUSIBLE_SHARE * field.high:
+            fits.append(f"of {unit}, {factor:.6g} times the values would fit")
+    return fits
+
+
 def _codes(frame: pd.DataFrame, column: str, names: tuple[str, ...], fail: Fail) -> np.ndarray:
     """(N,) int64 index into `names`."""
     index = {name: code for code, name in enumerate(names)}
-    codes = np.array([index.get(value, -1) for value in frame[column].astype(str)], np.int64)
+    codes = np.array(
+        [index.get(value.strip(), -1) for value in frame[column].astype(str)], np.int64
+    )
     if (codes < 0).any():
         row = int((codes < 0).argmax())
         value = str(frame[column].iloc[row])
@@ -233,11 +312,12 @@ def _groups(ids: pd.Series, patient: np.ndarray, fail: Fail) -> np.ndarray:
 
     Two names for one patient would put her on both sides of a split.
     """
-    if ids.isna().any():
-        raise fail(f"row {int(ids.isna().to_numpy().argmax()) + 1}, patient_id: empty")
+    ids = identifiers(ids)
+    if (ids == "").any():
+        raise fail(f"row {int((ids == '').to_numpy().argmax()) + 1}, patient_id: empty")
     _, by_features = np.unique(patient, axis=0, return_inverse=True)
     by_features = by_features.reshape(-1)
-    several = pd.Series(by_features).groupby(ids.astype(str).to_numpy()).nunique()
+    several = pd.Series(by_features).groupby(ids.to_numpy()).nunique()
     if (several > 1).any():
         name = several.index[int((several > 1).to_numpy().argmax())]
         raise fail(

@@ -11,8 +11,8 @@ import pandas as pd
 import torch
 
 from hydrogel_gym.errors import UsageError, first_line
-from hydrogel_gym.models.outcome_table import read_frame
 from hydrogel_gym.problem.polymers import PolymerTable, load_polymers
+from hydrogel_gym.problem.tables import TableError, numbers, read_table_file
 
 
 def polymer_embedding(path: Path | None) -> tuple[np.ndarray, str]:
@@ -111,18 +111,17 @@ def _read_embeddings(path: Path, names: tuple[str, ...]) -> np.ndarray:
         except Exception as error:  # whatever the reader raises of a damaged file
             raise fail(f" cannot be read: {first_line(error)}") from error
     else:
-        frame = read_frame(path)
-        if "name" not in frame.columns:
-            raise fail(": no column `name`")
+        try:
+            frame = read_table_file(path, ["name"])
+        except TableError as error:
+            raise fail(f": {error}") from error
         frame = frame.set_index("name")
         if missing := [name for name in names if name not in frame.index]:
             raise fail(f": no row for {', '.join(missing)}")
         if frame.index.duplicated().any():
             raise fail(f": two rows for {frame.index[frame.index.duplicated()][0]}")
-        try:
-            vectors = frame.loc[list(names)].to_numpy(np.float64)
-        except ValueError as error:
-            raise fail(f": not all numbers: {error}") from error
+        columns = [numbers(cells) for _, cells in frame.loc[list(names)].items()]
+        vectors = np.array(columns).reshape(-1, len(names)).T
     if vectors.ndim != 2 or len(vectors) != len(names) or not vectors.shape[1]:
         raise fail(f": shape {vectors.shape}; expected ({len(names)}, any)")
     finite = np.isfinite(vectors).all(1)

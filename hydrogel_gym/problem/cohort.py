@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,13 @@ import torch
 from torch import Tensor
 
 from hydrogel_gym.problem.fields import PATIENT_FIELDS
+from hydrogel_gym.problem.tables import (
+    TableError,
+    clean_identifier,
+    identifiers,
+    numbers,
+    read_table_file,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
 ID_COLUMN = "patient_id"
 FEATURE_COLUMNS = [field.name for field in PATIENT_FIELDS]
 SHIPPED = {"train": "cohort.csv", "holdout": "cohort_holdout.csv"}
-SUFFIXES = (".csv", ".parquet")
 
 # Users round their tables, so an identity is checked to the rounding that is usual in print: with
 # LVEF in whole percent and volumes in whole mL the shipped cohort is off by up to 1.05 points;
@@ -71,6 +78,8 @@ class Cohort:
             ValueError: the cohort has no such patient; the message offers the nearest names.
         """
         if patient_id not in self._row_of:
+            patient_id = clean_identifier(patient_id)  # as tables are read
+        if patient_id not in self._row_of:
             nearest = difflib.get_close_matches(patient_id, self.patient_ids, cutoff=0.0)
             raise ValueError(
                 f"{self.name} has no patient {patient_id!r}; nearest: {', '.join(nearest)}"
@@ -96,9 +105,18 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
             range, LVEF or border-zone stress disagrees with the columns it follows from, or scar
             and border zone leave too little of the ventricle.
     """
-    name, frame = _read("train" if path is None else path)
-    _check_columns(name, frame)
-    ids = frame[ID_COLUMN].astype(object).where(frame[ID_COLUMN].notna(), "").astype(str)
+    path = "train" if path is None else path
+    if path in SHIPPED:
+        name = f"shipped {path}"
+        source: Path | Traversable = files("hydrogel_gym.patients") / SHIPPED[path]
+    else:
+        name, source = os.fspath(path), Path(path)
+    try:
+        frame = read_table_file(source, [ID_COLUMN, *FEATURE_COLUMNS])
+    except TableError as error:
+        shipped = f", or a shipped cohort: {', '.join(SHIPPED)}" if "suffix" in str(error) else ""
+        raise CohortError(f"{name}: {error}{shipped}") from error
+    ids = identifiers(frame[ID_COLUMN])
 
     def fault(
         bad: np.ndarray, column: str, values: pd.Series[Any] | np.ndarray, allowed: str
@@ -110,13 +128,13 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
         )
 
     for bad, allowed in (
-        ((ids.str.strip() == "").to_numpy(), "a name that is not blank"),
-        (ids.duplicated().to_numpy(), "each name once"),
+        ((ids == "").to_numpy(), "a name that is not blank"),
+        (ids.duplicated().to_numpy(), "each name once (blanks around it do not count)"),
     ):
         if bad.any():
-            raise CohortError(fault(bad, ID_COLUMN, ids, allowed))
-    numbers = {column: _numbers(frame[column]) for column in FEATURE_COLUMNS}
-    for column, values, low, high, reason in _limits(numbers):
+            raise CohortError(fault(bad, ID_COLUMN, frame[ID_COLUMN], allowed))
+    values_of = {column: numbers(frame[column]) for column in FEATURE_COLUMNS}
+    for column, values, low, high, reason in patient_limits(values_of):
         bad = ~((values >= low) & (values <= high))  # NaN is bad
         if bad.any():
             row_low, row_high = (np.broadcast_to(x, bad.shape)[bad.argmax()] for x in (low, high))
@@ -124,89 +142,26 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
             raise CohortError(fault(bad, column, frame.get(column, values), allowed))
     return Cohort(
         tuple(ids),
-        torch.from_numpy(np.column_stack(list(numbers.values()))),
+        torch.from_numpy(np.column_stack(list(values_of.values()))),
         frame.drop(columns=[ID_COLUMN, *FEATURE_COLUMNS]),
         name,
     )
 
 
-def _read(path: str | os.PathLike[str]) -> tuple[str, pd.DataFrame]:
-    """Name of the table, and its cells: text from a CSV, typed from Parquet."""
-    # Imported here: a third of a second that whoever reads no table should not wait.
-    import pandas as pd
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if path in SHIPPED:
-        name = f"shipped {path}"
-        source = files("hydrogel_gym.patients") / SHIPPED[path]
-    else:
-        name, source = os.fspath(path), Path(path)
-    suffix = os.path.splitext(source.name)[1].lower()
-    if suffix not in SUFFIXES:
-        raise CohortError(
-            f"{name}: suffix {suffix!r}; allowed: {', '.join(SUFFIXES)}, or a shipped cohort: "
-            f"{', '.join(SHIPPED)}"
-        )
-    try:
-        with source.open("rb") as stream:
-            if suffix == ".parquet":
-                # Unlike pandas' reader, adds no column for a folder called `key=value`.
-                frame = pq.ParquetFile(stream).read().to_pandas()
-                return name, frame.reset_index(drop=frame.index.names == [None])
-            # Without a header pandas neither renames a repeated column nor turns one into an index.
-            cells = pd.read_csv(
-                stream, header=None, dtype=str, keep_default_na=False, encoding="utf-8-sig"
-            )
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise CohortError(f"{name}: cannot be read: {error}".strip()) from error
-    frame = cells.iloc[1:].reset_index(drop=True)
-    frame.columns = pd.Index(cells.iloc[0].to_list())
-    return name, frame
-
-
-def _check_columns(name: str, frame: pd.DataFrame) -> None:
-    """Raise unless every wanted column is there, none is there twice, and there is a row."""
-    missing = [column for column in [ID_COLUMN, *FEATURE_COLUMNS] if column not in frame.columns]
-    if missing:
-        found = ", ".join(map(str, frame.columns))
-        raise CohortError(f"{name}: missing columns: {', '.join(missing)}; columns found: {found}")
-    twice = frame.columns[frame.columns.duplicated()].unique()
-    if len(twice):
-        raise CohortError(f"{name}: columns that occur twice: {', '.join(map(str, twice))}")
-    if frame.empty:
-        raise CohortError(f"{name}: no patient, only a header")
-
-
-def _numbers(cells: pd.Series) -> np.ndarray:
-    """Float64 values of a column, as `float()` reads them; NaN for what it does not read."""
-    try:
-        return cells.to_numpy(np.float64, na_value=np.nan)
-    except (TypeError, ValueError):
-        return np.array([_number(cell) for cell in cells])
-
-
-def _number(cell: Any) -> float:
-    try:
-        return float(cell)
-    except (TypeError, ValueError):
-        return np.nan
-
-
-def _limits(
-    numbers: dict[str, np.ndarray],
+def patient_limits(
+    values: dict[str, np.ndarray],
 ) -> Iterator[tuple[str, np.ndarray, float | np.ndarray, float | np.ndarray, str]]:
     """Column, its values, their lower and upper limit, and what these follow from."""
     for field in PATIENT_FIELDS:
-        yield field.name, numbers[field.name], field.low, field.high, ""
+        yield field.name, values[field.name], field.low, field.high, ""
     # From here on every value is in its range, so nothing divides by zero.
-    lvef = 100.0 * (numbers["edv_ml"] - numbers["esv_ml"]) / numbers["edv_ml"]
+    lvef = 100.0 * (values["edv_ml"] - values["esv_ml"]) / values["edv_ml"]
     low, high = lvef - LVEF_TOLERANCE_PP, lvef + LVEF_TOLERANCE_PP
-    yield "lvef_pct", numbers["lvef_pct"], low, high, ", from 100 (edv_ml - esv_ml) / edv_ml"
-    stress = numbers["stress_concentration"] * numbers["healthy_stress_kpa"]
+    yield "lvef_pct", values["lvef_pct"], low, high, ", from 100 (edv_ml - esv_ml) / edv_ml"
+    stress = values["stress_concentration"] * values["healthy_stress_kpa"]
     low = stress / (1.0 + BZ_STRESS_TOLERANCE_FRAC)
     high = stress / (1.0 - BZ_STRESS_TOLERANCE_FRAC)
     reason = ", from stress_concentration * healthy_stress_kpa"
-    yield "bz_stress_kpa", numbers["bz_stress_kpa"], low, high, reason
-    lesion_pct = numbers["scar_fraction_pct"] + numbers["bz_fraction_pct"]
+    yield "bz_stress_kpa", values["bz_stress_kpa"], low, high, reason
+    lesion_pct = values["scar_fraction_pct"] + values["bz_fraction_pct"]
     yield "scar_fraction_pct + bz_fraction_pct", lesion_pct, 0.0, MAX_SCAR_PLUS_BZ_PCT, ""
