@@ -231,9 +231,9 @@ def _check_no_mark_for_missing(field: Field, values: np.ndarray, fail: Fail) -> 
         if counts[end] > 1 and gap > others[-1] - others[0]:
             row = int((values == mark).argmax())
             raise fail(
-                f"row {row + 1}, {field.name}: {mark:g}, in {counts[end]} rows and far from all other "
-                f"values ({others[0]:g} to {others[-1]:g}), looks like a mark for what is missing; "
-                "leave such cells empty"
+                f"row {row + 1}, {field.name}: {mark:g}, in {counts[end]} rows and far from all "
+                f"other values ({others[0]:g} to {others[-1]:g}), looks like a mark for what is "
+                "missing; leave such cells empty"
             )
 
 
@@ -286,7 +286,7 @@ def _fitting_units(field: Field, values: np.ndarray) -> list[str]:
         converted = values * factor
         within = (converted >= field.low).all() and (converted <= field.high).all()
         if within and np.abs(converted).max() >= PLAUSIBLE_SHARE * field.high:
-            fits.append(f"of {unit}, {factor:.6g} times the values would fit")
+            fits.append(f"{factor:.6g} times the values would fit ({unit})")
     return fits
 
 
