@@ -42,7 +42,7 @@ print(f"best of 100 random designs, each for another patient: {best:.2f}")
 env = gym.make("HydrogelDesign-v0", horizon=5, obs_format="dict")
 env = gym.wrappers.RecordEpisodeStatistics(gym.wrappers.FlattenObservation(env))
 env.action_space.seed(args.seed)
-obs, info = env.reset(seed=args.seed, options={"patient_id": 7})
+obs, info = env.reset(seed=args.seed, options={"patient_index": 7})
 done = False
 while not done:
     obs, reward, terminated, truncated, info = env.step(env.action_space.sample())

@@ -178,8 +178,9 @@ def evaluator(problem: Any, sampler: Sampler, args: Args, total: int) -> Callabl
         return evaluate
     compiled = CompiledFunction(evaluate)
     size, device = sampling.BLOCK, sampler.patient.device
-    uniform = torch.rand(size, device=device)
-    normal = torch.randn(size, len(FORMULATION_FIELDS), device=device)
+    here = {"dtype": torch.float32, "device": device}
+    uniform = torch.rand(size, **here)
+    normal = torch.randn(size, len(FORMULATION_FIELDS), **here)
     try:
         with torch.no_grad():  # as it will be called
             compiled(sampler, uniform, normal)

@@ -140,7 +140,7 @@ class Noise(NamedTuple):
 
 def draw_noise(*shape: int, dim: int, generator: torch.Generator) -> Noise:
     """`Noise` of the given leading shape, on the generator's device."""
-    place = {"generator": generator, "device": generator.device}
+    place = {"generator": generator, "device": generator.device, "dtype": torch.float32}
     return Noise(torch.rand(*shape, 2, **place), torch.randn(*shape, dim, **place))
 
 
@@ -286,8 +286,8 @@ class Agent(nn.Module):
         self.register_buffer("return_std", torch.ones(()))
         nodes = np.stack([_NODES, _WEIGHTS / _WEIGHTS.sum()])
         self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32), persistent=False)
-        if precision == "fp64":
-            self.double()
+        # Whatever the default of the process.
+        self.to(torch.float64 if precision == "fp64" else torch.float32)
 
     def head_inputs(self, obs: Tensor) -> tuple[Tensor, ...]:
         """Pre-activations of the polymer, formulation, coverage and value heads."""

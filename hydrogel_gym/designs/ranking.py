@@ -18,7 +18,9 @@ from hydrogel_gym.problem.reward import safety_margins as safety_margins
 
 ERROR_FRAC = 0.05  # of each parameter, in manufacture; an assumption (grade D)
 # Every parameter low, as requested or high: a batch each, the first of which is as requested.
-PERTURBATIONS = torch.tensor(list(product((0.0, -1.0, 1.0), repeat=len(FORMULATION_FIELDS))))
+PERTURBATIONS = torch.tensor(
+    list(product((0.0, -1.0, 1.0), repeat=len(FORMULATION_FIELDS))), dtype=torch.float32
+)
 
 
 def window_distance(design: Design, polymers: PolymerTable) -> Tensor:

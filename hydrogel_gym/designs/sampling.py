@@ -221,8 +221,9 @@ class CandidateStream:
         device = self.sampler.patient.device
         generator = torch.Generator(device)
         generator.manual_seed(block_seed(self.seed, self.patient_id, index))
-        uniform = torch.rand(BLOCK, generator=generator, device=device)
-        normal = torch.randn(BLOCK, len(FORMULATION_FIELDS), generator=generator, device=device)
+        uniform = torch.rand(BLOCK, generator=generator, dtype=torch.float32, device=device)
+        shape = (BLOCK, len(FORMULATION_FIELDS))
+        normal = torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
         cell, numbers = (x.cpu().numpy() for x in self.evaluate(self.sampler, uniform, normal))
         size = min(BLOCK, self.num_candidates - index * BLOCK)
         cell, numbers = cell[:size], numbers[:, :size]

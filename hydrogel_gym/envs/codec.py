@@ -201,8 +201,15 @@ def as_tensor(value: Any, name: str, device: torch.device | None) -> Tensor:
         tensor = value.detach() if value.requires_grad else value
         return tensor if device is None else tensor.to(device)
     try:
-        # A copy: torch would warn of a read-only array.
-        return torch.tensor(np.asarray(value), device=device)
+        array = np.asarray(value)
+        if array.dtype == object:  # numbers in boxes
+            array = np.array(array.tolist())
+        if array.dtype.itemsize > 8 and array.dtype.kind == "f":
+            array = array.astype(np.float64)
+        # A copy in native order: torch would warn of a read-only array, and reads neither swapped
+        # bytes nor negative strides.
+        array = np.array(array, array.dtype.newbyteorder("="), order="C")
+        return torch.tensor(array, device=device)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} is {value!r}; expected numbers") from error
 

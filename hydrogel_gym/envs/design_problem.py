@@ -6,8 +6,10 @@ synchronisation.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any, get_args
 
 import numpy as np
@@ -39,6 +41,17 @@ from hydrogel_gym.problem.dynamics import (
 from hydrogel_gym.problem.fields import Design
 from hydrogel_gym.problem.reward import RewardConfig
 
+_PROCESS = os.getpid()
+
+
+def _avoid_threads_of_parent() -> None:
+    """Let torch use one thread where this process was forked from the one that imported it.
+
+    Threads do not survive a fork, and torch would wait for those of the parent for ever.
+    """
+    if os.getpid() != _PROCESS and torch.get_num_threads() > 1:
+        torch.set_num_threads(1)
+
 
 class DesignProblem:
     """The problem of an environment: its parameters, its spaces and the way in and out of them.
@@ -62,8 +75,12 @@ class DesignProblem:
         patient_assignment: PatientAssignment,
         validate: bool | None,
         dtype: torch.dtype = torch.float32,
+        max_episode_steps: int | None = None,
     ) -> None:
+        _avoid_threads_of_parent()
         check_count("horizon", horizon)
+        if max_episode_steps is not None:
+            check_count("max_episode_steps", max_episode_steps)
         check_choice("reward_mode", reward_mode, get_args(RewardMode))
         check_choice("patient_assignment", patient_assignment, get_args(PatientAssignment))
         self.device = torch.device(device)
@@ -86,6 +103,7 @@ class DesignProblem:
             reward_mode=reward_mode,
             patient_assignment=patient_assignment,
             observe_explored=observe_explored,
+            max_episode_steps=max_episode_steps,
         )
 
     def observe(self, state: State) -> Tensor | dict[str, Tensor]:
@@ -96,19 +114,47 @@ class DesignProblem:
         """A (B, F) observation in the chosen format (views, no copy)."""
         return obs if self.obs_format == "box" else split_observation(obs)
 
-    def patient_indices(self, patients: Any, batch_shape: tuple[int, ...]) -> Tensor:
-        """(B,) int64 patient indices, a copy, from ids or indices in a list, array or tensor.
+    def chosen_patients(
+        self, options: Mapping[str, Any], batch_shape: tuple[int, ...]
+    ) -> Tensor | None:
+        """(B,) int64 rows, a copy, of the patients that the options of a reset choose, if any.
+
+        Args:
+            options: `patient_id`, ids in a list, array or tensor, or `patient_index`, rows. A whole
+                number given as an id is the id of that text; where no id of the cohort is a whole
+                number, it can only be meant as a row, and is.
+            batch_shape: (B,) or ().
 
         Raises:
-            ValueError: an id is unknown, an index out of range, or there are not B of them.
+            ValueError: both are given, an id is unknown, a row out of range, or there are not B.
         """
-        if not isinstance(patients, Tensor):
-            given = np.asarray(patients, dtype=object)
-            rows = [self.cohort.index(p) if isinstance(p, str) else p for p in given.flat]
-            patients = np.reshape(rows, given.shape)
-        index = integers(patients, "patient_id", batch_shape, self.device).clone()
+        if options.get("patient_index") is None:
+            ids = options.get("patient_id")
+            return None if ids is None else self.patient_indices(ids, batch_shape)
+        if options.get("patient_id") is not None:
+            raise ValueError("reset options have patient_id and patient_index; expected one")
+        return self._indices("patient_index", options["patient_index"], batch_shape)
+
+    def patient_indices(self, ids: Any, batch_shape: tuple[int, ...]) -> Tensor:
+        """(B,) int64 rows, a copy, of the patients with these ids; see `chosen_patients`."""
+        if isinstance(ids, Tensor) and self.cohort.has_whole_number_ids:
+            ids = ids.cpu().numpy()
+        if not isinstance(ids, Tensor):
+            given = np.asarray(ids, dtype=object)
+            ids = np.reshape([self._row_of(each) for each in given.flat], given.shape)
+        return self._indices("patient_id", ids, batch_shape)
+
+    def _row_of(self, patient: Any) -> Any:
+        """Row of an id; a whole number as it is where no id is one."""
+        is_number = isinstance(patient, Integral) and not isinstance(patient, bool)
+        if is_number and self.cohort.has_whole_number_ids:
+            patient = str(int(patient))
+        return self.cohort.index(patient) if isinstance(patient, str) else patient
+
+    def _indices(self, name: str, rows: Any, batch_shape: tuple[int, ...]) -> Tensor:
+        index = integers(rows, name, batch_shape, self.device).clone()
         if self.validate:
-            check_range("patient_id", index, self.params.num_patients, skip=None)
+            check_range(name, index, self.params.num_patients, skip=None)
         return index
 
     def design(
@@ -198,6 +244,21 @@ def check_options(options: Mapping[str, Any] | None, allowed: set[str]) -> dict[
     if unknown := sorted(map(str, set(options) - allowed)):
         raise ValueError(f"reset options {unknown} are unknown; allowed: {sorted(allowed)}")
     return options
+
+
+def whole_seed(seed: Any) -> int:
+    """A seed as a Python int, from whatever is a whole number.
+
+    Raises:
+        ValueError: it is not, or is negative.
+    """
+    try:
+        value = operator.index(seed)
+    except TypeError:
+        value = -1
+    if value < 0:
+        raise ValueError(f"seed is {seed!r}; allowed: whole numbers, 0 or more, or None")
+    return value
 
 
 def stream_keys(seeds: Sequence[int | None], rng: np.random.Generator) -> np.ndarray:

@@ -48,7 +48,7 @@ class StepReader:
         self._flag_places = torch.tensor(places, device=device)
         self._done_place = list(copied).index("done")
         self._row_names = (tuple(copied), names.scalars, names.formulation, names.patient_index)
-        self._of_step = self._picker("reward", "terminated", "truncated", "stepped")
+        self._of_step = self._picker("reward", "terminated", "truncated", "stepped", "done")
         self._of_info, self._of_reset = self._picker(*_INFO), self._picker(*_PATIENT)
         if has_final:
             self._of_final_info = self._picker(*map(final, _INFO))
@@ -81,7 +81,7 @@ class StepReader:
         return flags[self._done_place], (*a, *b, *c, *d)
 
     def step(self, rows: Rows) -> Rows:
-        """Reward, terminated, truncated, and where no episode begins."""
+        """Reward, terminated, truncated, where no episode begins, and where one ended."""
         return self._of_step(rows)
 
     def info(self, rows: Rows) -> dict[str, Any]:
@@ -107,12 +107,12 @@ def _copied_flags(has_final: bool) -> dict[str, str]:
     Each is copied as often as it is handed out: no two arrays of a step share memory. The first is
     the state's own.
     """
-    source = {"done": "terminated", "terminated": "terminated", "truncated": "never"}
+    source = {name: name for name in ("done", "terminated", "truncated")}
     source |= {name: name for name in ("stepped", *INFO_FLAGS)}
     source |= {f"_{name}": "stepped" for name in _REPORTED}
     source |= {"_patient_index": "always"}
     if has_final:
         source |= {final(name): final(name) for name in INFO_FLAGS}
-        source |= {final(f"_{name}"): "terminated" for name in (*_REPORTED, "patient_index")}
-        source |= {"_final_info": "terminated", "_final_obs": "terminated"}
+        source |= {final(f"_{name}"): "done" for name in (*_REPORTED, "patient_index")}
+        source |= {"_final_info": "done", "_final_obs": "done"}
     return source

@@ -110,8 +110,8 @@ class HydrogelEnv(gym.Env):
     A patient of the cohort, with `current_best_score` and `iteration` zero. With
     `patient_assignment="random"` (default) each reset draws one uniformly from the environment's
     seeded stream; `"fixed"` keeps the first row. `reset(options={"patient_id": ...})` picks one by
-    id or index, which `"fixed"` then keeps. Nothing else is random: same seed, same patients; the
-    global generators are never touched.
+    id, `{"patient_index": ...}` by row, which `"fixed"` then keeps. Nothing else is random: same
+    seed, same patients; the global generators are never touched.
 
     ## Episode End
 
@@ -184,16 +184,15 @@ class HydrogelEnv(gym.Env):
 
         Args:
             seed: restarts the stream of patient draws.
-            options: `{"patient_id": id or index}` picks a patient, under `random` assignment for
-                this episode, under `fixed` until another is chosen or a seed is given.
+            options: `{"patient_id": id}` or `{"patient_index": row of the cohort}` picks a patient,
+                under `random` assignment for this episode, under `fixed` until another is chosen or
+                a seed is given.
 
         Raises:
             ValueError: the option or the patient is unknown; nothing is reset.
         """
-        options = check_options(options, {"patient_id"})
-        chosen = None
-        if options.get("patient_id") is not None:
-            chosen = self.problem.patient_indices(options["patient_id"], ())
+        options = check_options(options, {"patient_id", "patient_index"})
+        chosen = self.problem.chosen_patients(options, ())
         super().reset(seed=seed)
         if seed is not None or self._state is None:
             keys = torch.from_numpy(stream_keys([seed], self.np_random)).to(self.problem.device)

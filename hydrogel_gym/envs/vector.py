@@ -21,7 +21,13 @@ from torch import Tensor
 
 from hydrogel_gym.compiled import CompiledFunction, CompileError
 from hydrogel_gym.envs.codec import as_tensor, check_choice, check_count
-from hydrogel_gym.envs.design_problem import DesignProblem, check_options, map_arrays, stream_keys
+from hydrogel_gym.envs.design_problem import (
+    DesignProblem,
+    check_options,
+    map_arrays,
+    stream_keys,
+    whole_seed,
+)
 from hydrogel_gym.envs.frames import evaluations_of, frames, scene_of, warn_that_no_mode_was_chosen
 from hydrogel_gym.envs.infos import StepReader
 from hydrogel_gym.envs.rendering import RENDER_FPS, RENDER_MODES, Evaluation, RenderMode
@@ -104,6 +110,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             spaces are of float32. It is there to compare runs by: vector instructions round a
             float32 number by its place in the batch.
         render_mode: `"rgb_array"` or `"ansi"`, one frame per environment; see `render`.
+        max_episode_steps: truncates episodes of more steps, as `gym.make` does of one environment.
 
     Raises:
         ValueError: an argument is not what it may be; names it, its value and what is allowed.
@@ -137,6 +144,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         compile: bool = False,
         dtype: Dtype = "float32",
         render_mode: RenderMode | None = None,
+        max_episode_steps: int | None = None,
     ) -> None:
         check_count("num_envs", num_envs)
         check_choice("render_mode", render_mode, (None, *RENDER_MODES))
@@ -156,6 +164,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             patient_assignment=patient_assignment,
             validate=True if output == "numpy" and validate_actions is None else validate_actions,
             dtype=getattr(torch, dtype),
+            max_episode_steps=max_episode_steps,
         )
         self.num_envs = num_envs
         self.output = output
@@ -210,21 +219,20 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
 
         Args:
             seed: an int s seeds environment i with s + i; a list has one seed (or None) each.
-            options: `"patient_id"`, B ids or indices: under `fixed` assignment these patients stay
-                until others are chosen or a seed is given, under `random` for this episode.
+            options: `"patient_id"`, B ids, or `"patient_index"`, B rows of the cohort: under
+                `fixed` assignment these patients stay until others are chosen or a seed is given,
+                under `random` for this episode.
                 `"reset_mask"`, a (B,) bool array: only these environments are reset.
 
         Raises:
             ValueError: an option, id or mask is not what it may be; nothing is reset.
         """
-        options = check_options(options, {"patient_id", "reset_mask"})
+        options = check_options(options, {"patient_id", "patient_index", "reset_mask"})
         mask = self._reset_mask(options.get("reset_mask"))
-        chosen = None
-        if options.get("patient_id") is not None:
-            chosen = self.problem.patient_indices(options["patient_id"], (self.num_envs,))
+        chosen = self.problem.chosen_patients(options, (self.num_envs,))
         seeds = self._seeds(seed)
-        if isinstance(seed, (int, np.integer)):
-            super().reset(seed=int(seed))
+        if seed is not None and np.ndim(seed) == 0:
+            super().reset(seed=seeds[0])
 
         fresh = self._reset_state(seeds)
         if chosen is not None:
@@ -247,15 +255,13 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """One seed, or None, per environment."""
         if seed is None:
             return [None] * self.num_envs
-        if isinstance(seed, (int, np.integer)):
-            return self._seeds([int(seed) + i for i in range(self.num_envs)])
-        seeds = list(seed)
+        if np.ndim(seed) == 0:
+            first = whole_seed(seed)
+            return [first + i for i in range(self.num_envs)]
+        seeds: list[Any] = list(seed)  # type: ignore[arg-type]  # a sequence, by its dimension
         if len(seeds) != self.num_envs:
             raise ValueError(f"seed has {len(seeds)} entries; expected num_envs = {self.num_envs}")
-        for value in seeds:
-            if value is not None and (not isinstance(value, (int, np.integer)) or value < 0):
-                raise ValueError(f"seed is {value!r}; allowed: whole numbers, 0 or more, or None")
-        return seeds
+        return [None if value is None else whole_seed(value) for value in seeds]
 
     def _reset_state(self, seeds: Sequence[int | None]) -> State:
         """First episode of every environment that has a seed, the next one of the others."""
@@ -412,15 +418,15 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """Keep the state of a step; return what Gymnasium wants of one, in the user's library."""
         self._done, rows = self._reader.read(step, self._to_output)
         self._state = step.state
-        reward, terminated, truncated, stepped = self._reader.step(rows)
+        reward, terminated, truncated, stepped, ended = self._reader.step(rows)
         # As in Gymnasium, numpy infos have no key that is true of no environment.
         has_every_key = self.output == "torch"
         is_reported = has_every_key or stepped.any()
         info = self._reader.info(rows) if is_reported else self._reader.reset_info(rows)
-        if step.final_obs is not None and (has_every_key or terminated.any()):
+        if step.final_obs is not None and (has_every_key or ended.any()):
             final_info_mask, final_obs_mask = self._reader.final_masks(rows)
             info |= {"final_info": self._reader.final_info(rows), "_final_info": final_info_mask}
-            final_obs = self._final_obs(step.final_obs, terminated)
+            final_obs = self._final_obs(step.final_obs, ended)
             info |= {"final_obs": final_obs, "_final_obs": final_obs_mask}
         obs = self._to_output(self.problem.group(step.obs))
         return obs, reward, terminated, truncated, info

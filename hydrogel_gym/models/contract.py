@@ -148,7 +148,9 @@ def check_reward_model(
     device = torch.device(device)
     num_designs = NUM_POLYMERS * len(COVERAGES)
     patient, formulation = (
-        torch.tensor([(f.low + f.high) / 2 for f in fields], device=device).repeat(num_designs, 1)
+        torch.tensor(
+            [(f.low + f.high) / 2 for f in fields], dtype=torch.float32, device=device
+        ).repeat(num_designs, 1)
         for fields in (PATIENT_FIELDS, FORMULATION_FIELDS)
     )
     designs = torch.arange(num_designs, device=device)

@@ -136,10 +136,10 @@ class Stage1Ensemble(nn.Module):
         low = torch.tensor([item.low for item in OUTCOME_FIELDS])
         high = torch.tensor([item.high for item in OUTCOME_FIELDS])
         for name, value in (("worse", worse), ("spread", spread), ("low", low), ("high", high)):
-            self.register_buffer(name, value, persistent=False)
+            self.register_buffer(name, value.to(torch.float32), persistent=False)
         for name, fields in (("patient", PATIENT_FIELDS), ("formulation", FORMULATION_FIELDS)):
             least = LEAST_WIDTH * torch.tensor([field.high - field.low for field in fields])
-            self.register_buffer(f"{name}_least_width", least, persistent=False)
+            self.register_buffer(f"{name}_least_width", least.to(torch.float32), persistent=False)
         self.register_buffer("polymer_table", torch.empty(0), persistent=False)
         self.freeze()
 

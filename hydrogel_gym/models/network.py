@@ -105,6 +105,7 @@ class Stage1Network(nn.Module):
         self.heads = MemberLinear(K, a.trunk_dim, len(Outcomes._fields) * a.head_dim)
         self.out = nn.Parameter(torch.randn(K, 1, len(Outcomes._fields), a.head_dim) / a.head_dim)
         self.out_bias = nn.Parameter(torch.zeros(K, 1, len(Outcomes._fields)))
+        self.to(torch.float32)  # whatever the default of the process
 
     def polymer_table(self) -> Tensor:
         """(K, polymers, trunk_dim): all that depends on the polymer alone."""

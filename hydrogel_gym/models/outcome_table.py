@@ -120,7 +120,7 @@ class OutcomeTable(NamedTuple):
         num_polymers = len(load_polymers())
         low = torch.from_numpy(FORMULATION_LOW).repeat(num_polymers, 1)
         high = low.clone()
-        seen = torch.zeros(num_polymers, len(COVERAGES))
+        seen = torch.zeros(num_polymers, len(COVERAGES), dtype=torch.float32)
         for polymer in self.polymer_id.unique().tolist():
             mine = self.polymer_id == polymer
             formulation = self.formulation[mine]

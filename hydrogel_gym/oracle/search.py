@@ -93,7 +93,11 @@ def search(
     generator = torch.Generator().manual_seed(seed)
     score_of = _score_function(patients, reward_model, config.stricter(LIMIT_MARGIN))
     engine = torch.quasirandom.SobolEngine(len(FORMULATION_FIELDS), scramble=True, seed=seed)
-    share = engine.draw(NUM_SOBOL).to(device).expand(num_patients, len(PAIRS), -1, -1)
+    share = (
+        engine.draw(NUM_SOBOL, dtype=torch.float32)
+        .to(device)
+        .expand(num_patients, len(PAIRS), -1, -1)
+    )
     pairs = torch.tensor(PAIRS, device=device).expand(num_patients, -1, -1)
     found = Candidates(pairs, share, score_of(pairs, share))
     for num_pairs, population, generations in ROUNDS:
@@ -147,8 +151,9 @@ def _evolve(found: Candidates, score_of: ScoreFunction, generator: torch.Generat
     _, num_pairs, population, dim = share.shape
     members = (1, num_pairs, population, 1)
     lowest, highest = DIFFERENTIAL_WEIGHT
-    weight = lowest + (highest - lowest) * torch.rand(members, generator=generator)
-    crossed = torch.rand((*members[:-1], dim), generator=generator) < CROSSOVER_RATE
+    random = functools.partial(torch.rand, generator=generator, dtype=torch.float32)
+    weight = lowest + (highest - lowest) * random(members)
+    crossed = random((*members[:-1], dim)) < CROSSOVER_RATE
     weight, crossed = weight.to(share.device), crossed.to(share.device)
     # Two distinct members other than the current one, by rotating the population.
     shifts = 1 + torch.randperm(population - 1, generator=generator)[:2]

@@ -87,6 +87,11 @@ class Cohort:
         return self._row_of[patient_id]
 
     @cached_property
+    def has_whole_number_ids(self) -> bool:
+        """Whether any id is a whole number, so that a number may mean an id."""
+        return any(patient_id.isdecimal() for patient_id in self.patient_ids)
+
+    @cached_property
     def _row_of(self) -> dict[str, int]:
         return {patient_id: row for row, patient_id in enumerate(self.patient_ids)}
 

@@ -9,6 +9,7 @@ D parameters of a formulation, F fields of an observation.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
@@ -46,6 +47,7 @@ class EnvParams:
     reward_mode: RewardMode = "score"
     patient_assignment: PatientAssignment = "fixed"
     observe_explored: bool = False
+    max_episode_steps: int | None = None
 
     @property
     def num_patients(self) -> int:
@@ -71,6 +73,7 @@ class Transition(NamedTuple):
     state: State
     reward: Tensor
     terminated: Tensor
+    truncated: Tensor
     score: Tensor  # the sum of `terms`, whatever `reward_mode` pays
     terms: RewardTerms
     outcomes: Outcomes
@@ -191,7 +194,8 @@ def transition(
 
     Returns:
         The new state and everything observed on the way. `terminated` is true once the episode has
-        `params.horizon` steps; no reset is applied.
+        `params.horizon` steps, `truncated` once it has `params.max_episode_steps`; no reset is
+        applied.
     """
     formulation = clip_formulation(design.formulation)
     patients = params.patients[state.patient_index]
@@ -209,6 +213,8 @@ def transition(
         ),
         reward=score if params.reward_mode == "score" else best_score - state.best_score,
         terminated=iteration >= params.horizon,
+        # As Gymnasium's TimeLimit, also where the episode ends by itself.
+        truncated=iteration >= (params.max_episode_steps or math.inf),
         score=score,
         terms=terms,
         outcomes=outcomes,
@@ -244,8 +250,8 @@ def _step_rows(autoreset: Autoreset) -> StepRows:
 
     return StepRows(
         scalars=("reward", *reported(*INFO_SCALARS)),
-        # "stepped" where no episode begins; the constants are there to be handed out.
-        flags=("terminated", "never", "always", "stepped", *reported(*INFO_FLAGS)),
+        # "stepped" where no episode begins; the constant is there to be handed out.
+        flags=("terminated", "truncated", "done", "always", "stepped", *reported(*INFO_FLAGS)),
         formulation=reported("formulation"),
         patient_index=reported("patient_index"),
     )
@@ -305,25 +311,28 @@ def step(
         autoreset: when an ended episode is followed by another.
     """
     result = transition(state, design, params, reward_model)
-    after, reward, terminated = result.state, result.reward, result.terminated
+    after, reward = result.state, result.reward
+    terminated, truncated = result.terminated, result.truncated
     begun = torch.zeros_like(done)
     if autoreset == "NextStep":
         begun = done
-        reward, terminated = reward.masked_fill(begun, 0.0), terminated & ~begun
-    elif autoreset == "SameStep":
-        begun = terminated
+        reward = reward.masked_fill(begun, 0.0)
+        terminated, truncated = terminated & ~begun, truncated & ~begun
+    ended = terminated | truncated
+    if autoreset == "SameStep":
+        begun = ended
     if autoreset != "Disabled":
         after = select(begun, next_episode(after, params), after)
     rows, zero = STEP_ROWS[autoreset], torch.zeros_like(reward)
-    ended = terminated if autoreset == "SameStep" else None
-    reported = functools.partial(_reported, begun, ended)
+    reported = functools.partial(_reported, begun, ended if autoreset == "SameStep" else None)
 
     # Bools as floats, since the compiler for CPUs stores bools one by one: those of a step would
     # take longer than its arithmetic.
     flags = {name: getattr(result, name).to(reward.dtype) for name in INFO_FLAGS}
     flags = reported(**flags) | {
         "terminated": terminated.to(reward.dtype),
-        "never": zero,
+        "truncated": truncated.to(reward.dtype),
+        "done": ended.to(reward.dtype),
         "always": zero + 1.0,
         "stepped": (~begun).to(reward.dtype),
     }

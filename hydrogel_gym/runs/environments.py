@@ -97,7 +97,7 @@ def first_reset(
     share = world.share(envs.num_envs * world.size)
     options = None
     if problem.patient_assignment == "fixed" and world.size > 1:
-        options = {"patient_id": torch.arange(share.start, share.stop) % num_patients}
+        options = {"patient_index": torch.arange(share.start, share.stop) % num_patients}
     obs: Tensor = envs.reset(seed=seed + share.start, options=options)[0]
     return obs
 
