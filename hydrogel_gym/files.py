@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
+import re
+import secrets
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # not a POSIX system: what a kill leaves there stays
+    fcntl = None  # type: ignore[assignment]
+
+# `.NAME.` and eight characters, where NAME is of a kind that this project writes.
+_UNFINISHED = re.compile(r"\..+\.(?:csv|html|json|parquet|png|pt|pt2)\.[0-9a-z_]{8}")
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
     """Write a file beside its place, flush it to the disk, rename it into place, flush the folder.
 
-    What a crash leaves of an unfinished one is a file named `.NAME.` and eight characters.
+    What a crash leaves of an unfinished one is a file named `.NAME.` and eight characters, which
+    `remove_unfinished` removes. The file's mode is what the process's umask leaves of 0666.
 
     Args:
         path: where; its folder must exist.
@@ -21,21 +31,67 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         OSError: the folder is missing or cannot be written to; whatever was at `path` is untouched.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = _create_beside(path)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+            if fcntl:  # while it is locked, or somebody could take it for left over
+                os.replace(temporary, path)
+        if not fcntl:
+            os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):  # an interrupt after the rename
             os.unlink(temporary)
         raise
     # A rename is in the folder, and may be lost with the power until the folder is flushed too.
-    folder = os.open(path.parent, os.O_RDONLY)
+    # Network mounts refuse that, and Windows to open a folder at all.
+    with contextlib.suppress(OSError):
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _create_beside(path: Path) -> tuple[int, Path]:
+    """A new file beside another, locked by its descriptor."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileExistsError:
+            continue
+        _lock(descriptor)
+        if temporary.exists():
+            return descriptor, temporary
+        os.close(descriptor)  # removed before it was locked
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether this process now holds the file, for as long as its descriptor is open."""
+    if not fcntl:
+        return False
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held by another, or a file system without locks
+        return False
+    return True
+
+
+def remove_unfinished(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes left of files in a folder and below; not what is being written.
+
+    Best effort: what cannot be locked or removed stays.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in filter(_UNFINISHED.fullmatch, names):
+            with contextlib.suppress(OSError):
+                descriptor = os.open(os.path.join(parent, name), os.O_RDWR)
+                try:
+                    if _lock(descriptor):
+                        os.unlink(os.path.join(parent, name))
+                finally:
+                    os.close(descriptor)

@@ -14,12 +14,12 @@ import dataclasses
 import io
 import math
 import os
-import zipfile
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from hydrogel_gym.archives import check_state, load_archive
 from hydrogel_gym.errors import first_line
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.models.network import NUMERIC_FIELDS, Architecture, Stage1Network, raw_numeric
@@ -269,10 +269,8 @@ def read_stage1(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     if not os.path.isfile(path):
         raise fail("no such file")
-    if not zipfile.is_zipfile(path):
-        raise fail("it is cut off, or is no checkpoint")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_archive(path)
     except Exception as error:  # whatever the reader raises of a damaged or malicious file
         raise fail(f"it cannot be read: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
@@ -315,12 +313,19 @@ def load_stage1(
     """
     saved = read_stage1(path)
     try:
-        state = saved["state_dict"]
-        network = Stage1Network(
-            Architecture(**saved["architecture"]),
-            torch.zeros_like(state["network.polymer_embedding"]),
-            torch.zeros(NUM_POLYMERS, dtype=torch.int64),
-        )
+        state, architecture = saved["state_dict"], Architecture(**saved["architecture"])
+
+        def make() -> Stage1Network:
+            embedding = torch.zeros(state["network.polymer_embedding"].shape)
+            return Stage1Network(
+                architecture, embedding, torch.zeros(NUM_POLYMERS, dtype=torch.int64)
+            )
+
+        with torch.device("meta"):  # of the size that the file claims
+            expected = {f"network.{name}": x for name, x in make().state_dict().items()}
+        others = {name: x.to("meta") for name, x in state.items() if name not in expected}
+        check_state(state, expected | others, os.path.getsize(path))
+        network = make()
         scaling = Scaling(*(state[name] for name in Scaling._fields))
         fitted = FittedRange(*(state[name] for name in FittedRange._fields))
         network.load_state_dict(
@@ -330,9 +335,6 @@ def load_stage1(
                 if name.startswith("network.")
             }
         )
-        broken = [name for name, value in state.items() if not value.isfinite().all()]
-        if broken:
-            raise ValueError(f"{broken[0]} is not finite")
     except Exception as error:  # whatever a file of the right format can lack
         raise Stage1Error(
             f"Stage-1 checkpoint {os.fspath(path)}: it does not fit: "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+from hydrogel_gym.archives import check_zip
 from hydrogel_gym.errors import first_line
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, PATIENT_FIELDS, Outcomes, flat_designs
 
@@ -189,12 +190,13 @@ def _checked_archive(path: str | os.PathLike[str]) -> bytes:
     with open(path, "rb") as file:
         content = file.read()
     try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
-    except zipfile.BadZipFile as error:
+        check_zip(io.BytesIO(content), len(content))
+    except ValueError as error:
         raise ProgramError(
-            "is not a program: no zip archive; expected a file saved by torch.export.save"
+            f"is not a program: {error}; expected a file saved by torch.export.save"
         ) from error
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
     needed = ["archive_version", "byteorder", ".data/version", "models/model.json"]
     needed += [f"data/{folder}/model_{folder}_config.json" for folder in _NUMBERS]
     missing = [name for name in needed if name not in members]

@@ -98,7 +98,7 @@ def fast_float32(device: torch.device) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if device.type == "cuda" else "medium")
     if device.type == "cpu":
-        factor = torch.linspace(1.0, 2.0, 64 * 64).view(64, 64)
+        factor = torch.linspace(1.0, 2.0, 64 * 64, dtype=torch.float32).view(64, 64)
         exact = (factor.double() @ factor.double()).float()
         if not torch.allclose(factor @ factor, exact, rtol=1e-5):
             torch.set_float32_matmul_precision(before)

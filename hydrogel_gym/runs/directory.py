@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hydrogel_gym.errors import UsageError, first_line
-from hydrogel_gym.files import write_atomically
+from hydrogel_gym.files import remove_unfinished, write_atomically
 from hydrogel_gym.runs.checkpoints import CHECKPOINTS, checkpoint_name, checkpoints, contains
 from hydrogel_gym.runs.options import RunOptions
 
@@ -108,8 +108,8 @@ def prepare_output_dir(output_dir: Path, options: RunOptions, resumed_at: int | 
         # Named like a summary that was never finished, since a kill may leave it.
         with tempfile.NamedTemporaryFile(dir=output_dir, prefix=f".{SUMMARY_FILE}."):
             pass
-        paths = [p for name in RUN_FILES for p in output_dir.glob(f".{name}.????????")]
-        paths += folder.glob(".checkpoint-*.pt.????????")
+        remove_unfinished(output_dir)
+        paths: list[Path] = []
         if resumed_at is None or not goes_on:
             paths += [output_dir / name for name in RUN_FILES] + checkpoints(output_dir)
         elif options.overwrite:

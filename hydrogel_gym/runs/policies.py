@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from hydrogel_gym.archives import check_state, load_archive
 from hydrogel_gym.errors import UsageError, first_line
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.problem.polymers import load_polymers
@@ -63,13 +63,14 @@ def load_policy(
     if not path.is_file():
         raise UsageError(f"policy {path}: no such file")
     try:
-        if not zipfile.is_zipfile(path):
-            raise ValueError("it is cut off, or is no policy")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_archive(path)
         if saved["format"] != FORMAT:
             raise ValueError(f"format {saved['format']!r}")
         if saved["polymers"] != list(load_polymers().names):
             raise ValueError("it was trained on another polymer table")
+        with torch.device("meta"):  # of the size that the file claims
+            expected = make(**saved["architecture"]).state_dict()
+        check_state(saved["policy_state_dict"], expected, path.stat().st_size)
         agent = make(**saved["architecture"])
         agent.load_state_dict(saved["policy_state_dict"])
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What users of comparable environments were seen to send: each is right, or refused in one line."""
+"""What users of comparable environments send: each is right, or refused in one line."""
 
 from __future__ import annotations
 
