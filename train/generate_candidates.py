@@ -223,7 +223,7 @@ def generate(
         if block.every:
             rows.append(block.every)
         if rows and (len(rows) == BLOCKS_PER_PART or index + 1 == stream.num_blocks):
-            store.write(store.part(patient_id, index // BLOCKS_PER_PART), rows)
+            store.write(patient_id, store.part(patient_id, index // BLOCKS_PER_PART), rows)
             rows = []
         bar.update(block.size)
         bar.set_postfix_str(f"{store.bytes_written / 1e6:,.0f} MB written", refresh=False)

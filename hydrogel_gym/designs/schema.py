@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import pyarrow as pa
 
-SCHEMA = "hydrogel_gym.designs.v1"
+SCHEMA = "hydrogel_gym.designs.v2"
 RANKED_SCHEMA = "hydrogel_gym.ranked_designs.v1"
 DESIGNS_FILE, PART_FILE, RANKED_FILE = (
     "designs.parquet",
@@ -81,7 +81,7 @@ def _margin(item: SafetyLimit) -> Column:
 
 # In the order of the files. The first twelve are the source's, section 5.2.
 COLUMNS = (
-    Column("patient_id", "virtual patient", "", RANKED),  # elsewhere the name of the folder
+    Column("patient_id", "virtual patient", "", BOTH),
     Column("polymer_id", "row of the polymer table", "", BOTH),
     Column("polymer_name", "its name", "", BOTH),
     *(_requested(index, field) for index, field in enumerate(FORMULATION_FIELDS)),
@@ -152,12 +152,14 @@ def numbers_of(formulation: Tensor, outcomes: Outcomes, reward: Tensor) -> Tenso
     return torch.stack([value(predicted) for value in _VALUES.values()])
 
 
-def arrow_table(cell: np.ndarray, numbers: np.ndarray) -> pa.Table:
-    """Designs in the columns of the files; numbers are not copied."""
+def arrow_table(patient_id: str, cell: np.ndarray, numbers: np.ndarray) -> pa.Table:
+    """A patient's designs in the columns of the files; numbers are not copied."""
     import pyarrow as pa
 
     polymer, coverage = (part.astype(np.int8) for part in np.divmod(cell, len(COVERAGES)))
     columns = {
+        # In each file, as text: from the name of a folder readers would make numbers of 7 and 007.
+        "patient_id": pa.DictionaryArray.from_arrays(np.zeros_like(polymer), [patient_id]),
         "polymer_id": pa.array(polymer),
         "polymer_name": pa.DictionaryArray.from_arrays(polymer, list(load_polymers().names)),
         "coverage": pa.DictionaryArray.from_arrays(coverage, list(COVERAGES)),
@@ -179,10 +181,13 @@ def parquet(table: pa.Table) -> pa.Buffer:
         row_group_size=len(table) or 1,
         compression="zstd",
         compression_level=1,
-        use_dictionary=["polymer_name", "coverage"],
+        use_dictionary=["patient_id", "polymer_name", "coverage"],
         # Bytes of one significance beside each other: random mantissas leave little else to gain.
         column_encoding=dict.fromkeys(NUMBERS, "BYTE_STREAM_SPLIT"),
-        write_statistics=["reward"],  # those of all columns take as long as all the rest
+        write_statistics=[
+            "patient_id",
+            "reward",
+        ],  # those of all columns take as long as all the rest
     )
     return buffer.getvalue()
 

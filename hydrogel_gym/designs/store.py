@@ -1,17 +1,18 @@
 """The files that the designs of many patients are in: written, and read back.
 
-    out/manifest.json                                       what made the rest
-    out/top/patient_id=P0001/designs.parquet                the best, all unlike each other
-    out/diverse/patient_id=P0001/designs.parquet            the best of each polymer and coverage
-    out/candidates/patient_id=P0001/part-00000.parquet      every design that was tried
-    out/ranked_designs.parquet                              the best of all patients, ranked
+    out/manifest.json                            what made the rest
+    out/top/P0001/designs.parquet                the best, all unlike each other
+    out/diverse/P0001/designs.parquet            the best of each polymer and coverage
+    out/candidates/P0001/part-00000.parquet      every design that was tried
+    out/ranked_designs.parquet                   the best of all patients, ranked
 
-`grid` decides which designs there are, `schema` what each column is.
+Each file has a column `patient_id`; a folder's name is made from it, and is not read back. `grid` decides which designs there are, `schema` what each column is.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
 import os
 from collections.abc import Iterable
@@ -25,7 +26,7 @@ import numpy as np
 from hydrogel_gym.designs.schema import DESIGNS_FILE, PART_FILE, arrow_table, parquet
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.errors import UsageError, differences
-from hydrogel_gym.files import write_atomically
+from hydrogel_gym.files import remove_unfinished, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,17 +34,36 @@ if TYPE_CHECKING:
 DesignTable = Literal["top", "diverse", "candidates"]
 Designs = tuple[np.ndarray, np.ndarray]  # (B,) cells and (R, B) rows of `NUMBERS`
 MANIFEST = "manifest.json"
+MAX_NAME = 100  # bytes of a file's name that a patient may take
 WRITERS = 2  # threads, and files under way
 
 
 def file_name(patient_id: str) -> str:
-    """The patient as part of a file's name, whatever the identifier contains."""
-    return quote(patient_id, safe="")
+    """The patient as part of a file's name, whatever the identifier contains and however long."""
+    name = quote(patient_id, safe="")
+    if name[0] in "._":  # what begins so is taken for hidden
+        name = f"%{ord(name[0]):02X}{name[1:]}"
+    if len(name) > MAX_NAME:
+        digest = hashlib.sha256(patient_id.encode()).hexdigest()[:16]
+        name = f"{name[: MAX_NAME - 17].rpartition('%')[0] or name[: MAX_NAME - 17]}+{digest}"
+    return name
 
 
-def partition(folder: Path, patient_id: str) -> Path:
-    """Folder of a patient's files, in the manner of Hive."""
-    return folder / f"patient_id={file_name(patient_id)}"
+def _folders(table: Path) -> dict[str, Path]:
+    """Folder of each patient of a table."""
+    return {_patient_of(folder): folder for folder in sorted(table.iterdir()) if folder.is_dir()}
+
+
+def _patient_of(folder: Path) -> str:
+    from pyarrow import parquet as pq
+
+    before_0_2 = folder.name.removeprefix("patient_id=")  # whose files lack the column
+    if "+" not in folder.name:
+        return unquote(before_0_2)
+    for file in folder.glob("*.parquet"):
+        for patient_id in pq.ParquetFile(file).read(["patient_id"])["patient_id"].unique():
+            return str(patient_id)
+    return folder.name
 
 
 class Store:
@@ -76,6 +96,7 @@ class Store:
                     f"{output_dir} contains designs of another run ({differing}); pass another "
                     "--output-dir, or remove it"
                 )
+            remove_unfinished(output_dir)
         # A hidden file may be the manifest that another rank is writing.
         elif any(p.name[0] != "." for p in output_dir.iterdir()):
             raise UsageError(
@@ -92,20 +113,20 @@ class Store:
 
     def is_done(self, patient_id: str) -> bool:
         """Whether all there is to write of a patient is there."""
-        return (partition(self.output_dir / "top", patient_id) / DESIGNS_FILE).exists()
+        return (self.output_dir / "top" / file_name(patient_id) / DESIGNS_FILE).exists()
 
     def part(self, patient_id: str, index: int) -> Path:
         """File of some candidates."""
-        return partition(self.output_dir / "candidates", patient_id) / PART_FILE.format(index)
+        return self.output_dir / "candidates" / file_name(patient_id) / PART_FILE.format(index)
 
-    def write(self, path: Path, blocks: list[Designs]) -> None:
-        """Write designs as one file while the caller goes on, unless too many wait.
+    def write(self, patient_id: str, path: Path, blocks: list[Designs]) -> None:
+        """Write a patient's designs as one file while the caller goes on, unless too many wait.
 
         Raises:
             OSError: a file before could not be written.
         """
         self.wait(WRITERS - 1)
-        self.pending.append(self.writers.submit(self._write, path, blocks))
+        self.pending.append(self.writers.submit(self._write, patient_id, path, blocks))
 
     def write_best(self, patient_id: str, best: TopDesigns, diverse: TopDesigns) -> None:
         """Write what is kept of a patient, who is done with it.
@@ -114,9 +135,9 @@ class Store:
             OSError: a file could not be written.
         """
         for table, designs in (("diverse", diverse), ("top", best)):
-            path = partition(self.output_dir / table, patient_id) / DESIGNS_FILE
+            path = self.output_dir / table / file_name(patient_id) / DESIGNS_FILE
             self.wait()  # `top` is last: where it is, the rest is
-            self.write(path, [(designs.cell, designs.numbers)])
+            self.write(patient_id, path, [(designs.cell, designs.numbers)])
         self.wait()
 
     def wait(self, leave: int = 0) -> None:
@@ -128,11 +149,11 @@ class Store:
         while len(self.pending) > leave:
             self.bytes_written += self.pending.pop(0).result()
 
-    def _write(self, path: Path, blocks: list[Designs]) -> int:
+    def _write(self, patient_id: str, path: Path, blocks: list[Designs]) -> int:
         import pyarrow as pa
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = parquet(pa.concat_tables(arrow_table(*block) for block in blocks))
+        content = parquet(pa.concat_tables(arrow_table(patient_id, *block) for block in blocks))
         write_atomically(path, content)
         return len(content)
 
@@ -165,7 +186,8 @@ def load_designs(
     folder = Path(path) / table
     if not folder.is_dir():
         raise ValueError(f"{path} contains no table {table!r}: there is no {folder}")
-    have = sorted(unquote(p.name.partition("=")[2]) for p in folder.glob("patient_id=*"))
+    folders = _folders(folder)
+    have = sorted(folders)
     wanted = have if patient_id is None else patient_id
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     for each in wanted:
@@ -174,9 +196,10 @@ def load_designs(
             raise ValueError(f"{folder} has no patient {each!r}; nearest: {', '.join(nearest)}")
     parts = []
     for each in wanted:
-        for file in sorted(partition(folder, each).glob("*.parquet")):
-            # Of the file alone: its folder is no column here.
-            part = pq.ParquetFile(file).read().to_pandas()
+        for file in sorted(folders[each].glob("*.parquet")):
+            part = (
+                pq.ParquetFile(file).read().to_pandas().drop(columns="patient_id", errors="ignore")
+            )
             part.insert(0, "patient_id", each)
             parts.append(part)
     if not parts:

@@ -7,6 +7,7 @@ error bar of the better one.
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from hydrogel_gym.errors import first_line
+from hydrogel_gym.files import remove_unfinished
 from hydrogel_gym.models.contract import RewardModel, load_reward_model
 from hydrogel_gym.oracle.cache import cache_entry, read_cache, write_cache
 from hydrogel_gym.oracle.search import search
@@ -91,7 +93,8 @@ def best_designs(
         seed: of the two searches.
         device: where to search.
         cache_dir: folder, made if missing, that keeps results by the content of all of the above
-            and of the code; a file there that cannot be used is replaced.
+            and of the code; a file there that cannot be used is replaced, and a folder that cannot
+            be written to costs a warning.
         progress: show a bar on standard error.
 
     Returns:
@@ -124,8 +127,13 @@ def best_designs(
     design = Design(*map(torch.cat, zip(*designs, strict=True)))
     best = _result(cohort, patients, design, torch.cat(gaps), model, config)
     if entry is not None:
-        entry[0].parent.mkdir(parents=True, exist_ok=True)
-        write_cache(*entry, best.design, best.seed_gap)
+        try:
+            entry[0].parent.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(entry[0].parent)
+            write_cache(*entry, best.design, best.seed_gap)
+        except OSError as error:  # the result is there all the same
+            why = first_line(error)
+            print(f"warning: the oracle's result could not be kept: {why}", file=sys.stderr)
     return best
 
 

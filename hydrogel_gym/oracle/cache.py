@@ -8,10 +8,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -97,6 +99,12 @@ def _content_key(
 _CACHED = ("polymer_id", *(field.name for field in FORMULATION_FIELDS), "coverage", "seed_gap")
 
 
+def _digest(arrays: Iterable[Any]) -> str:
+    """Hash of the numbers of columns."""
+    content = b"".join(np.asarray(array).tobytes() for array in arrays)
+    return hashlib.sha256(content).hexdigest()
+
+
 def write_cache(path: Path, key: str, design: Design, seed_gap: Tensor) -> None:
     """Keep the designs of a search, and the gap between its two halves."""
     import pyarrow as pa
@@ -107,7 +115,7 @@ def write_cache(path: Path, key: str, design: Design, seed_gap: Tensor) -> None:
     arrays = [pa.array(column.numpy()) for column in columns]
     schema = pa.schema(
         [(name, array.type) for name, array in zip(_CACHED, arrays, strict=True)],
-        metadata={"key": key},
+        metadata={"key": key, "content": _digest(arrays)},
     )
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_arrays(arrays, schema=schema), buffer)
@@ -117,18 +125,22 @@ def write_cache(path: Path, key: str, design: Design, seed_gap: Tensor) -> None:
 def read_cache(path: Path, key: str, num_patients: int) -> tuple[Design, Tensor] | None:
     """Designs and seed gap of an earlier search with this key, if the file has them.
 
-    A score is never read but computed again from its design.
+    A score is never read but computed again from its design. A damaged file is none.
     """
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.ParquetFile(path).read()
-        if table.schema.metadata.get(b"key", b"").decode() != key or len(table) != num_patients:
+        about = {name.decode(): text.decode() for name, text in table.schema.metadata.items()}
+        arrays = [table[name].combine_chunks() for name in _CACHED]
+        if about["key"] != key or about["content"] != _digest(arrays) or len(table) != num_patients:
             return None
         # A copy: torch would warn of a read-only array.
-        columns = {name: torch.tensor(np.asarray(table[name])) for name in _CACHED}
-    except (OSError, KeyError, AttributeError, pa.ArrowException):
+        columns = {
+            name: torch.tensor(np.asarray(array))
+            for name, array in zip(_CACHED, arrays, strict=True)
+        }
+    except Exception:  # whatever the reader raises of a damaged file
         return None
     formulation = torch.stack([columns[field.name] for field in FORMULATION_FIELDS], -1)
     return Design(columns["polymer_id"], formulation, columns["coverage"]), columns["seed_gap"]
