@@ -6,7 +6,8 @@
     out/candidates/P0001/part-00000.parquet      every design that was tried
     out/ranked_designs.parquet                   the best of all patients, ranked
 
-Each file has a column `patient_id`; a folder's name is made from it, and is not read back. `grid` decides which designs there are, `schema` what each column is.
+Each file has a column `patient_id`; a folder's name is made from it, and is not read back.
+`grid` decides which designs there are, `schema` what each column is.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import difflib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -45,8 +47,14 @@ def file_name(patient_id: str) -> str:
         name = f"%{ord(name[0]):02X}{name[1:]}"
     if len(name) > MAX_NAME:
         digest = hashlib.sha256(patient_id.encode()).hexdigest()[:16]
-        name = f"{name[: MAX_NAME - 17].rpartition('%')[0] or name[: MAX_NAME - 17]}+{digest}"
+        beginning = re.sub("%.?$", "", name[: MAX_NAME - 17])  # no half of a letter
+        name = f"{beginning}+{digest}"
     return name
+
+
+def partition(table: Path, patient_id: str) -> Path:
+    """Folder of a patient's files."""
+    return table / file_name(patient_id)
 
 
 def _folders(table: Path) -> dict[str, Path]:
@@ -113,11 +121,11 @@ class Store:
 
     def is_done(self, patient_id: str) -> bool:
         """Whether all there is to write of a patient is there."""
-        return (self.output_dir / "top" / file_name(patient_id) / DESIGNS_FILE).exists()
+        return (partition(self.output_dir / "top", patient_id) / DESIGNS_FILE).exists()
 
     def part(self, patient_id: str, index: int) -> Path:
         """File of some candidates."""
-        return self.output_dir / "candidates" / file_name(patient_id) / PART_FILE.format(index)
+        return partition(self.output_dir / "candidates", patient_id) / PART_FILE.format(index)
 
     def write(self, patient_id: str, path: Path, blocks: list[Designs]) -> None:
         """Write a patient's designs as one file while the caller goes on, unless too many wait.
@@ -135,7 +143,7 @@ class Store:
             OSError: a file could not be written.
         """
         for table, designs in (("diverse", diverse), ("top", best)):
-            path = self.output_dir / table / file_name(patient_id) / DESIGNS_FILE
+            path = partition(self.output_dir / table, patient_id) / DESIGNS_FILE
             self.wait()  # `top` is last: where it is, the rest is
             self.write(patient_id, path, [(designs.cell, designs.numbers)])
         self.wait()
