@@ -25,6 +25,7 @@ import torch
 import hydrogel_gym
 from hydrogel_gym.envs.wrappers import VectorDiscretizeHybridAction, VectorFlattenHybridAction
 from hydrogel_gym.errors import first_line
+from hydrogel_gym.output import unfailing_output
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
@@ -148,6 +149,7 @@ def _describe() -> None:
             print(f"{name}: sha256 {digest}")
 
 
+@unfailing_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(

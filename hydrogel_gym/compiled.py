@@ -33,6 +33,9 @@ class CompiledFunction:
     Args:
         function: what to compile; without a read on the host, a branch on data or side effects.
         options: of the compiler.
+
+    Raises:
+        CompileError: the compiler cannot be had, for want of a folder to write to for example.
     """
 
     def __init__(
@@ -40,14 +43,17 @@ class CompiledFunction:
     ) -> None:
         self.function, self.options = function, options
         self.is_compiled = False
-        self._call = torch.compile(  # type: ignore[call-overload]  # its types lack an argument
-            function,
-            fullgraph=True,
-            dynamic=False,
-            # Environments share the code of one function, and so would share its eight graphs.
-            isolate_recompiles=True,
-            options=dict(options),  # it takes some of them out
-        )
+        try:
+            self._call = torch.compile(  # type: ignore[call-overload]  # its types lack an argument
+                function,
+                fullgraph=True,
+                dynamic=False,
+                # Environments share the code of one function, and so would share its eight graphs.
+                isolate_recompiles=True,
+                options=dict(options),  # it takes some of them out
+            )
+        except Exception as error:
+            raise CompileError(_cause(error)) from error
 
     def __call__(self, *args: Any) -> Any:
         """Return what the function returns.

@@ -5,8 +5,9 @@
     python train/evaluate.py runs/quick-s1 --reward-model mechanistic       # another than trained
     python train/evaluate.py runs/quick-s1 --every-checkpoint
 
-Writes `evaluation-COHORT.json` (with `--reward-model`, `evaluation-COHORT-MODEL.json`) beside the
-policy; with `--every-checkpoint` a CSV with a row for each.
+Writes `evaluation-shipped.json` beside the policy; of other patients or another model
+`evaluation-COHORT-MODEL.json`, with a short hash of what each file contains; with
+`--every-checkpoint` a CSV with a row for each.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.devices import fast_float32, resolve_device
 from hydrogel_gym.runs.directory import write_csv, write_json
 from hydrogel_gym.runs.evaluation import evaluation_sets, final_figures
-from hydrogel_gym.runs.identity import versions
+from hydrogel_gym.runs.identity import (
+    MODEL,
+    check_origin,
+    content_of,
+    digest,
+    patients_of,
+    versions,
+)
 from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
 from hydrogel_gym.runs.ranks import world_from_environment
@@ -63,6 +71,9 @@ class Args:
     """auto (cuda if there is one, else cpu) or a torch device"""
 
 
+TRAINED = patients_of("train")
+
+
 def problem_of(config: dict[str, Any], args: Args) -> ProblemOptions:
     """The problem that a policy was trained on, with the patients and the model wanted here."""
     problem = ProblemOptions.of(config)
@@ -86,14 +97,18 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
         if not saved:
             raise UsageError(f"{path} has no checkpoints")
         policies = [(agent_of(each, Agent, device), each["iteration"]) for each in saved]
-        config, folder = saved[-1]["args"], path
+        config, folder, origin = saved[-1]["args"], path, saved[-1]["run"]
     else:
         agent, content = load_policy(path, Agent, device)
         policies, config, folder = [(agent, None)], content["training_config"], path.parent
+        origin = content.get("origin")
     problem = problem_of(config, args)
+    model = content_of(problem.reward_model_name)
+    check_origin(origin, {MODEL: model}, {MODEL: args.reward_model})
     cohorts = {"train": load_cohort(args.cohort)}
     if args.cohort is None or args.holdout_cohort is not None:
         cohorts["holdout"] = load_cohort(args.holdout_cohort or "holdout")
+    patients = digest(cohorts["train"])
     folder = args.output_dir or folder
     check_writable(folder)
     sets = evaluation_sets(
@@ -115,10 +130,13 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
         "policy_file": str(path),
         "cohort": str(args.cohort or "shipped"),
         "num_patients": len(cohorts["train"]),
-        "reward_model": problem.reward_model,
+        "trained_on_these_patients": None if origin is None else origin[TRAINED] == patients,
+        "reward_model": problem.reward_model_name,
     }
     about |= {"seed": args.seed, "device": str(device), "versions": versions()}
-    output = folder / f"{file_stem(args)}.{'csv' if args.every_checkpoint else 'json'}"
+    output = (
+        folder / f"{file_stem(args, patients, model)}.{'csv' if args.every_checkpoint else 'json'}"
+    )
     if args.every_checkpoint:
         write_csv(output, [flat(result) for result in results])
     else:
@@ -136,11 +154,20 @@ def check_writable(folder: Path) -> None:
         raise UsageError(f"{folder} cannot be written to: {error}") from error
 
 
-def file_stem(args: Args) -> str:
-    """Name of the file of figures, without its suffix."""
-    parts = ["evaluation", "shipped" if args.cohort is None else args.cohort.stem]
+def file_stem(args: Args, patients: str, model: str) -> str:
+    """Name of the file of figures, without its suffix; other patients or models have another.
+
+    Args:
+        args: what was evaluated.
+        patients: digest of their table.
+        model: digest of its content.
+    """
+    parts = ["evaluation", "shipped"]
+    if args.cohort is not None:
+        parts[1] = f"{args.cohort.stem}-{patients[:8]}"
     if args.reward_model is not None:
-        parts.append(Path(args.reward_model).stem.replace(":", "-"))
+        path = Path(args.reward_model)
+        parts.append(f"{path.stem}-{model[:8]}" if path.is_file() else path.name.replace(":", "-"))
     return "-".join(parts) + ("-checkpoints" if args.every_checkpoint else "")
 
 

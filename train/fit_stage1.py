@@ -288,6 +288,7 @@ def check_args(args: Args) -> None:
         ("holdout_share", "above 0, below 1", lambda x: 0.0 < x < 1.0),
         ("learning_rate", "a finite number above 0", lambda x: 0.0 < x < math.inf),
         ("weight_decay patient_noise pessimism", *not_negative),
+        ("seed", "0 or more", lambda x: x >= 0),
     )
     if (path := args.output_dir / "stage1.pt").exists() and not args.overwrite:
         raise UsageError(f"{path} exists; pass --overwrite or another --output-dir")

@@ -245,7 +245,7 @@ def run(args: Args) -> Path:
     """
     check_ranges(
         args,
-        ("num_candidates top_k", "1 or more", lambda x: x >= 1),
+        ("num_candidates", "1 or more", lambda x: x >= 1),
         ("temperature", "above 0", lambda x: 0.0 < x < math.inf),
         ("explore", "0 to 1", lambda x: 0.0 <= x <= 1.0),
     )

@@ -728,6 +728,8 @@ def check_args(args: Args, world: runs.World) -> None:
         ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
     )
+    if args.target_kl is not None:
+        runs.check_ranges(args, ("target_kl", "above 0", lambda x: 0.0 < x < math.inf))
     runs.check_shares(args.num_envs, args.num_steps, args.minibatch_size, world.size)
 
 

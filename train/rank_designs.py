@@ -37,12 +37,12 @@ from hydrogel_gym.designs.store import MANIFEST
 from hydrogel_gym.errors import UsageError, differences, first_line
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.models.mechanistic import MechanisticModel
-from hydrogel_gym.problem.cohort import Cohort, load_cohort
+from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.problem.fields import COVERAGES, Design, Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
 from hydrogel_gym.runs.checkpoints import newest_checkpoint, unseal
 from hydrogel_gym.runs.command_line import read_command_line, run_script
-from hydrogel_gym.runs.designing import environments, origin
+from hydrogel_gym.runs.designing import environments, origin, problem_and_patients
 from hydrogel_gym.runs.directory import SUMMARY_FILE
 from hydrogel_gym.runs.policies import load_policy, policy_path
 from hydrogel_gym.train.ppo_hybrid import Agent
@@ -60,6 +60,8 @@ class Args:
     """the run directory, or its `stage2_policy.pt`; the folder around the designs by default"""
     cohort: Path | None = None
     """whose patients; those that the policy was trained on by default"""
+    reward_model: str | None = None
+    """Stage-1 model that evaluates; the one that the policy was trained on by default"""
 
 
 @torch.no_grad()
@@ -137,18 +139,19 @@ def rank(args: Args) -> list[Path]:
     """
     path = policy_path(args.policy or args.designs.resolve().parent)
     _, saved = load_policy(path, Agent, "cpu")
-    trained = saved["training_config"]
-    cohort = load_cohort(args.cohort or trained["cohort"])
+    options, cohort = problem_and_patients(saved, args.cohort, args.reward_model)
     try:
         manifest = json.loads((args.designs / MANIFEST).read_text())
         designs = load_designs(args.designs)
     except (OSError, ValueError) as error:
         raise UsageError(f"{args.designs}: {first_line(error)}") from error
-    here = origin(path, cohort)
+    here = origin(path, options, cohort)
     there = {name: manifest.get(name) for name in here}
     if differing := differences(there, here, "there"):
-        raise UsageError(f"{args.designs} is of another policy or cohort ({differing})")
-    envs = environments(trained, cohort, torch.device("cpu"))
+        raise UsageError(
+            f"{args.designs} is of another policy, cohort or reward model ({differing})"
+        )
+    envs = environments(saved, options, cohort, torch.device("cpu"))
     table = ranked(designs, cohort, envs.unwrapped.problem)
     archive = io.BytesIO()
     torch.save(complete(path.parent, saved, table), archive)

@@ -289,7 +289,7 @@ def run(args: Args) -> dict[str, float]:
     check_ranges(
         args,
         ("num_copies", "2 or more", lambda x: x >= 2),
-        ("num_iterations top_k", "1 or more", lambda x: x >= 1),
+        ("num_iterations", "1 or more", lambda x: x >= 1),
         ("learning_rate", "above 0", lambda x: 0.0 < x < math.inf),
         ("max_kl", "above 0", lambda x: x > 0.0),
     )

@@ -6,8 +6,11 @@ tensors. It is frozen: evaluation mode, no gradients to its parameters.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -121,12 +124,24 @@ def _load(spec: str, outcome_scale: OutcomeScale, of_ensemble: dict[str, Any]) -
             "a path to a .pt Stage-1 checkpoint, or 'module:factory'"
         )
     try:
-        model: RewardModel = getattr(importlib.import_module(module_name), factory_name)()
+        with _importing_from_working_directory():
+            model: RewardModel = getattr(importlib.import_module(module_name), factory_name)()
         return model
     except Exception as error:  # whatever the user's module or factory raises
         raise RewardModelError(
             f"reward_model {spec!r} cannot be loaded: {type(error).__name__}: {error}"
         ) from error
+
+
+@contextlib.contextmanager
+def _importing_from_working_directory() -> Iterator[None]:
+    """Find modules there too, after all other places, as scripts and commands do not."""
+    folder = os.getcwd()
+    sys.path.append(folder)
+    try:
+        yield
+    finally:
+        sys.path.remove(folder)
 
 
 @torch.no_grad()

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.output import unfailing_output
 
 
+@unfailing_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(

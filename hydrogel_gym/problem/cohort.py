@@ -110,12 +110,12 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
             range, LVEF or border-zone stress disagrees with the columns it follows from, or scar
             and border zone leave too little of the ventricle.
     """
-    path = "train" if path is None else path
+    path = "train" if path is None else os.fspath(path)
     if path in SHIPPED:
         name = f"shipped {path}"
         source: Path | Traversable = files("hydrogel_gym.patients") / SHIPPED[path]
     else:
-        name, source = os.fspath(path), Path(path)
+        name, source = path, Path(path)
     try:
         frame = read_table_file(source, [ID_COLUMN, *FEATURE_COLUMNS])
     except TableError as error:

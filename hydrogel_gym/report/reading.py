@@ -32,6 +32,7 @@ from hydrogel_gym.runs.directory import (
     SUMMARY_FILE,
 )
 from hydrogel_gym.runs.evaluation import DesignPolicy
+from hydrogel_gym.runs.identity import patients_of
 from hydrogel_gym.runs.policies import agent_of, load_policy
 
 MakeAgent = Callable[
@@ -94,7 +95,7 @@ def read_run(path: Path, make_agent: MakeAgent) -> SavedRun:
     read_status(run, done)
     read_policy(run, checkpoint, make_agent)
     if checkpoint:
-        run.patients_digest = checkpoint["run"].get("patients of the train cohort")
+        run.patients_digest = checkpoint["run"].get(patients_of("train"))
     if not run.config and run.policy:
         run.config = run.policy.config
         run.gaps.append(f"The configuration shown is the one kept in {run.policy.origin}.")
@@ -211,6 +212,7 @@ def read_policy(run: SavedRun, checkpoint: dict[str, Any] | None, make_agent: Ma
         try:
             agent, saved = load_policy(path, make_agent, "cpu")
             run.policy = SavedPolicy(agent.design, saved["training_config"], path.name)
+            run.patients_digest = saved.get("origin", {}).get(patients_of("train"))
             return
         except UsageError as error:
             run.policy_gaps.append(as_sentence(error))

@@ -17,6 +17,7 @@ import tyro
 
 from hydrogel_gym.errors import UsageError, first_line
 from hydrogel_gym.models.contract import RewardModelError
+from hydrogel_gym.output import unfailing_output
 from hydrogel_gym.problem.cohort import CohortError
 from hydrogel_gym.runs.ranks import RankLostError, world_from_environment
 from hydrogel_gym.runs.signals import ignore_warnings
@@ -101,10 +102,16 @@ def run_script(body: Callable[[], int | None], *, out_of_memory: str = "") -> in
         body: the script; returns its exit code, or None for 0.
         out_of_memory: what to change where memory is short.
     """
-    rank = world_from_environment().rank
-    # Only rank 0 prints, but for what may be wrong on one machine of several.
-    who = f"rank {rank}: " if rank else ""
+    with unfailing_output():
+        return _run_script(body, out_of_memory)
+
+
+def _run_script(body: Callable[[], int | None], out_of_memory: str) -> int:
+    who = ""
     try:
+        rank = world_from_environment().rank
+        # Only rank 0 prints, but for what may be wrong on one machine of several.
+        who = f"rank {rank}: " if rank else ""
         return body() or 0
     except (UsageError, CohortError, RewardModelError, gym.error.Error) as error:
         code, line = REFUSED, f"error: {error}"
@@ -127,10 +134,10 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a command line as the whole of this process, and end it."""
     ignore_warnings()
     code = main()
-    if world_from_environment().size > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         # A thread of a process group, which outlives it, rarely aborts an interpreter that is being
         # taken down; a launcher would take that for a failure. All files are closed.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
         os._exit(code)
     sys.exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +19,21 @@ from hydrogel_gym.designs.schema import SCHEMA
 from hydrogel_gym.designs.store import Store
 from hydrogel_gym.envs.design_problem import DesignProblem
 from hydrogel_gym.errors import UsageError
-from hydrogel_gym.problem.cohort import Cohort, load_cohort
+from hydrogel_gym.problem.cohort import Cohort, CohortError, load_cohort
+from hydrogel_gym.runs.command_line import check_ranges
 from hydrogel_gym.runs.environments import make_envs
-from hydrogel_gym.runs.identity import digest, versions
+from hydrogel_gym.runs.identity import (
+    MODEL,
+    ORIGIN,
+    check_origin,
+    content_of,
+    digest,
+    versions,
+)
 from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.policies import load_policy, policy_path
+
+MAX_TOP_K = 1_000_000  # they are kept in memory, by several threads
 
 
 @dataclass
@@ -35,6 +46,8 @@ class PatientArgs:
     """one patient or several; everybody by default"""
     cohort: Path | None = None
     """whose patients, CSV or Parquet; those that the policy was trained on by default"""
+    reward_model: str | None = None
+    """Stage-1 model that evaluates; the one that the policy was trained on by default"""
     top_k: int = 100
     """how many of a patient's best designs to keep, all unlike each other"""
     seed: int = 1
@@ -51,6 +64,7 @@ class Start(NamedTuple):
     path: Path  # of the policy
     saved: dict[str, Any]  # its content
     agent: Any  # the policy
+    options: ProblemOptions
     cohort: Cohort
     rows: list[int]  # of the patients to design for
     problem: DesignProblem  # reward model, limits, patients
@@ -68,45 +82,80 @@ def begin(args: PatientArgs, make: Callable[..., torch.nn.Module], device: torch
     Raises:
         UsageError: one of them is missing, or they do not belong together.
     """
+    check_ranges(
+        args,
+        ("top_k", f"1 to {MAX_TOP_K:,}", lambda x: 1 <= x <= MAX_TOP_K),
+        ("seed", "0 or more", lambda x: x >= 0),
+    )
     path = policy_path(args.policy)
     agent, saved = load_policy(path, make, device)
-    trained = saved["training_config"]
-    cohort = load_cohort(args.cohort or trained["cohort"])
+    options, cohort = problem_and_patients(saved, args.cohort, args.reward_model)
     try:
         # Once each, however often they are named.
         rows = list(dict.fromkeys(map(cohort.index, args.patient or cohort.patient_ids)))
     except ValueError as error:
         raise UsageError(f"--patient: {error}") from error
-    envs: Any = environments(trained, cohort, device)
+    envs: Any = environments(saved, options, cohort, device)
     obs, _ = envs.reset()
     if (width := obs.shape[-1]) != (known := saved["architecture"]["obs_dim"]):
         raise UsageError(f"policy {path} observes {known} numbers, its environments give {width}")
-    return Start(path, saved, agent, cohort, rows, envs.unwrapped.problem, obs)
+    return Start(path, saved, agent, options, cohort, rows, envs.unwrapped.problem, obs)
+
+
+def problem_and_patients(
+    saved: Mapping[str, Any], cohort: Path | None, reward_model: str | None
+) -> tuple[ProblemOptions, Cohort]:
+    """The problem to design for, and whom.
+
+    Args:
+        saved: content of the policy.
+        cohort: other patients than those of training, if given.
+        reward_model: another model than that of training, if given.
+
+    Raises:
+        UsageError: patients or model are no longer those of training, and no others are given.
+    """
+    options = ProblemOptions.of(saved["training_config"])
+    if reward_model is not None:
+        options = dataclasses.replace(options, reward_model=reward_model, pessimism=None)
+    try:
+        patients = load_cohort(cohort or options.cohort)
+    except CohortError as error:
+        why = "" if cohort else "; the policy was trained on it: pass --cohort to say where it is"
+        raise UsageError(f"{error}{why}") from error
+    name, path = options.reward_model_name, Path(options.reward_model_name)
+    if reward_model is None and path.suffix in (".pt", ".pt2") and not path.is_file():
+        raise UsageError(
+            f"reward_model {name!r}: there is no such file; the policy was trained on it: pass "
+            "--reward-model to say where it is"
+        )
+    here = dict(zip(ORIGIN, (digest(patients), content_of(name)), strict=True))
+    given = dict(zip(ORIGIN, (cohort, reward_model), strict=True))
+    check_origin(saved.get("origin"), here, given)
+    return options, patients
 
 
 def environments(
-    trained: Mapping[str, Any], cohort: Cohort, device: torch.device
+    saved: Mapping[str, Any], options: ProblemOptions, cohort: Cohort, device: torch.device
 ) -> gym.vector.VectorEnv:
-    """One environment per patient, of the problem that a policy was trained on.
+    """One environment per patient, in the precision that a policy was trained in.
 
     Args:
-        trained: its `training_config`.
+        saved: content of the policy.
+        options: the problem.
         cohort: the patients.
         device: where.
     """
-    return make_envs(
-        ProblemOptions.of(trained),
-        cohort,
-        device,
-        dtype="float64" if trained.get("precision") == "fp64" else "float32",
-    )
+    is_double = saved["training_config"].get("precision") == "fp64"
+    return make_envs(options, cohort, device, dtype="float64" if is_double else "float32")
 
 
-def origin(path: Path, cohort: Cohort) -> dict[str, str]:
-    """Hashes of the policy and the patients that designs are of."""
+def origin(path: Path, options: ProblemOptions, cohort: Cohort) -> dict[str, str]:
+    """Hashes of the policy, the patients and the reward model that designs are of."""
     return {
         "policy": hashlib.sha256(path.read_bytes()).hexdigest()[:16],
         "patients": digest(cohort),
+        MODEL: content_of(options.reward_model_name),
     }
 
 
@@ -115,7 +164,7 @@ def manifest(start: Start, device: torch.device, args: PatientArgs, names: str) 
     return {
         "format": SCHEMA,
         "hydrogel_gym": versions()["hydrogel_gym"],
-        **origin(start.path, start.cohort),
+        **origin(start.path, start.options, start.cohort),
         "env_id": start.saved["training_config"]["env_id"],
         "device type": device.type,
         **{name: getattr(args, name) for name in names.split()},

@@ -9,9 +9,10 @@ import gymnasium as gym
 import torch
 from torch import Tensor
 
+from hydrogel_gym.errors import UsageError, first_line
 from hydrogel_gym.models.contract import load_reward_model
 from hydrogel_gym.problem.cohort import Cohort
-from hydrogel_gym.runs.options import BUILT_IN, ProblemOptions
+from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.ranks import ALONE, World
 
 
@@ -48,25 +49,32 @@ def make_envs(
         hydrogel_gym.RewardModelError: the reward model cannot be used.
     """
     given: dict[str, Any] = {}
-    if (problem.reward_model, problem.pessimism) != (BUILT_IN, None):
+    if problem.reward_model is not None or problem.pessimism is not None:
         given["reward_model"] = load_reward_model(
-            problem.reward_model, device, pessimism=problem.pessimism
+            problem.reward_model_name, device, pessimism=problem.pessimism
         )
     if compile:
         given["compile"] = True
     if dtype != "float32":
         given["dtype"] = dtype
-    return gym.make_vec(
-        problem.env_id,
-        num_envs=num_envs or len(cohort),
-        cohort=cohort,
-        device=str(device),
-        horizon=problem.horizon,
-        patient_assignment=problem.patient_assignment if num_envs else "fixed",
-        output="torch",
-        autoreset_mode="SameStep",
-        **given,
-    )
+    try:
+        return gym.make_vec(
+            problem.env_id,
+            num_envs=num_envs or len(cohort),
+            cohort=cohort,
+            device=str(device),
+            horizon=problem.horizon,
+            patient_assignment=problem.patient_assignment if num_envs else "fixed",
+            output="torch",
+            autoreset_mode="SameStep",
+            **given,
+        )
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise UsageError(
+            f"--env-id {problem.env_id} is no environment of this kind: {first_line(error)}"
+        ) from error
 
 
 @torch.no_grad()

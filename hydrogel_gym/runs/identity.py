@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import sys
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,41 @@ MAY_CHANGE = (
 REMOVED = {"reward_precision": "fp32", "true_reward_model": None, "evaluate": None}
 
 
+def patients_of(cohort: str) -> str:
+    """Key of the digest of a run's training or held-out patients."""
+    return f"patients of the {cohort} cohort"
+
+
+MODEL = "reward model"
+ORIGIN = (patients_of("train"), MODEL)  # what a policy says of its training
+
+
+def check_origin(
+    saved: Mapping[str, str] | None, here: Mapping[str, str], given: Mapping[str, Any]
+) -> None:
+    """Compare patients and reward model with those that a policy was trained on.
+
+    Args:
+        saved: digests by the names of `ORIGIN`, of training; None if the policy has none.
+        here: digests of what is there now, of those names that are to be compared.
+        given: by the same names, what the flags say, None where they say nothing.
+
+    Raises:
+        UsageError: something has changed that was not given on purpose.
+    """
+    for name, now in here.items():
+        what, flag = (name, "--reward-model") if name == MODEL else ("cohort", "--cohort")
+        if saved is None:
+            print(f"note: the policy does not say which {what} it was trained on", file=sys.stderr)
+        elif saved[name] != now and given[name] is None:
+            raise UsageError(
+                f"the {what} has changed since the policy was trained on it (digest {saved[name]} "
+                f"then, {now} now); pass {flag} to say which to take"
+            )
+        elif saved[name] != now:
+            print(f"note: another {what} than the policy was trained on", file=sys.stderr)
+
+
 def digest(cohort: Cohort) -> str:
     """Short hash of who is in a cohort."""
     ids = json.dumps(cohort.patient_ids).encode()
@@ -44,8 +81,8 @@ def identity(args: Any, cohorts: dict[str, Cohort], device: torch.device) -> dic
     """What has to be the same for a run to go on as if it had never stopped."""
     return {
         **{name: value for name, value in plain_config(args).items() if name not in MAY_CHANGE},
-        **{f"patients of the {name} cohort": digest(cohort) for name, cohort in cohorts.items()},
-        "reward model": content_of(args.reward_model),
+        **{patients_of(name): digest(cohort) for name, cohort in cohorts.items()},
+        MODEL: content_of(args.reward_model_name),
         "device type": device.type,
         "hydrogel_gym": versions()["hydrogel_gym"],
     }

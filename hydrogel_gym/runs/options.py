@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from hydrogel_gym.errors import UsageError
+from hydrogel_gym.problem.cohort import SHIPPED
 from hydrogel_gym.runs.command_line import check_ranges
 from hydrogel_gym.runs.compiled import Compile
 from hydrogel_gym.runs.devices import Precision
 
 BUILT_IN = "mechanistic"
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 # Flags of training that earlier versions had, and what replaces each.
 REMOVED_FLAGS = {
     "--evaluate": "use python train/evaluate.py POLICY",
@@ -35,17 +38,22 @@ class ProblemOptions:
     horizon: int = 1
     """designs tried per episode"""
     cohort: Path | None = None
-    """patients to train on, CSV or Parquet; default the shipped cohort"""
+    """patients to train on, CSV or Parquet, or the shipped `train` (default) or `holdout`"""
     holdout_cohort: Path | None = None
     """patients to measure generalisation on; default the shipped hold-out cohort"""
     patient_assignment: Literal["fixed", "random"] = "fixed"
     """whether an environment keeps its patient or draws one at each reset"""
-    reward_model: str = BUILT_IN
+    reward_model: str | None = None
     """frozen Stage-1 model that rewards: mechanistic, a checkpoint of `train/fit_stage1.py` (.pt),
-    a program of torch.export (.pt2), or module:factory"""
+    a program of torch.export (.pt2), or module:factory; default the environment's own"""
     pessimism: float | None = None
     """standard deviations of a checkpoint's ensemble below its mean that are rewarded; default the
     checkpoint's own"""
+
+    @property
+    def reward_model_name(self) -> str:
+        """The model as a person knows it."""
+        return self.reward_model or BUILT_IN
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
@@ -106,6 +114,16 @@ def from_config(kind: type, config: Mapping[str, Any]) -> Any:
     return kind(**known)
 
 
+def with_absolute_paths(options: Any) -> Any:
+    """Options whose input files are found from any folder: what reads a policy may be elsewhere."""
+    found = {}
+    for name in ("cohort", "holdout_cohort", "reward_model"):
+        given = getattr(options, name)
+        if given is not None and str(given) not in SHIPPED and Path(given).is_file():
+            found[name] = type(given)(Path(given).absolute())
+    return dataclasses.replace(options, **found)
+
+
 def plain_config(args: Any) -> dict[str, Any]:
     """Options as plain types."""
     return {
@@ -128,6 +146,8 @@ def check_options(args: Any) -> None:
     ):
         if wanted and importlib.util.find_spec(package) is None:
             raise UsageError(f'{flag} needs {package}: pip install -e ".[track]"')
+    if args.track and (mode := os.environ.get("WANDB_MODE", "online")) not in WANDB_MODES:
+        raise UsageError(f"$WANDB_MODE is {mode!r}; allowed: {', '.join(WANDB_MODES)}")
     check_ranges(
         args,
         ("horizon keep_checkpoints", "1 or more", lambda x: x >= 1),

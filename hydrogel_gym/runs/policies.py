@@ -22,7 +22,11 @@ Agent = TypeVar("Agent", bound=nn.Module)
 
 
 def save_policy(
-    path: Path, agent: nn.Module, architecture: dict[str, Any], config: dict[str, Any]
+    path: Path,
+    agent: nn.Module,
+    architecture: dict[str, Any],
+    config: dict[str, Any],
+    origin: dict[str, str],
 ) -> None:
     """Write a policy: all that `load_policy` needs.
 
@@ -31,6 +35,7 @@ def save_policy(
         agent: the policy.
         architecture: its arguments, of plain types.
         config: settings of its training, of plain types.
+        origin: digests of what it was trained on, by the names of `identity.ORIGIN`.
     """
     buffer = io.BytesIO()
     torch.save(
@@ -39,6 +44,7 @@ def save_policy(
             "architecture": architecture,
             "policy_state_dict": {k: v.detach().cpu() for k, v in agent.state_dict().items()},
             "training_config": config,
+            "origin": origin,
             "polymers": list(load_polymers().names),
             "versions": versions(),
         },

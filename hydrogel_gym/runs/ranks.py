@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from hydrogel_gym.errors import first_line
+from hydrogel_gym.errors import UsageError, first_line
 from hydrogel_gym.memory import is_out_of_memory
 
 SHARED_MEMORY = "/dev/shm"
@@ -204,7 +204,16 @@ def world_from_environment() -> World:
     if not {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys():
         return ALONE
     names = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-    rank, size, local_size = (int(os.environ.get(name, 1)) for name in names)
+    given = {name: os.environ.get(name, "1") for name in names}
+    for name, value in given.items():
+        if not value.isdecimal():
+            raise UsageError(f"${name} is {value!r}; allowed: a whole number, as torchrun sets it")
+    rank, size, local_size = map(int, given.values())
+    if rank >= size:
+        raise UsageError(f"$RANK is {rank}; allowed: below $WORLD_SIZE, {size}")
+    if size > 1 and not os.environ.get("MASTER_PORT", "").isdecimal():
+        port = os.environ.get("MASTER_PORT", "not set")
+        raise UsageError(f"$MASTER_PORT is {port}; allowed: a port, as torchrun sets it")
     return World(rank, size, local_size, launched=True)
 
 
@@ -229,7 +238,11 @@ def joined(world: World, device: torch.device) -> Iterator[World]:
 @collective
 def connect(world: World, device: torch.device) -> None:
     """Make the process group of the ranks."""
-    store = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))[0]
+    try:
+        store = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))[0]
+    except dist.DistNetworkError as error:
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise UsageError(f"the ranks cannot meet at {address}: {first_line(error)}") from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         store = unused_store_prefix(store, world, TIMEOUT)
     on_cuda = device.type == "cuda"

@@ -8,7 +8,6 @@ writes policy, pictures and summary.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import sys
 import time
@@ -56,6 +55,7 @@ from hydrogel_gym.runs.evaluation import (
     shown_regret,
 )
 from hydrogel_gym.runs.identity import (
+    ORIGIN,
     differences,
     identity,
     refuse_differences,
@@ -63,7 +63,7 @@ from hydrogel_gym.runs.identity import (
     versions,
 )
 from hydrogel_gym.runs.metrics import YARDSTICK, Infos, as_row, rollout_metrics
-from hydrogel_gym.runs.options import plain_config
+from hydrogel_gym.runs.options import plain_config, with_absolute_paths
 from hydrogel_gym.runs.pictures import draw_learning_curve, draw_policy_selection
 from hydrogel_gym.runs.policies import save_policy
 from hydrogel_gym.runs.ranks import World, joined
@@ -89,8 +89,7 @@ def start_run(
     Raises:
         UsageError: the request cannot be carried out.
     """
-    if Path(args.reward_model).is_file():  # what reads the policy may be started elsewhere
-        args = dataclasses.replace(args, reward_model=str(Path(args.reward_model).absolute()))
+    args = with_absolute_paths(args)
     device = resolve_device(args.device, world)
     check_precision(args.precision, device)
     keep_freed_memory()
@@ -349,7 +348,8 @@ class Run:
         }
         with explaining_disk_failures(output_dir, len(self.rows)):
             config, architecture = plain_config(args), self.learner.architecture
-            save_policy(output_dir / POLICY_FILE, agent, architecture, config)
+            origin = {name: self.identity[name] for name in ORIGIN}
+            save_policy(output_dir / POLICY_FILE, agent, architecture, config, origin)
             draw_learning_curve(output_dir / CURVE_FILE, self.rows)
             draw_policy_selection(output_dir / SELECTION_FILE, figures["polymer_share"])
             # Last: a summary says that the directory is complete.

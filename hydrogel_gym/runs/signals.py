@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -12,13 +13,17 @@ from torch import Tensor
 
 from hydrogel_gym.runs.ranks import World
 
+# Windows has no SIGHUP.
+STOPPING = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
 
 class Signals:
     """Turns signals into requests that training obeys when its iteration is done.
 
-    SIGINT and SIGTERM ask to save and stop, SIGUSR1 (what batch queues send as a warning) to save
-    and go on. A second SIGINT or SIGTERM does what it always did, unless a launcher watches over
-    this process: that one sends every signal again, and kills after a time of its own. A signal
+    SIGINT, SIGTERM and SIGHUP (the terminal was closed) ask to save and stop, SIGUSR1 (what batch
+    queues send as a warning) to save and go on. A second one does what it always did, unless a
+    launcher watches over this process: that one sends every signal again, and kills after a time of
+    its own. A signal
     that the process was started to ignore (`nohup`, a job in the background of a shell) stays
     ignored.
     """
@@ -33,7 +38,7 @@ class Signals:
         if threading.current_thread() is threading.main_thread():
             handlers: dict[int, Any] = {
                 number: self._stop
-                for number in (signal.SIGINT, signal.SIGTERM)
+                for number in STOPPING
                 if signal.getsignal(number) is not signal.SIG_IGN
             }
             if hasattr(signal, "SIGUSR1"):  # not on Windows
@@ -58,7 +63,8 @@ class Signals:
         if not self.world.launched:
             signal.signal(number, self._previous[number])
             # Not print: the signal may have come in the middle of one.
-            os.write(2, b"\nstopping after this iteration; again to stop at once\n")
+            with contextlib.suppress(OSError):  # a terminal that is gone
+                os.write(2, b"\nstopping after this iteration; again to stop at once\n")
         self.stop = True
 
     def _warn(self, *_: object) -> None:

@@ -140,7 +140,10 @@ class WandbLog:
             if metric.best:
                 self.run.define_metric(metric.key, step_metric="global_step", summary=metric.best)
         for name, (cohort, file) in cohorts.items():
-            self._use(self._cohort_artifact(name, cohort, file))
+            try:
+                self._use(self._cohort_artifact(name, cohort, file))
+            except Exception as error:  # one that is refused must not end the log
+                say(f"warning: W&B: without the {name} cohort: {first_line(error)}")
         self.first_step = self.run.step  # of a run that goes on, the one after the last there
         for row in rows:
             self.log(row)
@@ -150,7 +153,7 @@ class WandbLog:
         metadata = {"patients": len(cohort), "digest": digest(cohort), "shipped": file is None}
         title = "cohort" if name == "train" else f"cohort_{name}"
         if file is not None:
-            title = re.sub(r"[^\w.-]", "_", file.stem)
+            title = re.sub(r"[^\w.-]", "_", file.stem, flags=re.ASCII)[:100] or title
         artifact = self.wandb.Artifact(title, type="cohort", metadata=metadata)
         if file is None:
             artifact.add_file(str(files("hydrogel_gym.patients") / f"{title}.csv"))
@@ -188,9 +191,12 @@ class WandbLog:
         self.run.summary.update(
             {f"final/{name}": value for name, value in figures.items() if isinstance(value, plain)}
         )
-        artifact = wandb.Artifact("stage2_policy", type="policy", metadata=figures)
-        artifact.add_file(str(outcome.policy_file))
-        self.run.log_artifact(artifact, aliases=["latest", f"run-{self.run.id}"])
+        try:
+            artifact = wandb.Artifact("stage2_policy", type="policy", metadata=figures)
+            artifact.add_file(str(outcome.policy_file))
+            self.run.log_artifact(artifact, aliases=["latest", f"run-{self.run.id}"])
+        except Exception as error:
+            say(f"warning: W&B: without the policy: {first_line(error)}")
         self.exit_code = 130 if figures["interrupted"] else 0
 
     def close(self, failed: bool) -> None:
