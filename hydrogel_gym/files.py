@@ -6,7 +6,10 @@ import contextlib
 import os
 import re
 import secrets
+import tempfile
 from pathlib import Path
+
+from hydrogel_gym.errors import UsageError
 
 try:
     import fcntl
@@ -55,6 +58,25 @@ def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
             os.close(folder)
 
 
+def make_folder(path: Path, flag: str) -> None:
+    """Make a folder if it is missing, and try whether it can be written to.
+
+    Args:
+        path: the folder.
+        flag: that names it.
+
+    Raises:
+        UsageError: it cannot be used.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path, prefix=".probe.json."):
+            pass
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"{flag} {path} cannot be written to: {why}") from error
+
+
 def _create_beside(path: Path) -> tuple[int, Path]:
     """A new file beside another, locked by its descriptor."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
@@ -64,20 +86,26 @@ def _create_beside(path: Path) -> tuple[int, Path]:
             descriptor = os.open(temporary, flags, 0o666)
         except FileExistsError:
             continue
-        _lock(descriptor)
+        lock(descriptor)
         if temporary.exists():
             return descriptor, temporary
         os.close(descriptor)  # removed before it was locked
 
 
-def _lock(descriptor: int) -> bool:
-    """Whether this process now holds the file, for as long as its descriptor is open."""
+def lock(descriptor: int) -> bool | None:
+    """Hold a file for as long as its descriptor is open, so at the most until this process ends.
+
+    Returns:
+        Whether it is held; None where files cannot be locked.
+    """
     if not fcntl:
-        return False
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held by another, or a file system without locks
+    except BlockingIOError:
         return False
+    except OSError:
+        return None
     return True
 
 
@@ -91,7 +119,7 @@ def remove_unfinished(folder: str | os.PathLike[str]) -> None:
             with contextlib.suppress(OSError):
                 descriptor = os.open(os.path.join(parent, name), os.O_RDWR)
                 try:
-                    if _lock(descriptor):
+                    if lock(descriptor):
                         os.unlink(os.path.join(parent, name))
                 finally:
                     os.close(descriptor)

@@ -74,7 +74,7 @@ def keep_freed_memory() -> None:
     of 4 KiB at a time: a quarter of the time of a training update, and with a million environments
     nearly half that of a step. Elsewhere than on Linux this does nothing.
     """
-    with contextlib.suppress(OSError, AttributeError):  # another C library
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
         for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             mallopt(parameter, 2**31 - 1)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ import torch
 import tyro
 
 from hydrogel_gym.errors import UsageError
+from hydrogel_gym.files import make_folder
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
 from hydrogel_gym.runs.command_line import read_command_line, run_script
@@ -110,7 +110,7 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
         cohorts["holdout"] = load_cohort(args.holdout_cohort or "holdout")
     patients = digest(cohorts["train"])
     folder = args.output_dir or folder
-    check_writable(folder)
+    make_folder(folder, "--output-dir")
     sets = evaluation_sets(
         problem,
         cohorts,
@@ -142,16 +142,6 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     else:
         write_json(output, about | results[0])
     return about | results[-1] | {"written_to": str(output)}
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be written to before anything is computed; makes it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"{folder} cannot be written to: {error}") from error
 
 
 def file_stem(args: Args, patients: str, model: str) -> str:

@@ -26,6 +26,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, smooth_l1_loss
 from tqdm import tqdm
 
 from hydrogel_gym.errors import UsageError
+from hydrogel_gym.files import make_folder, remove_unfinished
 from hydrogel_gym.models.contract import RewardModelError, load_reward_model
 from hydrogel_gym.models.ensemble import DEFAULT_PESSIMISM, OPTIMAL, Stage1Ensemble, save_stage1
 from hydrogel_gym.models.network import Architecture, Stage1Network
@@ -290,7 +291,8 @@ def check_args(args: Args) -> None:
         ("weight_decay patient_noise pessimism", *not_negative),
         ("seed", "0 or more", lambda x: x >= 0),
     )
-    if (path := args.output_dir / "stage1.pt").exists() and not args.overwrite:
+    # The last file: what a fit that was killed leaves may be replaced.
+    if (path := args.output_dir / "metrics.json").exists() and not args.overwrite:
         raise UsageError(f"{path} exists; pass --overwrite or another --output-dir")
 
 
@@ -312,8 +314,8 @@ def fit_table(args: Args) -> dict[str, Any]:
     split = split_patients(table.group, args.holdout_share, args.num_members, args.seed)
     parts = {"held out": [split.test], "fitted": split.train, "stopped by": split.validation}
     table.check_known(parts)
-    (folder := args.output_dir).mkdir(parents=True, exist_ok=True)
-
+    make_folder(folder := args.output_dir, "--output-dir")
+    remove_unfinished(folder)
     began = time.perf_counter()
     ensemble, history = fit(Fitter(table, split, embedding, args), args)
     seconds = time.perf_counter() - began

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,7 +138,7 @@ def rank(args: Args) -> list[Path]:
         UsageError: it cannot be done as requested.
         OSError: a file cannot be written.
     """
-    path = policy_path(args.policy or args.designs.resolve().parent)
+    path = policy_path(args.policy or Path(os.path.realpath(args.designs)).parent)
     _, saved = load_policy(path, Agent, "cpu")
     options, cohort = problem_and_patients(saved, args.cohort, args.reward_model)
     try:

@@ -13,7 +13,9 @@ Left in `--output-dir`: the best designs, as `generate_candidates.py` leaves the
 `rank_designs.py` takes them too, and `patient_policies/PATIENT.pt`. That is a whole policy (0.9 MB
 with the default width) rather than what has changed, so that whatever takes a `stage2_policy.pt`
 takes it alone. It is the best of all iterations by its deterministic design, the policy for all
-among them, and so never worse than that.
+among them, and so never worse than that. Who else is refined in the same command changes the
+rounding of a patient's policy, in the fifth digit; the same command gives the same policy, also
+when it was interrupted.
 
 References:
     [Williams1992] Williams. Simple statistical gradient-following algorithms for connectionist
@@ -308,22 +310,26 @@ def run(args: Args) -> dict[str, float]:
     (output_dir / POLICIES).mkdir(exist_ok=True)
     rows = start.rows[world.rank :: world.size]
     left = [row for row in rows if not store.is_done(ids[row])]
-    totals = {"base": 0.0, "policy": 0.0, "design": 0.0}
+    num_refined, totals = 0, {"base": 0.0, "policy": 0.0, "design": 0.0}
     progress = dict(unit="patient", desc="refining", disable=world.rank > 0)
     with (
         explaining_interruptions(store, [ids[row] for row in left]),
         tqdm(total=len(left), **progress) as bar,
     ):
-        for first in range(0, len(left), AT_ONCE):
-            chunk = left[first : first + AT_ONCE]
+        # Of all that are requested, since rounding depends on who is refined together: the command
+        # given again refines the whole of a batch that it had not finished, to the same result.
+        for chunk in (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE)):
+            if all(row not in left for row in chunk):
+                continue
             tuner = Tuner(agent, obs[chunk], patients[chunk], problem, learner_config, args)
             refined = refine(tuner, [ids[row] for row in chunk])
             write(store, start.saved, [ids[row] for row in chunk], refined)
-            bar.update(len(chunk))
+            bar.update(sum(row in left for row in chunk))
+            num_refined += len(chunk)
             totals["base"] += float(refined.base_reward.sum())
             totals["policy"] += float(refined.reward.sum())
             totals["design"] += sum(float(best.numbers[REWARD].max()) for best in refined.best)
-    means = {name: total / max(len(left), 1) for name, total in totals.items()}
+    means = {name: total / max(num_refined, 1) for name, total in totals.items()}
     return means | {"patients": len(left)}
 
 

@@ -47,7 +47,7 @@ def write_report(args: Args) -> Path:
     """
     if not args.run_dirs:
         raise UsageError("name at least one run directory; see --help")
-    resolved = [path.resolve() for path in args.run_dirs]
+    resolved = [Path(os.path.realpath(path)) for path in args.run_dirs]  # of a loop, itself
     for path in resolved:
         if resolved.count(path) > 1:
             raise UsageError(f"{path} is named twice")

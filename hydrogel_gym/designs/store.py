@@ -28,7 +28,7 @@ import numpy as np
 from hydrogel_gym.designs.schema import DESIGNS_FILE, PART_FILE, arrow_table, parquet
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.errors import UsageError, differences
-from hydrogel_gym.files import remove_unfinished, write_atomically
+from hydrogel_gym.files import make_folder, remove_unfinished, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ class Store:
         self.bytes_written = 0
         self.writers = ThreadPoolExecutor(WRITERS)
         self.pending: list[Future[int]] = []
-        output_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(output_dir, "--output-dir")
         path = output_dir / MANIFEST
         if path.exists():
             try:

@@ -276,6 +276,8 @@ def read_stage1(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         found = saved.get("format") if isinstance(saved, dict) else type(saved).__name__
         raise fail(f"its format is {found!r}; expected {FORMAT!r}, as train/fit_stage1.py writes")
+    if not isinstance(saved.get("pessimism"), float):
+        raise fail(f"its pessimism is {saved.get('pessimism')!r}; expected a number")
     for key, here in (
         ("numeric_fields", NUMERIC_FIELDS),
         ("outcomes", Outcomes._fields),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -103,7 +104,12 @@ class ExportedModel(nn.Module):
     def __init__(self, archive: bytes) -> None:
         super().__init__()
         self._archive = archive
-        self._exported = torch.export.load(io.BytesIO(archive))
+        disabled = logging.root.manager.disable
+        logging.disable()  # torch logs the traceback of what it then raises
+        try:
+            self._exported = torch.export.load(io.BytesIO(archive))
+        finally:
+            logging.disable(disabled)
         self._min_rows = _smallest_batch(self._exported)
         self.register_buffer("_place", torch.empty(0), persistent=False)
         self._build()

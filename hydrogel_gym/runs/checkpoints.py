@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -124,7 +125,8 @@ def checkpoint_at(path: Path) -> bytes:
 
 def contains(output_dir: Path, checkpoint: Path) -> bool:
     """Whether a checkpoint, or a run directory, is that of a run directory."""
-    return output_dir.resolve() in (checkpoint.resolve(), checkpoint.resolve().parent.parent)
+    path = Path(os.path.realpath(checkpoint))
+    return Path(os.path.realpath(output_dir)) in (path, path.parent.parent)
 
 
 def checkpoint_to_resume(options: RunOptions, output_dir: Path) -> bytes | None:

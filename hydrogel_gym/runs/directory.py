@@ -7,19 +7,19 @@ import csv
 import io
 import json
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hydrogel_gym.errors import UsageError, first_line
-from hydrogel_gym.files import remove_unfinished, write_atomically
+from hydrogel_gym.files import lock, make_folder, remove_unfinished, write_atomically
 from hydrogel_gym.runs.checkpoints import CHECKPOINTS, checkpoint_name, checkpoints, contains
 from hydrogel_gym.runs.options import RunOptions
 
 POLICY_FILE, SUMMARY_FILE, METRICS_FILE = "stage2_policy.pt", "summary.json", "metrics.csv"
 CONFIG_FILE = "config.json"
 CURVE_FILE, SELECTION_FILE = "learning_curve.png", "policy_selection.png"
+LOCK_FILE = ".lock"  # held by the run that writes here
 WANDB_FILE = "wandb.json"  # which W&B run is this one
 RUN_FILES = (
     POLICY_FILE,
@@ -53,6 +53,11 @@ def save_figure(path: Path, figure: Any) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+def output_dir_of(options: RunOptions, name: str) -> Path:
+    """The run directory that options name, or else that of this name."""
+    return options.output_dir or default_output_dir(name)
+
+
 def choose_output_dir(options: RunOptions, name: str) -> Path:
     """The run directory, before anything is done to it.
 
@@ -63,7 +68,7 @@ def choose_output_dir(options: RunOptions, name: str) -> Path:
     Raises:
         UsageError: it contains a run that may not be replaced.
     """
-    output_dir = options.output_dir or default_output_dir(name)
+    output_dir = output_dir_of(options, name)
     found = [each for each in (*RUN_FILES, CHECKPOINTS) if (output_dir / each).exists()]
     if not found or options.overwrite:
         return output_dir
@@ -79,6 +84,29 @@ def choose_output_dir(options: RunOptions, name: str) -> Path:
         f"--output-dir {output_dir} already contains a run ({found[0]}); "
         f"{go_on}choose another directory or pass --overwrite"
     )
+
+
+@contextlib.contextmanager
+def only_writer(output_dir: Path) -> Iterator[None]:
+    """Keep other runs out of a run directory, which is made if missing; a dead run keeps none out.
+
+    Raises:
+        UsageError: another run is there, or the directory cannot be written to.
+    """
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(output_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise UsageError(f"--output-dir {output_dir} cannot be written to: {error}") from error
+    try:
+        if lock(descriptor) is False:
+            raise UsageError(
+                f"--output-dir {output_dir}: another run is writing there; choose another "
+                "directory, or wait for its end"
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def default_output_dir(name: str) -> Path:
@@ -103,17 +131,17 @@ def prepare_output_dir(output_dir: Path, options: RunOptions, resumed_at: int | 
     folder = output_dir / CHECKPOINTS
     resume = options.resume or ""
     goes_on = resume == "auto" or contains(output_dir, Path(resume))
+    make_folder(folder, "--output-dir")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Named like a summary that was never finished, since a kill may leave it.
-        with tempfile.NamedTemporaryFile(dir=output_dir, prefix=f".{SUMMARY_FILE}."):
-            pass
         remove_unfinished(output_dir)
         paths: list[Path] = []
         if resumed_at is None or not goes_on:
             paths += [output_dir / name for name in RUN_FILES] + checkpoints(output_dir)
-        elif options.overwrite:
-            paths += [p for p in checkpoints(output_dir) if p.name > checkpoint_name(resumed_at)]
+        else:
+            here, mine = checkpoints(output_dir), checkpoint_name(resumed_at)
+            # Killed before the oldest went, a run leaves one too many.
+            paths += [p for p in here if p.name <= mine][: -options.keep_checkpoints]
+            paths += [p for p in here if p.name > mine and options.overwrite]
         for path in paths:
             path.unlink(missing_ok=True)
     except OSError as error:

@@ -47,6 +47,7 @@ def make_envs(
 
     Raises:
         hydrogel_gym.RewardModelError: the reward model cannot be used.
+        UsageError: the id is of an environment that does not take these arguments.
     """
     given: dict[str, Any] = {}
     if problem.reward_model is not None or problem.pessimism is not None:

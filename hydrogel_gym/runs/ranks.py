@@ -175,7 +175,8 @@ def averaging(weights: Sequence[Tensor], world: World) -> Callable[[Tensor], Ten
     size, path = math.prod(shape), None
     with contextlib.ExitStack() as stack:
         if world.rank == 0:
-            with contextlib.suppress(OSError):  # another system than Linux, or too little memory
+            # Another system than Linux, or too little memory.
+            with contextlib.suppress(OSError, AttributeError):
                 file = stack.enter_context(tempfile.NamedTemporaryFile(dir=SHARED_MEMORY))
                 # Now, since writing to memory that is not there ends a process.
                 os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)

@@ -41,6 +41,8 @@ from hydrogel_gym.runs.directory import (
     SUMMARY_FILE,
     choose_output_dir,
     explaining_disk_failures,
+    only_writer,
+    output_dir_of,
     prepare_output_dir,
     write_csv,
     write_json,
@@ -126,7 +128,9 @@ class Run:
         }
         self.output_dir, sealed = Path(), None
         if self.is_main:
-            self.output_dir = choose_output_dir(args, f"{labels['preset']}-s{args.seed}")
+            name = f"{labels['preset']}-s{args.seed}"
+            stack.enter_context(only_writer(output_dir_of(args, name)))
+            self.output_dir = choose_output_dir(args, name)
             sealed = checkpoint_to_resume(args, self.output_dir)
         # By message, since another machine may not see rank 0's disk.
         sealed = world.broadcast(sealed, device)
