@@ -45,7 +45,7 @@ def make_envs(
         dtype: of their numbers.
 
     Raises:
-        hydrogel_gym.RewardModelError: the reward model cannot be used.
+        RewardModelError: the reward model cannot be used.
     """
     given: dict[str, Any] = {}
     if (problem.reward_model, problem.pessimism) != (BUILT_IN, None):

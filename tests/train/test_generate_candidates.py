@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ast
 import errno
 import json
 import math
-import re
 import shutil
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -454,31 +451,6 @@ def test_the_compiled_graph_draws_the_same_designs(make):
     assert (same.to_numpy() <= np.array([0.0101, 0.101, 0.00101, 0.0101])).all()
     assert plain["polymer_id"].equals(compiled["polymer_id"])
     assert plain["reward"].to_numpy() == pytest.approx(compiled["reward"].to_numpy(), abs=2.01)
-
-
-def test_readme_reads_candidates_back_with_other_libraries(make, monkeypatch, tmp_path):
-    pytest.importorskip("duckdb", reason="DuckDB is not installed")
-    pytest.importorskip("polars", reason="Polars is not installed")
-    folder = tmp_path / "runs" / "quick-s1"
-    folder.mkdir(parents=True)
-    make("runs/quick-s1/designs", patient=("P0007", "P0001"), num_candidates=3000)
-    monkeypatch.chdir(tmp_path)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    (block,) = re.findall(r"```py\n(.*?)```", readme, re.DOTALL)
-    names, shown = {}, []
-    for statement in ast.parse(block).body:
-        if isinstance(statement, ast.Expr):
-            shown.append(eval(ast.unparse(statement), names))
-        else:
-            exec(ast.unparse(statement), names)
-    ours, pandas, duckdb, polars = shown
-    every = pd.concat([drawn(folder / "designs", p) for p in ("P0001", "P0007")])
-    assert len(ours) == 20
-    own = every[every["patient_id"] == "P0007"]
-    assert len(pandas) == (own["reward"] > 20).sum() > 0
-    best = every.groupby("polymer_name", observed=True)["reward"].max()
-    assert duckdb.set_index("polymer_name").iloc[:, 0].to_dict() == best.to_dict()
-    assert dict(polars.iter_rows()) == every.groupby("patient_id")["reward"].max().to_dict()
 
 
 def test_partitions_are_named_as_hive_names_them(tmp_path):
