@@ -206,12 +206,6 @@ def test_bfloat16_changes_the_products_and_little_else(make_network, make_ensemb
     torch.testing.assert_close(rough.delta_ef_pct, exact.delta_ef_pct, atol=0.2, rtol=0.02)
 
 
-def test_the_ensemble_leaves_no_tensor_on_the_host(make_ensemble):
-    ensemble = make_ensemble().to("meta")
-    outcomes = ensemble(*(x.to("meta") for x in designs()))
-    assert all(x.device.type == "meta" and x.shape == (NUM_DESIGNS,) for x in outcomes)
-
-
 def test_a_patient_that_is_not_a_number_gives_no_outcome_that_is_one(make_ensemble):
     patient, *rest = designs(2)
     patient[0, 3] = torch.nan

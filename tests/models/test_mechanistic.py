@@ -167,15 +167,6 @@ def test_every_outcome_has_the_batch_shape_where_only_the_coverage_is_batched():
     assert {value.shape for value in outcomes} == {(len(COVERAGES),)}
 
 
-@DTYPES
-def test_model_runs_on_the_meta_device(dtype):
-    batch = Batch(*(value.to("meta") for value in golden(dtype)))
-    outcomes = MechanisticModel().to("meta")(*batch)
-    assert {(value.device.type, value.dtype, value.shape) for value in outcomes} == {
-        ("meta", dtype, (len(GOLDEN),))
-    }
-
-
 @pytest.mark.slow
 def test_compiled_graph_equals_eager():
     batch, model = golden(torch.float32), MechanisticModel()

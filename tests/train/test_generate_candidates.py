@@ -419,31 +419,6 @@ def test_too_little_room_is_said_beforehand(make, monkeypatch, capsys):
     assert "--top-only keeps the best alone" in capsys.readouterr().err
 
 
-def test_draws_and_evaluates_on_a_device_without_a_read_on_the_host():
-    model = hydrogel_gym.load_reward_model("mechanistic").to("meta")
-    with torch.device("meta"):
-        formulation = ppo_hybrid.SquashedNormal(
-            torch.empty(24, 4), torch.empty(24, 4), torch.empty(2, 8)
-        )
-        sampler = sampling.Sampler(
-            torch.empty(11),
-            formulation,
-            torch.empty(192),
-            torch.empty(192, dtype=torch.int64),
-        )
-        cell, numbers = sampling.evaluate(
-            sampler,
-            torch.empty(BLOCK),
-            torch.empty(BLOCK, 4),
-            squash=torch.tanh,
-            temperature=1.0,
-            reward_model=model,
-            reward_config=hydrogel_gym.RewardConfig(),
-        )
-    assert (cell.shape, numbers.shape) == ((BLOCK,), (len(NUMBERS), BLOCK))
-    assert {x.device.type for x in (cell, numbers)} == {"meta"}
-
-
 @pytest.mark.slow
 def test_the_compiled_graph_draws_the_same_designs(make):
     plain, compiled = drawn(make("plain")), drawn(make("compiled", compile="on"))
