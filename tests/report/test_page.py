@@ -60,10 +60,9 @@ def test_page_has_a_section_for_everything_that_a_finished_run_shows(trained, co
 
 
 def test_run_without_an_oracle_lacks_what_it_would_show_and_says_so(copy, content):
-    metrics = pd.read_csv(copy / "metrics.csv")
-    metrics.drop(columns=metrics.filter(regex="oracle|regret")).to_csv(
-        copy / "metrics.csv", index=False
-    )
+    table = pd.read_csv(copy / "metrics.csv")
+    table = table.drop(columns=table.filter(regex="oracle|regret"))
+    table.to_csv(copy / "metrics.csv", index=False)
     gaps = content(copy)["gaps"]
     assert len(gaps) == 3
     assert gaps[0].startswith("Fraction of the oracle: not recorded")

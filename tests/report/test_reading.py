@@ -33,8 +33,7 @@ def test_metrics_are_read_up_to_the_first_row_that_is_not_whole(tmp_path, text, 
     path, gaps = tmp_path / "metrics.csv", []
     path.write_text(text, encoding="latin-1")
     table = read_metrics(path, gaps)
-    assert table.get("iteration", default=[]).tolist() == [1.0, 2.0, 3.0][:rows] if rows else True
-    assert len(table) == rows
+    assert list(table.get("iteration", ())) == [1.0, 2.0, 3.0][:rows]
     assert gaps == [] if sentence is None else sentence in gaps[0]
 
 
@@ -71,9 +70,7 @@ def other_patients_without_checkpoints(run, edit_json):
     shutil.rmtree(run / "checkpoints")
 
 
-USELESS_SUMMARY = dict(
-    mean_reward="much", iterations="6", polymer_share={"HA_ECM": "all"}, versions=3
-)
+USELESS = dict(mean_reward="much", iterations="6", polymer_share={"HA_ECM": "all"}, versions=3)
 
 
 @pytest.mark.parametrize(
@@ -81,48 +78,24 @@ USELESS_SUMMARY = dict(
     [
         (remove("summary.json"), "still running, or was killed after 6 of 6 iterations", True),
         (newest_checkpoint_cut_off, "iteration 4 (checkpoints/checkpoint-000004.pt)", True),
-        (
-            edit("summary.json", iterations=2, interrupted=True),
-            "summary.json is of iteration 2, and the run went on",
-            True,
-        ),
+        (edit("summary.json", iterations=2), "of iteration 2, and the run went on", True),
         (edit("summary.json", interrupted=True), "was interrupted after 6 of 6 iterations.", True),
+        (lambda run, _: (run / "summary.json").write_text("{"), "summary.json cannot be", True),
         (
-            lambda run, _: (run / "summary.json").write_text("{"),
-            "summary.json cannot be read",
+            edit("summary.json", **USELESS),
+            "mean_reward, polymer_share, iterations, versions.",
             True,
         ),
-        (
-            edit("summary.json", **USELESS_SUMMARY),
-            "summary.json has no usable value of mean_reward, polymer_share, iterations, versions.",
-            True,
-        ),
-        (
-            edit("config.json", num_iterations="six", horizon=[1], env_id=7),
-            "config.json has no usable value of env_id, horizon, num_iterations.",
-            True,
-        ),
+        (edit("config.json", horizon=[1], env_id=7), "no usable value of env_id, horizon.", True),
         (remove("config.json"), "configuration shown is the one kept in stage2_policy.pt", True),
         (remove("metrics.csv"), "metrics.csv is missing", True),
         (remove("stage2_policy.pt"), "The designs are those of the policy at iteration 6", True),
         (checkpoint_of_another_architecture, "The checkpoint is of another version: ", False),
         (remove("stage2_policy.pt", "checkpoints"), "There is no checkpoint either", False),
-        (
-            edit("config.json", cohort="/gone/mine.csv"),
-            "Nothing is shown of patients: /gone/mine.csv: cannot be read",
-            False,
-        ),
+        (edit("config.json", cohort="/gone/mine.csv"), "/gone/mine.csv: cannot be read", False),
+        (edit("config.json", env_id="Mine-v0"), "Mine-v0 cannot evaluate them", False),
         (other_patients, "contains other patients than the run was trained on", False),
-        (
-            other_patients_without_checkpoints,
-            "patients, outcome model or package are others",
-            False,
-        ),
-        (
-            edit("config.json", env_id="Mine-v0"),
-            "Nothing is shown of patients: Mine-v0 cannot evaluate them",
-            False,
-        ),
+        (other_patients_without_checkpoints, "model or package are others", False),
     ],
 )
 def test_harmed_run_directory_gives_a_partial_report_that_says_so(
