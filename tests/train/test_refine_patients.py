@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -19,19 +22,18 @@ from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise
 PATIENTS = ("P0003", "P0001", "P0002")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        dict(policy="autoregressive"),
-        dict(policy="factored", state_std=False),
-    ],
-    ids=lambda changes: changes["policy"],
-)
-def trained(small_run, tmp_path_factory, request):
-    """Directory of a run of forty patients."""
-    args = small_run(tmp_path_factory.mktemp("trained") / "run", **request.param)
-    ppo_hybrid.train(args)
-    return args.output_dir
+@pytest.fixture(scope="module", params=["autoregressive", "factored"])
+def trained(finished_run, tmp_path_factory, request):
+    """Directory of a copy of the shared run, or of one with factored heads."""
+    args, folder = finished_run[0], tmp_path_factory.mktemp("trained") / "run"
+    if request.param == "autoregressive":
+        return shutil.copytree(args.output_dir, folder)
+    changes = dict(policy="factored", state_std=False, oracle=False, num_iterations=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_learning_curve", "draw_policy_selection"):
+            patch.setattr(f"hydrogel_gym.runs.run.{name}", lambda *_: None)
+        ppo_hybrid.train(dataclasses.replace(args, output_dir=folder, **changes))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +138,11 @@ def test_divergence_is_the_mean_log_ratio_of_samples(tuner):
     for weight in tuner.weights.values():
         weight.add_(0.03 * torch.randn_like(weight))
     new = tuner.choices(tuner.weights, tuner.inputs)
-    action = drawn(tuner, count=100_000)
+    action = drawn(tuner, count=40_000)
     logp = torch.func.vmap(Choices.logprob)
     ratio = logp(new, action) - logp(tuner.base_choices, action)
     found = tuner.divergence(new, tuner.base_choices)
-    error = 5.0 * ratio.std(1) / 100_000**0.5
+    error = 5.0 * ratio.std(1) / 40_000**0.5
     assert (found > 0.01).all()
     assert ((found - ratio.mean(1)).abs() < error + 1e-4).all()
 
@@ -163,8 +165,8 @@ def test_tuning_raises_the_mean_reward(tuner):
     tuner.args.max_kl = 5.0
     torch.manual_seed(5)
     rewards = []
-    for _ in range(60):
-        noise = Noise(torch.rand(3, 256, 2), torch.randn(3, 256, 4))
+    for _ in range(40):
+        noise = Noise(torch.rand(3, 128, 2), torch.randn(3, 128, 4))
         rewards.append(tuner.step(noise).reward.mean(1))
     assert (torch.stack(rewards[-5:]).mean(0) > torch.stack(rewards[:5]).mean(0) + 1.0).all()
 
