@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
+from hydrogel_gym import Cohort
 from hydrogel_gym.files import write_atomically
 
 ROOT = Path(__file__).parents[1]
@@ -149,8 +151,8 @@ def verdict(is_met: bool) -> str:
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """Lines of a table in Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(map(str, cells))} |" for cells in lines]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (header, *rows)]
+    return [lines[0], "|---" * len(header) + "|", *lines[1:]]
 
 
 def made_by(threads: int | None = None, *packages: str) -> str:
@@ -191,6 +193,12 @@ def write(folder: Path, name: str, lines: Sequence[str], picture: Any = None) ->
             picture = buffer.getvalue()
         write_atomically(folder / f"{name}.png", picture)
     print(text)
+
+
+def first_patients(cohort: Cohort, size: int, features: Tensor | None = None) -> Cohort:
+    """The first patients of a cohort, with other features if any are given."""
+    features = cohort.features if features is None else features
+    return Cohort(cohort.patient_ids[:size], features[:size], cohort.extra.iloc[:size], cohort.name)
 
 
 def figure(width: float, height: float) -> Any:
