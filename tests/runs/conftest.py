@@ -65,22 +65,8 @@ def metrics(output_dir: Path, **options) -> pd.DataFrame:
     return pd.read_csv(output_dir / "metrics.csv", **options).drop(columns=TIMING.split())
 
 
-def assert_same(output_dir: Path, expected_dir: Path) -> None:
-    """Weights, figures and every column but the timing ones are bit-equal."""
-    weights, expected = policy(output_dir), policy(expected_dir)
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
-    table, expected = (metrics(d, dtype=str) for d in (output_dir, expected_dir))  # every digit
-    pd.testing.assert_frame_equal(table, expected)
-    assert pd.read_csv(output_dir / "metrics.csv")["wall_seconds"].is_monotonic_increasing
-    summary, expected = (
-        json.loads((d / "summary.json").read_text()) for d in (output_dir, expected_dir)
-    )
-    for name in ("mean_reward", "entropy", "polymer_share", "holdout_deterministic_reward"):
-        assert summary[name] == expected[name]
-
-
-def assert_close(output_dir: Path, expected_dir: Path, tolerance: float) -> None:
-    """As far as rounding allows: weights relative to their norm, every buffer, every metric."""
+def assert_same(output_dir: Path, expected_dir: Path, tolerance: float = 0.0) -> None:
+    """Weights, buffers and every metric but times are bit-equal, or as far as rounding allows."""
 
     def parts(folder: Path) -> dict[str, torch.Tensor]:
         state, ends = policy(folder), ("weight", "bias", "log_std")
@@ -91,15 +77,19 @@ def assert_close(output_dir: Path, expected_dir: Path, tolerance: float) -> None
     for name in expected:
         distance = (found[name] - expected[name]).norm() / expected[name].norm()
         assert distance <= tolerance, (name, distance)
-    tables = metrics(output_dir), metrics(expected_dir)
+    exact = {} if tolerance else {"dtype": str}  # to the last digit
+    tables = (metrics(folder, **exact) for folder in (output_dir, expected_dir))
     pd.testing.assert_frame_equal(*tables, rtol=max(1e-6, 10 * tolerance))
+    assert pd.read_csv(output_dir / "metrics.csv")["wall_seconds"].is_monotonic_increasing
+    one, two = (json.loads((d / "summary.json").read_text()) for d in (output_dir, expected_dir))
+    for name in ("mean_reward", "entropy", "holdout_deterministic_reward"):
+        assert one[name] == pytest.approx(two[name], rel=tolerance, abs=0.0)
 
 
 @pytest.fixture(scope="session")
 def of_runs():
     """Functions that look at run directories, or make some that are left after a failure."""
-    functions = checkpoint, iterations_saved, killed, edit, policy, metrics
-    functions += assert_same, assert_close
+    functions = checkpoint, iterations_saved, killed, edit, policy, metrics, assert_same
     return SimpleNamespace(**{function.__name__: function for function in functions})
 
 

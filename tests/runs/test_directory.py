@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -103,24 +102,10 @@ def test_going_back_in_a_run_needs_another_place_or_overwrite(
         of_runs.assert_same(folder, finished_run[0].output_dir)
 
 
-def test_a_finished_run_is_refused_and_left_alone(ppo, finished_run):
-    args, _ = finished_run
-    before = {path: path.read_bytes() for path in args.output_dir.rglob("*.*")}
-    with pytest.raises(errors.UsageError, match=r"already contains a run .*--overwrite"):
-        ppo.train(args)
-    assert {path: path.read_bytes() for path in args.output_dir.rglob("*.*")} == before
-
-
-def test_overwrite_replaces_a_run(ppo, cut, of_runs):
-    ppo.train(dataclasses.replace(cut, num_iterations=1, resume=None, overwrite=True))
-    assert of_runs.metrics(cut.output_dir)["iteration"].tolist() == [1]
-    assert of_runs.iterations_saved(cut.output_dir) == [1]
-
-
-def test_an_unwritable_directory_is_refused(ppo, small_run, tmp_path):
-    (tmp_path / "file").write_text("")
+def test_an_unwritable_directory_is_refused(tmp_path):
+    write(tmp_path, "file")
     with pytest.raises(errors.UsageError, match="cannot be written to"):
-        ppo.train(small_run(tmp_path / "file" / "run"))
+        directory.prepare_output_dir(tmp_path / "file" / "run", runs.RunOptions(), None)
 
 
 def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
