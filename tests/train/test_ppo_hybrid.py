@@ -110,14 +110,6 @@ def test_rollout_takes_the_value_of_the_final_observation_at_a_truncation():
 # --- policy
 
 
-def test_squashed_logprob_of_a_standard_normal_at_zero_is_known():
-    zeros = torch.zeros(1, 4, dtype=torch.float64)
-    # density 1/sqrt(2 pi) per dimension and d tanh(0)/du = 1
-    expected = -2.0 * math.log(2.0 * math.pi)
-    normal = ppo.SquashedNormal(zeros, zeros, torch.zeros(2, 1))
-    assert normal.logprob(zeros).item() == pytest.approx(expected)
-
-
 def test_squashed_logprob_matches_the_transformed_distribution_of_torch():
     torch.manual_seed(0)
     mean, log_std, noise = torch.randn(3, 64, 4, dtype=torch.float64)
