@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import os
 import signal
@@ -173,6 +174,21 @@ def small_run(tmp_path_factory):
         return ppo_hybrid.Args(**(paths | settings | changes))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def finished_run(small_run, tmp_path_factory):
+    """Arguments and summary of a whole run with an oracle, on twelve patients and eight held out.
+
+    To look at: a test that changes something copies it first.
+    """
+    folder = tmp_path_factory.mktemp("finished")
+    paths = {"cohort": folder / "cohort.csv", "holdout_cohort": folder / "cohort_holdout.csv"}
+    args = small_run(folder / "run", oracle=True)
+    for (name, path), count in zip(paths.items(), (12, 8), strict=True):
+        pd.read_csv(getattr(args, name)).head(count).to_csv(path, index=False)
+    args = dataclasses.replace(args, **paths)
+    return args, ppo_hybrid.train(args)
 
 
 @pytest.fixture(scope="session")

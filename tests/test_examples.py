@@ -13,15 +13,15 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 SAMPLES = 4000
-# What an example needs beside the package itself, and how it is run briefly.
+# What an example needs beside the package itself.
 NEEDS = {
-    "plain_gymnasium": (None, []),
-    "cleanrl_continuous": (None, []),
-    "stable_baselines3_ppo": ("stable_baselines3", []),
-    "torchrl_ppo": ("torchrl", []),
-    "rllib_ppo": ("ray", []),
-    "skrl_ppo": ("skrl", []),
-    "tianshou_ppo": ("tianshou", []),
+    "plain_gymnasium": None,
+    "cleanrl_continuous": None,
+    "stable_baselines3_ppo": "stable_baselines3",
+    "torchrl_ppo": "torchrl",
+    "rllib_ppo": "ray",
+    "skrl_ppo": "skrl",
+    "tianshou_ppo": "tianshou",
 }
 LAST_LINE = re.compile(
     r"fraction of oracle on held-out patients: (\d\.\d+) \((\d+) samples, \d+ s\)"
@@ -34,14 +34,12 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("examples")
 
 
-def run(name, folder, samples, *flags):
+def run(name, folder, samples):
     """Fraction of the oracle, and samples, that an example ends with."""
-    library, brief = NEEDS[name]
-    if library is not None and importlib.util.find_spec(library) is None:
-        pytest.skip(f"could not import {library!r}")
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--samples", str(samples)]
+    if NEEDS[name] is not None and importlib.util.find_spec(NEEDS[name]) is None:
+        pytest.skip(f"could not import {NEEDS[name]!r}")
     done = subprocess.run(
-        [*command, *brief, *flags],
+        [sys.executable, EXAMPLES / f"{name}.py", "--samples", str(samples)],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

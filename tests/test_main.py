@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import subprocess
+import runpy
 import sys
 from importlib.resources import files
 
@@ -32,25 +32,26 @@ def test_reference_rewards_are_those_of_the_model_in_double_precision(program):
     torch.testing.assert_close(compute_reward(outcomes), expected, rtol=0.0, atol=1e-6)
 
 
-def test_sound_package_says_what_it_is_and_passes_its_checks(program, capsys):
-    assert program.main([]) == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_sound_package_says_what_it_is_and_passes_its_checks_from_an_empty_folder(
+    program, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["hydrogel_gym"])
+    monkeypatch.delitem(sys.modules, "hydrogel_gym.__main__")
+    with pytest.raises(SystemExit, match="^0$"):  # as `python -m hydrogel_gym` ends
+        runpy.run_module("hydrogel_gym", run_name="__main__")
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert err == ""
     assert lines[0] == f"hydrogel_gym {hydrogel_gym.__version__}"
     assert lines[1] == (
         "environments: HydrogelDesign-v0, HydrogelDesignFlat-v0, HydrogelDesignDiscrete-v0"
     )
     digest = hashlib.sha256((files("hydrogel_gym.patients") / "cohort.csv").read_bytes())
     assert f"cohort.csv: sha256 {digest.hexdigest()}" in lines
+    assert "ok: data: 2,000 and 500 synthetic patients, 24 polymers" in lines
     verdicts = [line.partition(":")[0] for line in lines[-len(program.CHECKS) :]]
     assert verdicts == ["ok"] * len(program.CHECKS)
-
-
-def test_self_check_runs_from_an_empty_directory_as_a_module(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "hydrogel_gym"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert "ok: data: 2,000 and 500 synthetic patients, 24 polymers" in done.stdout
 
 
 def test_wrong_reward_fails_the_self_check_with_both_figures(program, capsys, monkeypatch):

@@ -59,31 +59,25 @@ def test_a_margin_is_negative_where_the_reward_takes_the_penalty():
 def test_distance_is_positive_where_the_polymer_can_be_made_and_negative_elsewhere():
     designs, polymers = random_designs(3000, 1), load_polymers()
     distance = window_distance(designs, polymers)
-    feasible = MechanisticModel().feasibility(designs.polymer_id, designs.formulation) == 1.0
     inside = torch.ones(3000, dtype=torch.bool)
     for i, name in enumerate(("youngs_modulus_kpa", "half_life_days", "conductivity_s_per_m")):
         low, high = getattr(polymers, name)[designs.polymer_id].unbind(-1)
         inside &= (designs.formulation[:, i] >= low) & (designs.formulation[:, i] <= high)
     assert ((distance >= 0.0) == inside).all()
-    assert feasible[inside].all()
-    assert inside.any()
-    assert not inside.all()
+    feasibility = MechanisticModel().feasibility(designs.polymer_id, designs.formulation)
+    assert (feasibility[inside] == 1.0).all()
+    assert 0 < inside.sum() < 3000
 
 
 def test_distance_is_a_share_of_the_range_to_the_nearest_edge():
     polymers = load_polymers()
     (low, _), (slow, fast) = polymers.youngs_modulus_kpa[0], polymers.half_life_days[0]
-    middle = [float(low + 0.25), float((slow + fast) / 2), 0.0, 3.0]
-    distance = window_distance(
-        Design(torch.tensor([0]), torch.tensor([middle]), torch.tensor([0])), polymers
-    )
-    assert polymers.conductivity_s_per_m[0].tolist() == [0.0, 0.0]  # met, so that it does not count
-    assert distance.item() == pytest.approx(0.25 / 25.0)
-    middle[2] = 0.1
-    distance = window_distance(
-        Design(torch.tensor([0]), torch.tensor([middle]), torch.tensor([0])), polymers
-    )
-    assert distance.item() == pytest.approx(-0.1)
+    middle = torch.tensor([[low + 0.25, (slow + fast) / 2, 0.0, 3.0]]).repeat(2, 1)
+    middle[1, 2] = 0.1
+    distance = window_distance(Design(torch.zeros(2).long(), middle, torch.zeros(2)), polymers)
+    # The window of one value is met by the first, so that it does not count.
+    assert polymers.conductivity_s_per_m[0].tolist() == [0.0, 0.0]
+    assert distance.tolist() == pytest.approx([0.25 / 25.0, -0.1])
 
 
 def test_robustness_is_worst_and_mean_of_every_combination_of_errors(toy_model):
@@ -106,14 +100,8 @@ def test_errors_are_those_of_every_parameter_up_down_or_none():
     assert PERTURBATIONS.abs().max() * ERROR_FRAC == pytest.approx(0.05)
 
 
-@given(
-    st.lists(
-        st.tuples(*[st.integers(0, 3)] * 4),
-        min_size=1,
-        max_size=30,
-    )
-)
-@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 4), min_size=1, max_size=30))
+@settings(max_examples=30, deadline=None)
 def test_pareto_ranks_peel_fronts_one_by_one(rows):
     names = ("delta_ef_pct", "stress_reduction_pct", "toxicity_risk", "fibrosis_risk")
     columns = {n: [float(r[i]) for r in rows] for i, n in enumerate(names)}
@@ -134,14 +122,14 @@ def test_pareto_ranks_peel_fronts_one_by_one(rows):
 @pytest.fixture(scope="module")
 def ranked(small_run, tmp_path_factory):
     """A run directory with the ranked designs of two patients."""
-    args = small_run(tmp_path_factory.mktemp("ranked") / "run")
+    args = small_run(tmp_path_factory.mktemp("ranked") / "run", num_iterations=2)
     ppo_hybrid.train(args)
-    settings = dict(policy=args.output_dir, patient=("P0002", "P0001"), top_k=15)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "BLOCK", 2048)
-        args_of_designs = generate_candidates.Args(**settings, num_candidates=4000, top_only=True)
-        folder = generate_candidates.run(args_of_designs)
+        settings = dict(policy=args.output_dir, patient=("P0002", "P0001"), top_k=15)
+        settings |= dict(num_candidates=4000, top_only=True)
+        folder = generate_candidates.run(generate_candidates.Args(**settings))
     torch.set_num_threads(threads)
     rank_designs.rank(rank_designs.Args(folder))
     return args, folder
@@ -188,12 +176,12 @@ def test_all_of_stage_2_is_one_file_of_plain_types(ranked):
     )
 
 
-def test_designs_of_another_policy_are_refused(ranked, small_run, tmp_path, capsys):
-    _, folder = ranked
-    other = small_run(tmp_path / "other", seed=2)
-    ppo_hybrid.train(other)
-    capsys.readouterr()
-    assert rank_designs.main([str(folder), "--policy", str(other.output_dir)]) == 2
+def test_designs_of_another_policy_are_refused(ranked, tmp_path, capsys):
+    args, folder = ranked
+    other = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)
+    next(iter(other["policy_state_dict"].values())).add_(1.0)
+    torch.save(other, tmp_path / "stage2_policy.pt")
+    assert rank_designs.main([str(folder), "--policy", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "is of another policy or cohort (policy: " in line
 

@@ -1,16 +1,14 @@
-"""The documentation: its links lead somewhere, its code runs, its commands are understood."""
+"""README and documentation: links lead somewhere, code runs, commands are understood."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
+import dataclasses
+import importlib
 import io
 import re
 import shlex
-import sys
 from configparser import ConfigParser
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,208 +16,182 @@ import torch
 from torch.distributed.run import get_args_parser as launcher_parser
 
 from hydrogel_gym import HydrogelEnv
+from hydrogel_gym.designs import load_designs
 from hydrogel_gym.errors import UsageError
+from hydrogel_gym.models.mechanistic import REFERENCES, MechanisticParams
 from hydrogel_gym.runs.command_line import read_command_line
 from hydrogel_gym.train import generate_candidates, ppo_hybrid
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "patients" / "README.md", *sorted(DOCS.glob("*.md"))]
+FILES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "patients/README.md"]
+PAGES = [*(ROOT / file for file in FILES), *sorted(DOCS.glob("*.md"))]
+TEXT = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
 BLOCK = re.compile(r"^```(\S*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+INCLUDED = re.compile(r"^```\{(?:literalinclude|image|include)\} (\S+)$", re.MULTILINE)
 
-# Commands of other programs, which are not run, and why.
-OTHERS = {
-    "wandb": "needs an account; the files that it is given are looked for",
-    "pytest": "these tests",
-    "sphinx-build": "the build of the documentation, a step of CI",
-}
-
-
-def name(page: Path) -> str:
-    return page.relative_to(ROOT).as_posix()
+# Programs that are not run here: they need an account, run these tests, or are steps of CI.
+OTHERS = ("wandb", "pytest", "ruff", "mypy", "sphinx-build", ".ci/run", ".ci/nightly")
+TUTORIAL = "docs/tutorial.md"
 
 
 def blocks(language: str) -> dict[str, list[str]]:
     """Blocks of a language by the page they are on."""
     found = {
-        name(page): [body for kind, body in BLOCK.findall(text) if kind == language]
+        page: [body for kind, body in BLOCK.findall(text) if kind == language]
         for page, text in TEXT.items()
     }
     return {page: bodies for page, bodies in found.items() if bodies}
 
 
 @pytest.fixture(scope="module")
-def fragments(load_checkout_script):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(DOCS)  # it imports modules beside it
-        return load_checkout_script("docs/fragments.py")
+def tables(load_checkout_script):
+    return load_checkout_script("docs/tables.py")
 
 
-@pytest.fixture(scope="module")
-def markdown(load_checkout_script):
-    return load_checkout_script("docs/markdown_text.py")
+def anchors(text: str) -> set[str]:
+    """Anchors of the headings of a Markdown text, as GitHub and MyST make them."""
+    headings = re.findall(r"^#+ +(.+?) *$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_links_of_a_page_lead_to_files_and_headings(markdown, page):
-    for target in markdown.links(TEXT[page]):
+@pytest.mark.parametrize("page", TEXT)
+def test_links_of_a_page_lead_to_files_and_headings(page):
+    for target in re.findall(r"\]\(([^()\s]+)\)", BLOCK.sub("", TEXT[page])):
         if re.match(r"\w+:", target):
             continue
         path, _, anchor = target.partition("#")
-        to = (page.parent / path).resolve() if path else page
+        to = (ROOT / page).parent / path if path else ROOT / page
         assert to.exists(), target
-        if not anchor:
-            continue
-        text = to.read_text(encoding="utf-8")
-        if to == DOCS / "environment.md":  # which includes a docstring
-            text += inspect.cleandoc(HydrogelEnv.__doc__)
-        assert anchor in markdown.anchors(text), target
+        if anchor:
+            text = to.read_text(encoding="utf-8")
+            text = text.replace("{{ manual }}", HydrogelEnv.__doc__.replace("\n    ", "\n"))
+            assert anchor in anchors(text), target
 
 
-def test_every_result_of_a_benchmark_is_on_the_page_of_benchmarks():
-    results = {path.name for path in (ROOT / "benchmark" / "results").glob("*.md")}
-    shown = re.findall(r"_generated/results/(\S+)", TEXT[DOCS / "benchmarks.md"])
-    assert set(shown) == results
+def test_files_that_pages_include_exist_and_every_result_is_on_one_page():
+    included = [
+        (ROOT / page).parent / file
+        for page, text in TEXT.items()
+        for file in INCLUDED.findall(text)
+    ]
+    assert [file for file in included if not file.is_file()] == []
+    results = (ROOT / "benchmark" / "results").glob("*.md")
+    shown = [file.resolve() for file in included if file.parent.name == "results"]
+    assert sorted(shown) == sorted(results)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
-def test_files_that_a_page_includes_from_the_repository_exist(page):
-    for target in re.findall(r"^```\{(?:literalinclude|image|include)\} (\S+)$", TEXT[page], re.M):
-        assert target.startswith("_generated/") or (page.parent / target).is_file(), target
+@pytest.mark.parametrize("page", TEXT)
+def test_page_is_short_and_has_no_code_that_is_not_tested(page):
+    assert len(TEXT[page].splitlines()) <= (200 if page == "README.md" else 250)
+    kinds = {kind for kind, _ in BLOCK.findall(TEXT[page]) if not kind.startswith("{")}
+    assert kinds <= {"python", "sh", "bibtex", "py" if page == "docs/designs.md" else ""}
 
 
-def test_every_section_of_the_readme_is_on_one_page(fragments):
-    included = set(fragments.places())
-    keys = fragments.sections(TEXT[ROOT / "README.md"])
-    assert [key for key in keys if f"readme/{key}.md" not in included] == []
+def test_every_constant_of_the_model_is_in_an_equation(tables):
+    names = {field.name for field in dataclasses.fields(MechanisticParams)}
+    text = TEXT["docs/reward-model.md"]
+    assert set(tables.Equations(text).get_identifiers()) == names
+    filled = tables.in_equations(text)
+    assert "@" not in filled
+    assert r"\max(h,\;1 \cdot 10^{-6})^{0.6}" in filled
 
 
-def test_every_constant_of_the_model_is_in_an_equation_and_in_a_table(fragments):
-    from dataclasses import fields
-
-    every = {field.name for field in fields(fragments.MechanisticParams)}
-    used = set(re.findall(r"@(\w+)@", TEXT[DOCS / "reward-model.md"]))
-    tabled = [item.name for group in fragments.constants() for item in group.constants]
-    assert used == every
-    assert len(tabled) == len(every)
-    assert set(tabled) == every
+def test_constants_cite_every_reference_and_no_other(tables):
+    assert set(re.findall(r"\[(\w+)\]", tables.constants())) == set(REFERENCES)
 
 
-def test_reference_has_a_page_for_every_module_under_the_package_it_is_in(fragments):
-    folder = ROOT / "hydrogel_gym"
-    names = {
-        ".".join(path.relative_to(folder).with_suffix("").parts).removesuffix(".__init__")
-        for path in folder.rglob("*.py")
-    } - {"__init__"}
-    if not find_spec("stable_baselines3"):
-        names -= {"sb3", "envs.sb3"}
-    assert sorted(fragments.module_names()) == sorted(names)
-    listed = [name for package in ("", *names) for name in fragments.modules_in(package)]
-    assert sorted(listed) == sorted(names)
+def test_every_table_is_on_a_page_and_has_no_row_without_meaning(tables):
+    made = tables.substitutions()
+    shown = [
+        name for text in TEXT.values() for name in re.findall(r"^\{\{ (\w+) \}\}$", text, re.M)
+    ]
+    assert sorted(shown) == sorted(made)
+    for name, text in made.items():
+        if name.startswith("flags_") or name in ("metrics", "reward_config", "ranked_columns"):
+            assert "|  |\n" not in text, name
+    assert "| `--gamma` | `0.99` | discount |" in made["flags_ppo_hybrid"]
+    assert "| `--no-oracle` |  | do not: search for" in made["flags_ppo_hybrid"]
+    assert "| `--learning-rate` | `0.0003` | `0.002` | `0.002` |" in made["presets"]
+    assert "| `toxicity_penalty` | 2 |" in made["reward_config"]
 
 
-def test_page_of_a_module_without_code_says_where_its_names_are_described(fragments):
-    page = fragments.module_page("env")
-    assert "`HydrogelEnv <hydrogel_gym.envs.single.HydrogelEnv>`" in page
-    assert ":no-members:" in page
-    assert ":no-members:" not in fragments.module_page("envs.single")
-
-
-def test_pictures_are_what_their_script_draws(load_checkout_script):
-    diagrams = load_checkout_script("docs/diagrams.py")
-    for theme in diagrams.THEMES:
-        assert (DOCS / "_static" / f"dataflow-{theme}.svg").read_text() == diagrams.svg(theme)
-
-
-def test_blocks_are_of_languages_that_are_tested_or_hold_no_code():
-    kinds = {kind for text in TEXT.values() for kind, _ in BLOCK.findall(text)}
-    code = {"python", "py", "sh", "{code-cell}"}
-    assert {kind for kind in kinds if not kind.startswith("{")} <= code | {"bibtex"}
-
-
-@pytest.mark.parametrize("page", [page for page in blocks("python") if page != "README.md"])
+@pytest.mark.parametrize(
+    "page", [*blocks("python"), pytest.param(TUTORIAL, marks=pytest.mark.slow)]
+)
 def test_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch):
+    monkeypatch.setenv("HYDROGEL_TUTORIAL_SHORT", "1")
+    monkeypatch.setenv("MPLBACKEND", "agg")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace, printed = {}, io.StringIO()
     with contextlib.redirect_stdout(printed):
-        for body in blocks("python")[page]:
+        for body in blocks("{code-cell}" if page == TUTORIAL else "python")[page]:
             exec(compile(body, page, "exec"), namespace)
     assert printed.getvalue().strip()
+    assert page != TUTORIAL or (namespace["regret"] > -1e-3).all()
 
 
-@pytest.mark.slow
-def test_tutorial_runs(tmp_path, monkeypatch):
-    monkeypatch.setenv("HYDROGEL_TUTORIAL_SHORT", "1")
-    monkeypatch.setenv("MPLBACKEND", "agg")
-    monkeypatch.chdir(DOCS)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    text = TEXT[DOCS / "tutorial.md"]
-    namespace = {}
-    with contextlib.redirect_stdout(io.StringIO()):
-        for body in re.findall(r"```\{code-cell\} ipython3\n(.*?)```", text, re.DOTALL):
-            exec(compile(body, "tutorial.md", "exec"), namespace)
-    assert len(namespace["regret"]) == 4
-    assert (namespace["regret"] > -1e-3).all()
+def test_designs_are_read_back_as_the_page_says(small_run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/quick-s1")
+    ppo_hybrid.train(small_run(run, num_iterations=1))
+    patients = ("P0007", "P0001")
+    args = generate_candidates.Args(policy=run, patient=patients, num_candidates=3000, top_k=10)
+    generate_candidates.run(args)
+    (block,) = blocks("py")["docs/designs.md"]
+    names = {}
+    exec(block, names)
+    every = load_designs(run / "designs", table="candidates")
+    own = every[every["patient_id"] == "P0007"]
+    assert [len(table) for table in (every, own, names["top"])] == [6000, 3000, 10]
+    assert len(names["good"]) == (own["reward"] > 20).sum()
+    best = every.groupby("polymer_name", observed=True)["reward"].max()
+    assert names["by_polymer"].set_index("polymer_name").iloc[:, 0].to_dict() == best.to_dict()
+    best = every.groupby("patient_id")["reward"].max()
+    assert dict(names["by_patient"].iter_rows()) == best.to_dict()
 
 
 def commands() -> list[tuple[str, str]]:
-    """Every command of every shell block, with its page; brackets hold what may be left out."""
-    found = []
-    for page, bodies in blocks("sh").items():
-        for line in "".join(bodies).splitlines():
-            words = shlex.split(line.replace("[--", "--").replace("v]", "v"), comments=True)
-            while "&&" in words:
-                at = words.index("&&")
-                found.append((page, shlex.join(words[:at])))
-                words = words[at + 1 :]
-            if words:
-                found.append((page, shlex.join(words)))
-    return found
+    """Every command of every shell block, with its page."""
+    return [
+        (page, shlex.join(words))
+        for page, bodies in blocks("sh").items()
+        for part in re.split(r"\n| && ", "".join(bodies))
+        if (words := shlex.split(part, comments=True))
+    ]
 
 
 def understood(words: list[str]) -> None:
     """Fail where a command of this project, or an argument of it, is unknown."""
-    while re.match(r"[A-Z_]+=", words[0]):
-        words = words[1:]
-    program, *rest = words
+    program, *rest = [word for word in words if not re.match(r"[A-Z_]+=", word)]
     if program == "torchrun":
         given = launcher_parser().parse_args(rest)
-        return understood(["python", given.training_script, *given.training_script_args])
-    if program == "sbatch":
-        at = next(i for i, word in enumerate(rest) if word.endswith(".sbatch"))
-        assert (ROOT / rest[at]).is_file()
-        return understood(["python", "train/ppo_hybrid.py", *rest[at + 1 :]])
-    if program == "pip":
-        assert rest[0] == "install"
+        understood(["python", given.training_script, *given.training_script_args])
+    elif program == "sbatch":
+        at = rest.index("train/slurm.sbatch")
+        understood(["python", "train/ppo_hybrid.py", *rest[at + 1 :]])
+    elif program == "pip":
         config = ConfigParser()
         config.read(ROOT / "setup.cfg")
-        for word in rest[1:]:
-            if match := re.fullmatch(r"\.\[(.+)\]", word):
-                assert set(match[1].split(",")) <= set(config["options.extras_require"])
-        return None
-    if program != "python":
-        assert program in OTHERS, program
-        for word in rest:
-            if word.endswith((".yaml", ".py")):
-                assert (ROOT / word).is_file(), word
-        return None
-    if rest[0] == "-m":
-        script, flags = ROOT / (rest[1].replace(".", "/") + ".py"), rest[2:]
-        if script.with_suffix("").is_dir():
-            script = script.with_suffix("") / "__main__.py"
+        for extras in re.findall(r"\.\[(.+?)\]", " ".join(rest)):
+            assert set(extras.split(",")) <= set(config["options.extras_require"])
+    elif program == "python":
+        script, *flags = rest[1:] if rest[0] == "-m" else rest
+        if rest[0] == "-m":
+            script = script.replace(".", "/")
+            script += "/__main__.py" if (ROOT / script).is_dir() else ".py"
+        source = (ROOT / script).read_text(encoding="utf-8")
+        if script.startswith("train/"):
+            args = importlib.import_module(f"hydrogel_gym.train.{Path(script).stem}").Args
+            read_command_line(args, flags, prog=script)
+        else:
+            known = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
+            assert {flag for flag in flags if flag.startswith("--")} <= known
     else:
-        script, flags = ROOT / rest[0], rest[1:]
-    assert script.is_file(), script
-    source = script.read_text(encoding="utf-8")
-    if script.parent == ROOT / "train":
-        args = import_module(f"hydrogel_gym.train.{script.stem}").Args
-        read_command_line(args, flags, prog=script.name)
-        return None
-    known = set(re.findall(r'add_argument\(\s*"(--[\w-]+)"', source))
-    assert {flag for flag in flags if flag.startswith("--")} <= known, known
-    return None
+        assert program in OTHERS, program
+        files = [word for word in rest if word.endswith((".yaml", ".py"))]
+        assert [file for file in files if not (ROOT / file).is_file()] == []
 
 
 @pytest.mark.parametrize(("page", "command"), commands())
@@ -242,15 +214,7 @@ def test_command_that_is_wrong_is_found(command):
         understood(shlex.split(command))
 
 
-def test_readme_reads_designs_that_the_scripts_wrote(small_run, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    ppo_hybrid.train(small_run(Path("runs/quick-s1"), num_iterations=1))
-    args = generate_candidates.Args(
-        policy=Path("runs/quick-s1"), patient=("P0007",), num_candidates=2000, top_k=10
-    )
-    generate_candidates.run(args)
-    bodies = blocks("py")["README.md"]
-    assert len(bodies) == 1
-    namespace = {}
-    exec(compile(bodies[0], "README.md", "exec"), namespace)
-    assert namespace["candidates"].collect().height == 2000
+def test_readme_prints_each_install_command_once():
+    for extra in ("train", "test"):
+        command = f'pip install -c constraints.txt -e ".[{extra}]" && '
+        assert TEXT["README.md"].count(command) == 1

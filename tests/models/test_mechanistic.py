@@ -8,27 +8,39 @@ from typing import NamedTuple, get_args
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from hydrogel_gym.models.mechanistic import Grade, MechanisticModel, MechanisticParams
+from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
     Outcomes,
+    formulation_at,
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
+from hydrogel_gym.problem.reward import (
+    RewardConfig,
+    breaches,
+    compute_reward,
+    is_optimal,
+    safety_margins,
+)
 
 GOLDEN = pd.read_csv(Path(__file__).with_name("golden.csv"))
 POLYMERS = load_polymers()
+UNFILLED = torch.nonzero(POLYMERS.filler_toxicity == 0).flatten()
+ALL_POLYMERS = torch.arange(NUM_POLYMERS)
 E, TAU, KAPPA, T = range(len(FORMULATION_FIELDS))
 PATIENT_NAMES = [item.name for item in PATIENT_FIELDS]
 FORMULATION_NAMES = ["stiffness_kpa", "degradation_days", "conductivity_s_per_m", "thickness_mm"]
 UNUSED = ("gls_pct", "edv_ml", "esv_ml", "bz_stress_kpa", "healthy_stress_kpa")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+LOW, HIGH = (
+    torch.tensor([getattr(item, end) for item in FORMULATION_FIELDS], dtype=torch.float64)
+    for end in ("low", "high")
+)
 
 # Near the median of the virtual cohort.
 MEDIAN_PATIENT = torch.tensor(
@@ -55,46 +67,36 @@ def golden(dtype: torch.dtype = torch.float64) -> Batch:
     )
 
 
-def all_polymers() -> Tensor:
-    return torch.arange(NUM_POLYMERS)
-
-
-def made_exactly(share: Tensor | float, thickness_mm: Tensor | float = 2.5) -> Tensor:
+def made_exactly(share: float | Tensor, thickness_mm: float = 2.5) -> Tensor:
     """(24, ..., 4) requests at a share of the way through each polymer's own windows.
 
     The action space cuts the windows, for both are limits of what is tested here.
     """
     share = torch.as_tensor(share, dtype=torch.float64)
+    windows = (POLYMERS.youngs_modulus_kpa, POLYMERS.half_life_days, POLYMERS.conductivity_s_per_m)
     columns = []
-    for window, item in zip(
-        (POLYMERS.youngs_modulus_kpa, POLYMERS.half_life_days, POLYMERS.conductivity_s_per_m),
-        FORMULATION_FIELDS,
-        strict=False,
-    ):
-        low, high = (
-            end.clamp(item.low, item.high).view(-1, *[1] * share.dim()) for end in window.unbind(-1)
-        )
+    for window, item in zip(windows, FORMULATION_FIELDS[:T], strict=True):
+        ends = window.clamp(item.low, item.high)
+        low, high = (end.view(-1, *[1] * share.dim()) for end in ends.unbind(-1))
         columns.append(low + share * (high - low))
-    thickness = torch.as_tensor(thickness_mm, dtype=torch.float64)
-    return torch.stack(torch.broadcast_tensors(*columns, thickness), dim=-1)
+    return torch.stack([*columns, torch.full_like(columns[0], thickness_mm)], dim=-1)
 
 
 def sweep(column: int, num: int = 9) -> Tensor:
     """(24, num, 4) designs in which one request crosses the polymer's window, all others fixed."""
     share = torch.linspace(0.0, 1.0, num, dtype=torch.float64)
-    middle = made_exactly(0.5).unsqueeze(1).repeat(1, num, 1)
-    if column == T:
-        low, high = FORMULATION_FIELDS[T].low, FORMULATION_FIELDS[T].high
-        middle[..., T] = low + share * (high - low)
-    else:
-        middle[..., column] = made_exactly(share)[..., column]
-    return middle
+    designs = made_exactly(0.5).unsqueeze(1).repeat(1, num, 1)
+    through = (
+        LOW[T] + share * (HIGH[T] - LOW[T]) if column == T else made_exactly(share)[..., column]
+    )
+    designs[..., column] = through
+    return designs
 
 
-def outcomes_along(column: int, model: MechanisticModel | None = None) -> Outcomes:
+def outcomes_along(column: int) -> Outcomes:
     """(24, num) outcomes of `sweep`, median patient, half of the border zone covered."""
-    return (model or MechanisticModel())(
-        MEDIAN_PATIENT, all_polymers().unsqueeze(-1), sweep(column), torch.tensor(2)
+    return MechanisticModel()(
+        MEDIAN_PATIENT, ALL_POLYMERS.unsqueeze(-1), sweep(column), torch.tensor(2)
     )
 
 
@@ -107,80 +109,80 @@ def can_vary(column: int) -> Tensor:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-6), (torch.float32, 2e-4)], ids=["f64", "f32"]
 )
-def test_outcomes_reproduce_the_golden_table(dtype, tolerance):
-    batch = golden(dtype)
-    model = MechanisticModel()
-    predicted = model(*batch)._asdict()
+def test_outcomes_and_reward_reproduce_the_golden_table(dtype, tolerance):
+    batch, model = golden(dtype), MechanisticModel()
+    outcomes = model(*batch)
+    assert {value.dtype for value in outcomes} == {dtype}
+    predicted = outcomes._asdict()
     predicted["optimal_prob"] = predicted.pop("optimal_logit").sigmoid()
     predicted["feasibility"] = model.feasibility(batch.polymer_id, batch.formulation)
+    predicted["reward_first_use_of_polymer"] = compute_reward(outcomes, True)
+    # A penalty is a step: in float32 a risk this near its limit may fall on the other side.
+    margins = torch.stack([*safety_margins(outcomes, RewardConfig()).values()])
+    near = (margins.abs().amin(0) < 1e-4) & torch.tensor(dtype == torch.float32)
+    assert near.sum() < 5
     for name, value in predicted.items():
         expected = torch.tensor(GOLDEN[name].to_numpy())
         error = (value.double() - expected).abs() / expected.abs().clamp(min=1.0)
-        assert error.max() < tolerance, name
+        assert error[~near | (name[:6] != "reward")].max() < tolerance, name
 
 
-@DTYPES
-def test_outcomes_have_the_dtype_of_the_patient(dtype):
-    patient, polymer_id, formulation, coverage = golden(dtype).rows(slice(8))
-    outcomes = MechanisticModel()(patient, polymer_id, formulation.float(), coverage)
-    assert {value.dtype for value in outcomes} == {dtype}
-    assert {value.shape for value in outcomes} == {(8,)}
+def test_random_designs_score_as_specified_on_the_shipped_cohort():
+    patients = load_cohort().features
+    num_designs = 40_000
+    rng = torch.Generator().manual_seed(0)
+    outcomes = MechanisticModel()(
+        patients.repeat(num_designs // len(patients), 1),
+        torch.randint(NUM_POLYMERS, (num_designs,), generator=rng),
+        formulation_at(torch.rand(len(FORMULATION_FIELDS), num_designs, generator=rng)),
+        torch.randint(len(COVERAGES), (num_designs,), generator=rng),
+    )
+    config = RewardConfig()
+    found = {"reward": compute_reward(outcomes), "optimal": is_optimal(outcomes, config)}
+    found |= outcomes._asdict() | breaches(outcomes, config)
+    mean = {name: value.double().mean().item() for name, value in found.items()}
+    # The reward's tolerance is stated. The others are one unit of the last digit printed, or three
+    # standard errors of a mean over 2,000 patients where that is wider (stress relief): the figures
+    # come from another draw of the cohort's recipe.
+    assert mean["reward"] == pytest.approx(12.3, abs=0.3)
+    assert mean["delta_ef_pct"] == pytest.approx(4.2, abs=0.1)
+    assert mean["stress_reduction_pct"] == pytest.approx(13.5, abs=0.25)
+    assert mean["optimal"] == pytest.approx(0.27, abs=0.01)
+    assert mean["toxicity"] == pytest.approx(0.11, abs=0.01)
+    assert mean["integrity"] == pytest.approx(0.60, abs=0.01)
+    assert mean["fibrosis"] < 0.01
 
 
-@DTYPES
-def test_batch_of_eight_equals_eight_batches_of_one(dtype):
-    batch, model = golden(dtype).rows(slice(8)), MechanisticModel()
-    together = model(*batch)
-    one_by_one = [model(*batch.rows(i)) for i in range(8)]
-    assert one_by_one[0].delta_ef_pct.shape == ()
-    torch.testing.assert_close(Outcomes(*map(torch.stack, zip(*one_by_one))), together)  # noqa: B905
-
-
-def test_permuting_rows_permutes_outcomes():
+def test_row_of_a_batch_depends_on_that_row_alone():
     batch, model = golden(), MechanisticModel()
+    together = model(*batch)
+    alone = [model(*batch.rows(i)) for i in range(8)]
+    assert alone[0].delta_ef_pct.shape == ()
+    for value, *single in zip(together, *alone, strict=True):
+        torch.testing.assert_close(torch.stack(single), value[:8])
     order = torch.randperm(len(GOLDEN), generator=torch.Generator().manual_seed(0))
-    permuted = Outcomes(*(value[order] for value in model(*batch)))
-    torch.testing.assert_close(model(*batch.rows(order)), permuted, rtol=0, atol=1e-12)
+    permuted = Outcomes(*(value[order] for value in together))
+    torch.testing.assert_close(model(*batch.rows(order)), permuted)
 
 
-def test_broadcast_equals_the_expanded_batch():
+def test_batch_shapes_broadcast_and_the_patient_decides_the_dtype():
     batch, model = golden(), MechanisticModel()
     patient = batch.patient[:5].unsqueeze(1)
-    polymer_id = all_polymers().unsqueeze(0)
-    formulation, coverage = batch.formulation[7], batch.coverage[3]
-    outcomes = model(patient, polymer_id, formulation, coverage)
-    assert {value.shape for value in outcomes} == {(5, NUM_POLYMERS)}
+    formulation, coverage = batch.formulation[7].float(), batch.coverage[3]
+    outcomes = model(patient, ALL_POLYMERS.unsqueeze(0), formulation, coverage)
+    assert {(value.shape, value.dtype) for value in outcomes} == {
+        ((5, NUM_POLYMERS), torch.float64)
+    }
     expanded = model(
         patient.expand(5, NUM_POLYMERS, -1),
-        polymer_id.expand(5, -1),
+        ALL_POLYMERS.expand(5, -1),
         formulation.expand(5, NUM_POLYMERS, -1),
         coverage.expand(5, NUM_POLYMERS),
     )
     torch.testing.assert_close(outcomes, expanded, rtol=0, atol=1e-12)
-
-
-def test_every_outcome_has_the_batch_shape_where_only_the_coverage_is_batched():
-    batch = golden()
-    patient, polymer_id, formulation, _ = batch.rows(0)
-    coverage = torch.arange(len(COVERAGES))
-    outcomes = MechanisticModel()(patient, polymer_id, formulation, coverage)
+    # Two outcomes ignore the coverage, and have the batch shape all the same.
+    outcomes = model(*batch.rows(0)[:3], torch.arange(len(COVERAGES)))
     assert {value.shape for value in outcomes} == {(len(COVERAGES),)}
-
-
-@DTYPES
-def test_model_runs_on_the_meta_device(dtype):
-    batch = Batch(*(value.to("meta") for value in golden(dtype)))
-    outcomes = MechanisticModel().to("meta")(*batch)
-    assert {(value.device.type, value.dtype, value.shape) for value in outcomes} == {
-        ("meta", dtype, (len(GOLDEN),))
-    }
-
-
-@pytest.mark.slow
-def test_compiled_graph_equals_eager():
-    batch, model = golden(torch.float32), MechanisticModel()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(*batch), model(*batch))
 
 
 def test_model_has_nothing_to_train_or_to_save():
@@ -189,9 +191,16 @@ def test_model_has_nothing_to_train_or_to_save():
     assert model.state_dict() == {}
 
 
-def test_unknown_outcome_scale_is_refused_with_the_known_ones():
+def test_constants_cannot_be_reassigned():
+    with pytest.raises(AttributeError, match="cannot assign to field 'need_max'"):
+        MechanisticParams().need_max = 2.0
+
+
+def test_unknown_outcome_scale_or_grade_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match=r"is 'hopeful'; allowed: \('source', 'literature'\)"):
         MechanisticModel(outcome_scale="hopeful")
+    with pytest.raises(ValueError, match=r"grade is 'E'; allowed: \('A', 'B', 'C', 'D', 'def"):
+        MechanisticParams.names_graded("E")
 
 
 @pytest.mark.parametrize("name", [item.name for item in fields(MechanisticParams)])
@@ -214,20 +223,12 @@ def test_every_constant_takes_part(name):
     assert not torch.equal(before, after)
 
 
-def test_every_constant_has_one_known_grade():
+def test_every_constant_has_one_known_grade_and_assumptions_are_some_of_them():
     listed = [name for grade in get_args(Grade) for name in MechanisticParams.names_graded(grade)]
     assert sorted(listed) == sorted(item.name for item in fields(MechanisticParams))
-
-
-def test_assumptions_are_some_of_the_constants():
-    assumed = MechanisticParams.names_graded("D")
-    assert {"efficacy_floor", "load_half_saturation", "harm_width"} <= set(assumed)
-    assert not {"source_gain", "optimal_delta_ef_pp", "healing_window_days"} & set(assumed)
-
-
-def test_unknown_grade_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"grade is 'E'; allowed: \('A', 'B', 'C', 'D', 'def"):
-        MechanisticParams.names_graded("E")
+    assumed = set(MechanisticParams.names_graded("D"))
+    assert {"efficacy_floor", "load_half_saturation", "harm_width"} <= assumed
+    assert not {"source_gain", "optimal_delta_ef_pp", "healing_window_days"} & assumed
 
 
 GAINS = ("mechanical_gain_max_pp", "biological_gain_max_pp", "electrical_gain_max_pp")
@@ -275,16 +276,11 @@ def test_unit_of_other_constants_says_nothing_that_they_do_not(unit, undone_by):
 
 
 def test_gradients_agree_with_finite_differences():
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randperm(len(GOLDEN), generator=generator)[:16]
+    rows = torch.randperm(len(GOLDEN), generator=torch.Generator().manual_seed(0))[:16]
     patient, polymer_id, formulation, coverage = golden().rows(rows)
     model = MechanisticModel()
     # A nudge inwards, for some golden rows lie on a corner of the box.
-    low, high = (
-        torch.tensor([getattr(item, end) for item in FORMULATION_FIELDS], dtype=torch.float64)
-        for end in ("low", "high")
-    )
-    formulation = (low + 0.98 * (formulation - low) + 0.01 * (high - low)).requires_grad_()
+    formulation = (LOW + 0.98 * (formulation - LOW) + 0.01 * (HIGH - LOW)).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda requests: tuple(model(patient, polymer_id, requests, coverage)),
         formulation,
@@ -294,58 +290,75 @@ def test_gradients_agree_with_finite_differences():
 
 
 def test_asking_an_unfilled_polymer_to_conduct_has_no_slope_at_zero():
-    unfilled = torch.nonzero(POLYMERS.filler_toxicity == 0).flatten()
-    formulation = made_exactly(0.5)[unfilled].requires_grad_()
-    outcomes = MechanisticModel()(MEDIAN_PATIENT, unfilled, formulation, torch.tensor(3))
+    formulation = made_exactly(0.5)[UNFILLED].requires_grad_()
+    outcomes = MechanisticModel()(MEDIAN_PATIENT, UNFILLED, formulation, torch.tensor(3))
     (gradient,) = torch.autograd.grad(sum(value.sum() for value in outcomes), formulation)
     assert (formulation[:, KAPPA] == 0).all()
     assert (gradient[:, KAPPA] == 0).all()
 
 
-def spread_of_patients() -> Tensor:
-    """Every corner of the ranges of the fields that matter, the middle, and golden patients."""
+def test_outcomes_keep_their_limits_and_gradients_are_finite_on_every_corner():
+    # Of the ranges of the fields that matter; the middle and some golden patients beside them.
     middle = torch.tensor([(item.low + item.high) / 2 for item in PATIENT_FIELDS])
     matter = [PATIENT_NAMES.index(name) for name in PATIENT_NAMES if name not in UNUSED]
-    corners = middle.repeat(2 ** len(matter), 1)
-    corners[:, matter] = torch.tensor(
-        list(product(*((PATIENT_FIELDS[i].low, PATIENT_FIELDS[i].high) for i in matter)))
-    )
-    return torch.cat([corners, middle.unsqueeze(0), golden(torch.float32).patient[:8]])
-
-
-def test_outcomes_are_in_range_and_gradients_finite_on_every_corner():
-    patients = spread_of_patients()
+    patients = middle.repeat(2 ** len(matter) + 1, 1)
+    ends = product(*((PATIENT_FIELDS[i].low, PATIENT_FIELDS[i].high) for i in matter))
+    patients[1:, matter] = torch.tensor(list(ends))
+    patients = torch.cat([patients, golden(torch.float32).patient[:8]])
     corners = torch.tensor(list(product(*((item.low, item.high) for item in FORMULATION_FIELDS))))
     shape = (len(patients), NUM_POLYMERS, len(COVERAGES), len(corners))
     formulation = corners.expand(*shape, -1).clone().requires_grad_()
-    outcomes = MechanisticModel()(
+    model, params, polymers = MechanisticModel(), MechanisticParams(), ALL_POLYMERS.view(-1, 1, 1)
+    outcomes = model(
         patients.view(-1, 1, 1, 1, len(PATIENT_FIELDS)),
-        all_polymers().view(-1, 1, 1),
+        polymers,
         formulation,
         torch.arange(len(COVERAGES)).view(-1, 1),
     )
-    for value, item in zip(outcomes, OUTCOME_FIELDS, strict=True):
+    limits = {item.name: (item.low, item.high) for item in OUTCOME_FIELDS}
+    limits["delta_ef_pct"] = (-params.delta_ef_loss_max_pp, params.delta_ef_max_pp)
+    limits["stress_reduction_pct"] = (0.0, params.stress_relief_max_pct * params.need_max)
+    for name, value in outcomes._asdict().items():
+        low, high = limits[name]
         assert value.shape == shape
-        assert value.isfinite().all(), item.name
-        assert value.min() >= item.low, item.name
-        assert value.max() <= item.high, item.name
+        assert value.isfinite().all(), name
+        assert low <= value.min(), name
+        assert value.max() <= high, name
+    feasibility = model.feasibility(polymers, corners)
+    assert ((feasibility >= 0.0) & (feasibility <= 1.0)).all()
+    weights = torch.stack(model._responder_weights(*patients[:, [8, 9, 5]].unbind(-1)))
+    assert (weights > 0).all()
+    torch.testing.assert_close(weights.sum(0), torch.full((len(patients),), 3.0))
     # One sweep for all outcomes: a gradient that is not finite stays so in their sum.
     (gradient,) = torch.autograd.grad(sum(value.sum() for value in outcomes), formulation)
     assert gradient.isfinite().all()
 
 
-@pytest.mark.parametrize("column", [E, TAU, T], ids=["stiffness", "half_life", "thickness"])
-def test_stress_relief_rises_with_shrinking_increments(column):
-    relief = outcomes_along(column).stress_reduction_pct[can_vary(column)]
-    increments = relief.diff(dim=-1)
-    assert (increments > 0).all()
-    assert (increments.diff(dim=-1) < 0).all()
+@pytest.mark.parametrize(
+    ("outcome", "column"),
+    [
+        ("stress_reduction_pct", E),
+        ("stress_reduction_pct", TAU),
+        ("stress_reduction_pct", T),
+        ("toxicity_risk", KAPPA),
+        ("toxicity_risk", T),
+        ("fibrosis_risk", E),
+        ("fibrosis_risk", T),
+    ],
+)
+def test_outcome_rises_with_a_request_and_stress_relief_by_less_and_less(outcome, column):
+    values = getattr(outcomes_along(column), outcome)[can_vary(column)]
+    assert (values.diff(dim=-1) > 0).all()
+    if outcome == "stress_reduction_pct":
+        assert (values.diff(dim=-1).diff(dim=-1) < 0).all()
 
 
 def test_stress_relief_rises_with_coverage_by_less_and_less():
-    coverage = torch.arange(len(COVERAGES))
     relief = MechanisticModel()(
-        MEDIAN_PATIENT, all_polymers().unsqueeze(-1), made_exactly(0.5).unsqueeze(1), coverage
+        MEDIAN_PATIENT,
+        ALL_POLYMERS.unsqueeze(-1),
+        made_exactly(0.5).unsqueeze(1),
+        torch.arange(len(COVERAGES)),
     ).stress_reduction_pct
     # The last level is twice as far from its neighbour as the others.
     per_quarter = relief.diff(dim=-1) / torch.tensor([1.0, 1.0, 2.0])
@@ -353,32 +366,9 @@ def test_stress_relief_rises_with_coverage_by_less_and_less():
     assert (per_quarter.diff(dim=-1) < 0).all()
 
 
-def test_toxicity_rises_with_conductivity_of_filled_polymers():
-    filled = POLYMERS.filler_toxicity > 0
-    toxicity = outcomes_along(KAPPA).toxicity_risk
-    assert (toxicity[filled].diff(dim=-1) > 0).all()
-
-
-def test_toxicity_of_unfilled_polymers_ignores_the_conductivity_requested():
-    unfilled = torch.nonzero(POLYMERS.filler_toxicity == 0).flatten()
-    formulation = made_exactly(0.5)[unfilled].unsqueeze(1).repeat(1, 5, 1)
-    formulation[..., KAPPA] = torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
-    toxicity = MechanisticModel()(
-        MEDIAN_PATIENT, unfilled.unsqueeze(-1), formulation, torch.tensor(3)
-    ).toxicity_risk
-    assert torch.equal(toxicity, toxicity[:, :1].expand_as(toxicity))
-
-
-@pytest.mark.parametrize("column", [E, T], ids=["stiffness", "thickness"])
-def test_fibrosis_rises_with_stiffness_and_thickness(column):
-    fibrosis = outcomes_along(column).fibrosis_risk
-    assert (fibrosis[can_vary(column)].diff(dim=-1) > 0).all()
-
-
 @pytest.mark.parametrize("column", [TAU, T], ids=["half_life", "thickness"])
 def test_gain_in_lvef_has_an_interior_maximum(column):
-    polymer = POLYMERS.index("Chitosan_HA")
-    gain = outcomes_along(column).delta_ef_pct[polymer]
+    gain = outcomes_along(column).delta_ef_pct[POLYMERS.index("Chitosan_HA")]
     best = int(gain.argmax())
     assert 0 < best < len(gain) - 1
     assert (gain[: best + 1].diff() > 0).all()
@@ -387,11 +377,9 @@ def test_gain_in_lvef_has_an_interior_maximum(column):
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_request_within_the_windows_is_fully_feasible(share):
-    feasibility = MechanisticModel().feasibility(all_polymers(), made_exactly(share))
     # Polymers softer than the action space at both ends cannot be met by any request in it.
-    stiff_enough = POLYMERS.youngs_modulus_kpa[:, 1] >= FORMULATION_FIELDS[E].low
-    assert stiff_enough.all()
-    assert (feasibility == 1.0).all()
+    assert (POLYMERS.youngs_modulus_kpa[:, 1] >= LOW[E]).all()
+    assert (MechanisticModel().feasibility(ALL_POLYMERS, made_exactly(share)) == 1.0).all()
 
 
 @pytest.mark.parametrize(
@@ -409,19 +397,9 @@ def test_feasibility_falls_as_a_request_leaves_its_window(column, steps):
     assert (feasibility > 0).all()
 
 
-def test_infeasible_request_delivers_what_can_be_made_less_the_loss_of_efficacy():
-    model, fibrin = MechanisticModel(), torch.tensor(POLYMERS.index("Fibrin_thrombin"))
-    requested, made = torch.tensor(
-        [[25.0, 20.0, 0.0, 2.0], [10.0, 20.0, 0.0, 2.0]], dtype=torch.float64
-    )
-    relief = model(MEDIAN_PATIENT, fibrin, torch.stack([requested, made]), torch.tensor(3))[1]
-    efficacy = 0.6 + 0.4 * model.feasibility(fibrin, requested)
-    torch.testing.assert_close(relief[0], efficacy * relief[1])
-
-
 def test_gel_without_conductivity_has_no_electrical_gain():
     formulation = made_exactly(0.5)
-    args = (MEDIAN_PATIENT, all_polymers(), formulation, torch.tensor(3))
+    args = (MEDIAN_PATIENT, ALL_POLYMERS, formulation, torch.tensor(3))
     without = MechanisticModel(params=MechanisticParams(electrical_gain_max_pp=0.0))(*args)
     difference = MechanisticModel()(*args).delta_ef_pct - without.delta_ef_pct
     conducts = formulation[:, KAPPA] > 0
@@ -430,9 +408,8 @@ def test_gel_without_conductivity_has_no_electrical_gain():
 
 
 def test_patch_of_no_thickness_relieves_no_stress_and_gains_nothing():
-    unfilled = torch.nonzero(POLYMERS.filler_toxicity == 0).flatten()
-    formulation = made_exactly(0.5, thickness_mm=0.0)[unfilled]
-    outcomes = MechanisticModel()(MEDIAN_PATIENT, unfilled, formulation, torch.tensor(3))
+    formulation = made_exactly(0.5, thickness_mm=0.0)[UNFILLED]
+    outcomes = MechanisticModel()(MEDIAN_PATIENT, UNFILLED, formulation, torch.tensor(3))
     assert (outcomes.stress_reduction_pct == 0).all()
     assert (outcomes.delta_ef_pct < 0).all()
 
@@ -440,7 +417,7 @@ def test_patch_of_no_thickness_relieves_no_stress_and_gains_nothing():
 def test_ventricle_with_normal_lvef_has_nothing_to_gain():
     patient = MEDIAN_PATIENT.clone()
     patient[0] = 60.0
-    outcomes = MechanisticModel()(patient, all_polymers(), made_exactly(0.5), torch.tensor(0))
+    outcomes = MechanisticModel()(patient, ALL_POLYMERS, made_exactly(0.5), torch.tensor(0))
     assert (outcomes.delta_ef_pct < 0).all()
 
 
@@ -449,80 +426,63 @@ def test_absolute_stress_strain_and_volume_do_not_enter(name):
     batch, model = golden(), MechanisticModel()
     patient = batch.patient.clone()
     patient[:, PATIENT_NAMES.index(name)] *= 2.0
-    changed = model(*batch._replace(patient=patient))
-    assert all(torch.equal(a, b) for a, b in zip(changed, model(*batch), strict=True))
+    assert all(map(torch.equal, model(*batch._replace(patient=patient)), model(*batch)))
 
 
-def test_literature_scale_divides_the_raw_gain_by_its_factor_and_leaves_safety_alone():
-    batch = golden()
-    source = MechanisticModel()(*batch)
-    literature = MechanisticModel(outcome_scale="literature")(*batch)
-    assert (literature.delta_ef_pct.abs() < source.delta_ef_pct.abs()).all()
-    gained = source.delta_ef_pct > 0
-    raw, smaller = (
-        torch.atanh(outcomes.delta_ef_pct[gained] / 14.0) for outcomes in (source, literature)
+def delta_ef(gain_max: float, loss_max: float, scale: str = "source") -> Tensor:
+    params = MechanisticParams(delta_ef_max_pp=gain_max, delta_ef_loss_max_pp=loss_max)
+    return MechanisticModel(params=params, outcome_scale=scale)(*golden()).delta_ef_pct
+
+
+def test_gains_and_losses_of_lvef_saturate_each_at_its_own_limit():
+    raw = delta_ef(1e9, 1e9)
+    assert raw.min() < -1.0
+    assert raw.max() > 10.0
+    for gain_max, loss_max in ((14.0, 1.0), (9.0, 2.0)):
+        gains, losses = gain_max * torch.tanh(raw / gain_max), loss_max * torch.tanh(raw / loss_max)
+        torch.testing.assert_close(delta_ef(gain_max, loss_max), gains.where(raw > 0, losses))
+
+
+def test_literature_scale_divides_the_raw_change_by_its_factor_and_leaves_safety_alone():
+    torch.testing.assert_close(delta_ef(1e9, 1e9), 1.75 * delta_ef(1e9, 1e9, "literature"))
+    source, literature = (
+        MechanisticModel(outcome_scale=scale)(*golden()) for scale in ("source", "literature")
     )
-    torch.testing.assert_close(raw, 1.75 * smaller)
     for name in ("stress_reduction_pct", "toxicity_risk", "structural_integrity", "fibrosis_risk"):
         assert torch.equal(getattr(literature, name), getattr(source, name)), name
 
 
-def test_polymer_with_a_single_stiffness_has_no_brittle_end():
-    window = POLYMERS.youngs_modulus_kpa.clone()
-    window[0] = 10.0
-    polymers = replace(POLYMERS, youngs_modulus_kpa=window)
+def test_need_of_stress_relief_is_bounded_at_both_ends_of_the_stress_concentration():
+    patient = MEDIAN_PATIENT.repeat(5, 1)
+    patient[:, PATIENT_NAMES.index("stress_concentration")] = torch.tensor([1.2, 1.25, 2, 3, 3.5])
+    made = made_exactly(0.5)[0]
+    relief = MechanisticModel()(patient, torch.tensor(0), made, torch.tensor(1))[1]
+    assert relief[0] == relief[1] < relief[2] < relief[3] == relief[4]
+    assert (relief[4] / relief[0]).item() == pytest.approx(1.25 / 0.5)
+
+
+@pytest.mark.parametrize(("cohesion_gain", "integrity"), [(9.0, 1.0), (-9.0, 0.0)])
+def test_integrity_is_a_share_whatever_the_constants(cohesion_gain, integrity):
+    params = MechanisticParams(integrity_cohesion_gain=cohesion_gain)
+    assert (MechanisticModel(params=params)(*golden()).structural_integrity == integrity).all()
+
+
+def test_polymer_whose_window_begins_without_conductivity_conducts():
+    window = POLYMERS.conductivity_s_per_m.clone()
+    window[:, 0] = 0.0
+    model = MechanisticModel(replace(POLYMERS, conductivity_s_per_m=window))
+    design = (MEDIAN_PATIENT, ALL_POLYMERS, made_exactly(0.5), torch.tensor(2))
+    assert all(map(torch.equal, model(*design), MechanisticModel()(*design)))
+
+
+def test_stiff_end_of_a_window_is_brittle_unless_it_is_its_only_stiffness():
     formulation = torch.tensor([10.0, 30.0, 0.0, 2.0], dtype=torch.float64)
-    args = (MEDIAN_PATIENT, torch.tensor(0), formulation, torch.tensor(1))
-    single = MechanisticModel(polymers)(*args)
-    assert all(value.isfinite() for value in single)
-    # The packaged window ends at 10 kPa, where the same gel is brittle.
-    assert single.structural_integrity > MechanisticModel()(*args).structural_integrity
-
-
-def within(items) -> st.SearchStrategy[Tensor]:
-    ranges = (st.floats(item.low, item.high) for item in items)
-    return st.tuples(*ranges).map(lambda row: torch.tensor(row, dtype=torch.float64))
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(patient=within(PATIENT_FIELDS), formulation=within(FORMULATION_FIELDS))
-def test_outcomes_stay_in_range_for_any_patient_and_request(patient, formulation):
-    outcomes = MechanisticModel()(
-        patient,
-        all_polymers().unsqueeze(-1),
-        formulation,
-        torch.arange(len(COVERAGES)),
-    )
-    for value, item in zip(outcomes, OUTCOME_FIELDS, strict=True):
-        assert value.isfinite().all(), item.name
-        assert ((value >= item.low) & (value <= item.high)).all(), item.name
-    params = MechanisticParams()
-    assert (outcomes.delta_ef_pct.abs() < params.delta_ef_max_pp).all()
-    assert (outcomes.delta_ef_pct > -params.delta_ef_loss_max_pp - 1e-12).all()
-    assert (outcomes.stress_reduction_pct >= 0).all()
-    assert (outcomes.stress_reduction_pct < params.stress_relief_max_pct * params.need_max).all()
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(formulation=within(FORMULATION_FIELDS))
-def test_feasibility_is_one_exactly_where_the_request_is_within_the_windows(formulation):
-    feasibility = MechanisticModel().feasibility(all_polymers(), formulation)
-    inside = torch.ones(NUM_POLYMERS, dtype=torch.bool)
-    for request, window in zip(
-        formulation[:3],
-        (POLYMERS.youngs_modulus_kpa, POLYMERS.half_life_days, POLYMERS.conductivity_s_per_m),
-        strict=True,
-    ):
-        inside &= (window[:, 0] <= request) & (request <= window[:, 1])
-    assert (feasibility[inside] == 1.0).all()
-    assert (feasibility[~inside] <= 1.0).all()
-    assert (feasibility > 0.0).all()
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(patient=within(PATIENT_FIELDS))
-def test_responder_weights_are_positive_and_share_out_a_fixed_total(patient):
-    model = MechanisticModel()
-    weights = torch.stack(model._responder_weights(*patient[[8, 9, 5]]))
-    assert (weights > 0).all()
-    torch.testing.assert_close(weights.sum(), torch.tensor(3.0, dtype=torch.float64))
+    integrity = {}
+    for low in (3.0, 9.5, 10.0):
+        window = POLYMERS.youngs_modulus_kpa.clone()
+        window[0] = torch.tensor([low, 10.0])
+        model = MechanisticModel(replace(POLYMERS, youngs_modulus_kpa=window))
+        outcomes = model(MEDIAN_PATIENT, torch.tensor(0), formulation, torch.tensor(1))
+        integrity[low] = outcomes.structural_integrity.item()
+    assert integrity[3.0] == pytest.approx(integrity[9.5])
+    assert integrity[10.0] > integrity[9.5] + 0.01

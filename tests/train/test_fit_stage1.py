@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +51,9 @@ def made_up(outcome_maker) -> pd.DataFrame:
 
 @pytest.fixture
 def table(made_up):
-    """A copy of the outcomes that a test may spoil."""
-    return made_up.copy()
+    """A copy of a fifth of the outcomes, which a test may spoil."""
+    few = made_up.groupby("patient_id", observed=True).head(48).reset_index(drop=True)
+    return few.astype({name: object for name in ("polymer_name", "coverage", "patient_id")})
 
 
 @pytest.fixture(scope="session")
@@ -59,21 +61,9 @@ def fitted(made_up, embedding_file, tmp_path_factory):
     """A run directory of a model fitted as far as a few seconds allow, and its report."""
     folder = tmp_path_factory.mktemp("stage1")
     made_up.to_parquet(folder / "outcomes.parquet")
-    code = fit_stage1.main(
-        [
-            str(folder / "outcomes.parquet"),
-            "--output-dir",
-            str(folder / "run"),
-            "--polymer-embeddings",
-            str(embedding_file),
-            "--truth",
-            "mechanistic",
-            *SMALL,
-            "--num-epochs",
-            "25",
-        ]
-    )
-    assert code == 0
+    flags = ["--output-dir", str(folder / "run"), "--polymer-embeddings", str(embedding_file)]
+    flags += ["--truth", "mechanistic", *SMALL, "--num-epochs", "25"]
+    assert fit_stage1.main([str(folder / "outcomes.parquet"), *flags]) == 0
     return folder / "run", json.loads((folder / "run" / "metrics.json").read_text())
 
 
@@ -91,28 +81,22 @@ def refuse(capsys, tmp_path, frame: pd.DataFrame, *flags: str) -> str:
 
 def test_model_predicts_patients_it_has_not_seen(fitted):
     _, report = fitted
-    assert report["held_out_patients"] == 3
+    assert (report["rows"], report["held_out_patients"]) == (ROWS, 3)
     assert report["held_out"]["delta_ef_pct"]["r2"] > 0.4
     assert report["held_out"]["stress_reduction_pct"]["r2"] > 0.6
     assert report["held_out"]["is_optimal"]["auroc"] > 0.85
 
 
-def test_report_is_of_the_mean_and_not_of_what_is_rewarded(fitted, made_up):
+def test_report_is_of_the_mean_and_not_of_what_is_rewarded(fitted):
     run, report = fitted
-    frame = made_up
-    split = fit_stage1.split_patients(
-        outcome_table.read_table(run.parent / "outcomes.parquet").group,
-        holdout_share=0.2,
-        num_members=3,
-        seed=1,
-    )
-    table = outcome_table.read_table(run.parent / "outcomes.parquet").rows(split.test)
+    table = outcome_table.read_table(run.parent / "outcomes.parquet")
+    split = fit_stage1.split_patients(table.group, holdout_share=0.2, num_members=3, seed=1)
+    table = table.rows(split.test)
     model = load_stage1(run / "stage1.pt")
     assert model.pessimism > 0.0
     prediction = model.predict(table.patient, table.polymer_id, table.formulation, table.coverage)
     error = (prediction.mean.delta_ef_pct - table.outcome[:, 0]).abs().mean().item()
     assert report["held_out"]["delta_ef_pct"]["mae"] == pytest.approx(error, rel=1e-4)
-    assert len(frame) == report["rows"]
 
 
 def test_without_noise_the_ceiling_is_the_truth_itself(fitted):
@@ -126,28 +110,22 @@ def test_without_noise_the_ceiling_is_the_truth_itself(fitted):
 
 def test_run_directory_has_the_model_its_report_and_pictures(fitted):
     run, _ = fitted
-    assert {path.name for path in run.iterdir()} == {
-        "stage1.pt",
-        "metrics.json",
-        "history.csv",
-        "reliability.png",
-        "predictions.png",
-    }
+    names = "stage1.pt metrics.json history.csv reliability.png predictions.png"
+    assert {path.name for path in run.iterdir()} == set(names.split())
     history = pd.read_csv(run / "history.csv")
     best = history["best_validation_loss"]
     assert (best.diff().dropna() <= 1e-9).all()
     assert best.iloc[-1] <= history["validation_loss"].min() + 1e-6
 
 
-def test_fitting_is_the_same_for_the_same_seed(table, embedding_file, tmp_path):
+def test_fitting_is_the_same_for_the_same_seed(table, embedding_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(fit_stage1, "draw_quality", lambda *_: None)
     table.to_csv(tmp_path / "outcomes.csv", index=False)
     states = []
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        flags = ["--seed", seed, "--polymer-embeddings", str(embedding_file), *SMALL]
-        output = str(tmp_path / name)
-        assert (
-            fit_stage1.main([str(tmp_path / "outcomes.csv"), "--output-dir", output, *flags]) == 0
-        )
+        flags = ["--output-dir", str(tmp_path / name), "--seed", seed, *SMALL]
+        flags += ["--polymer-embeddings", str(embedding_file), "--num-epochs", "1"]
+        assert fit_stage1.main([str(tmp_path / "outcomes.csv"), *flags]) == 0
         states.append(load_stage1(tmp_path / name / "stage1.pt").state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
     assert not torch.equal(states[0]["network.trunk.weight"], states[2]["network.trunk.weight"])
@@ -170,7 +148,6 @@ def test_no_patient_is_on_two_sides_of_a_split():
 
 def test_one_patient_of_two_names_is_one_patient(table, tmp_path):
     rows = table["patient_id"] == table["patient_id"].iloc[0]
-    table["patient_id"] = table["patient_id"].astype(str)
     table.loc[table.index[rows][::2], "patient_id"] = "twin"
     table.to_parquet(tmp_path / "outcomes.parquet")
     group = outcome_table.read_table(tmp_path / "outcomes.parquet").group
@@ -211,7 +188,7 @@ def test_learned_weights_settle_at_the_inverse_of_the_loss():
 
 def test_scaling_is_not_moved_by_a_few_wrong_rows(table, tmp_path):
     table.to_parquet(tmp_path / "clean.parquet")
-    table.loc[:5, "delta_ef_pct"] = 99.0
+    table.loc[:1, "delta_ef_pct"] = 99.0
     table.to_parquet(tmp_path / "wrong.parquet")
     clean, wrong = (
         outcome_table.read_table(tmp_path / f"{name}.parquet").scaling()
@@ -262,7 +239,6 @@ def test_embedding_of_a_file_is_taken_by_name(embedding_file, tmp_path):
         (lambda f: f.assign(e0="a"), r"not all numbers"),
         (lambda f: f.drop(columns="name"), r"no column `name`"),
     ],
-    ids=["missing", "twice", "nan", "text", "unnamed"],
 )
 def test_embedding_file_that_lacks_something_is_refused(embedding_file, tmp_path, spoil, message):
     path = tmp_path / "spoilt.csv"
@@ -275,8 +251,7 @@ def put(column: str, value, rows=slice(0, 1)):
     """A change of a table: the same value in some rows of a column."""
 
     def change(frame: pd.DataFrame) -> pd.DataFrame:
-        if isinstance(value, str):
-            frame[column] = frame[column].astype(object)
+        frame[column] = frame[column].astype(object)
         frame.loc[frame.index[rows], column] = value
         return frame
 
@@ -290,7 +265,7 @@ def put(column: str, value, rows=slice(0, 1)):
         (put("coverage", "all"), r"row 1, coverage: 'all' is unknown; allowed: scar_only, "),
         (
             lambda f: f.assign(youngs_modulus_kpa=1000.0 * f["youngs_modulus_kpa"]),
-            r"youngs_modulus_kpa: .*allowed: 5 to 30 .*of 2880; is it in another unit\? 0\.001 ti",
+            r"youngs_modulus_kpa: .*allowed: 5 to 30 .*of 576; is it in another unit\? 0\.001 ti",
         ),
         (
             lambda f: f.assign(half_life_days=24.0 * f["half_life_days"]),
@@ -306,6 +281,12 @@ def put(column: str, value, rows=slice(0, 1)):
         (put("edv_ml", "large"), r"row 1, edv_ml: 'large'; expected a number"),
         (put("fibrosis_risk", 0.1, slice(None)), r"fibrosis_risk is 0\.1 in every row; there is"),
         (put("delta_ef_pct", np.nan, slice(None)), r"delta_ef_pct is empty in every row"),
+        (
+            lambda f: f.assign(
+                fibrosis_risk=f["fibrosis_risk"].where(f["patient_id"] == f["patient_id"].iloc[0])
+            ),
+            r"fibrosis_risk is empty for all patients that would be",
+        ),
         (lambda f: f.drop(columns="gls_pct"), r"missing columns: gls_pct; columns found: pat"),
         (lambda f: f.iloc[:0], r"no rows, only a header"),
         (put("gls_pct", -5.0), r"patient '.*' has 2 different sets of features; expected one"),
@@ -314,32 +295,12 @@ def put(column: str, value, rows=slice(0, 1)):
             r"the table has 4 patients; needed: 10, so that some can be held out",
         ),
     ],
-    ids=[
-        "polymer",
-        "coverage",
-        "pascal",
-        "hours",
-        "fraction",
-        "risk",
-        "label",
-        "empty",
-        "text",
-        "constant",
-        "no outcome",
-        "column",
-        "header",
-        "features",
-        "patients",
-    ],
 )
 def test_table_that_cannot_be_fitted_is_refused_before_anything_is_done(
     capsys, tmp_path, table, embedding_file, spoil, message
 ):
-    for name in ("polymer_name", "coverage", "patient_id"):
-        table[name] = table[name].astype(object)
     flags = ["--polymer-embeddings", str(embedding_file)]
-    refusal = refuse(capsys, tmp_path, spoil(table), *flags)
-    assert pd.Series([refusal]).str.contains(message).all(), refusal
+    assert re.search(message, refuse(capsys, tmp_path, spoil(table), *flags))
 
 
 @pytest.mark.parametrize(
@@ -354,13 +315,6 @@ def test_table_that_cannot_be_fitted_is_refused_before_anything_is_done(
 )
 def test_flag_out_of_range_is_refused(capsys, tmp_path, table, flags, message):
     assert message in refuse(capsys, tmp_path, table, *flags)
-
-
-def test_outcome_that_only_one_patient_has_is_refused(capsys, tmp_path, table, embedding_file):
-    table.loc[table["patient_id"] != table["patient_id"].iloc[0], "fibrosis_risk"] = np.nan
-    flags = ["--polymer-embeddings", str(embedding_file)]
-    refusal = refuse(capsys, tmp_path, table, *flags)
-    assert "fibrosis_risk is empty for all patients that would be" in refusal
 
 
 @pytest.mark.parametrize("name", ["outcomes.xlsx", "missing.csv"])

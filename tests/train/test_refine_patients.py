@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
+import dataclasses
+import shutil
+
 import pytest
 import torch
 
 from hydrogel_gym.designs import load_designs
-from hydrogel_gym.designs.sampling import check_finite
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.designing import environments
 from hydrogel_gym.runs.evaluation import policy_designs
@@ -19,19 +20,18 @@ from hydrogel_gym.train.ppo_hybrid import Agent, HybridAction, Noise
 PATIENTS = ("P0003", "P0001", "P0002")
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        dict(policy="autoregressive"),
-        dict(policy="factored", state_std=False),
-    ],
-    ids=lambda changes: changes["policy"],
-)
-def trained(small_run, tmp_path_factory, request):
-    """Directory of a run of forty patients."""
-    args = small_run(tmp_path_factory.mktemp("trained") / "run", **request.param)
-    ppo_hybrid.train(args)
-    return args.output_dir
+@pytest.fixture(scope="module", params=["autoregressive", "factored"])
+def trained(finished_run, tmp_path_factory, request):
+    """Directory of a copy of the shared run, or of one with factored heads."""
+    args, folder = finished_run[0], tmp_path_factory.mktemp("trained") / "run"
+    if request.param == "autoregressive":
+        return shutil.copytree(args.output_dir, folder)
+    changes = dict(policy="factored", state_std=False, oracle=False, num_iterations=2)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_learning_curve", "draw_policy_selection"):
+            patch.setattr(f"hydrogel_gym.runs.run.{name}", lambda *_: None)
+        ppo_hybrid.train(dataclasses.replace(args, output_dir=folder, **changes))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -82,32 +82,25 @@ def drawn(tuner, count=400):
     return tuner.choices(tuner.weights, tuner.inputs).sample(noise)
 
 
-def test_log_probabilities_are_the_agents(tuner):
-    tuner, agent, obs = tuner
-    action = drawn(tuner)
-    choices = tuner.choices(tuner.weights, tuner.inputs)
-    found = torch.func.vmap(Choices.logprob)(choices, action)
-    for patient in range(3):
-        one = HybridAction(*(part[patient] for part in action))
-        expected = agent(obs[patient].expand(400, -1), one).logprob
-        torch.testing.assert_close(found[patient], expected.detach(), rtol=1e-4, atol=1e-4)
-
-
-def test_samples_and_deterministic_actions_are_the_agents(tuner):
+def test_choices_of_several_patients_are_the_agents_for_each(tuner):
     tuner, agent, obs = tuner
     torch.manual_seed(1)
     noise = Noise(torch.rand(3, 50, 2), torch.randn(3, 50, 4))
     choices = tuner.choices(tuner.weights, tuner.inputs)
     found, sure = choices.sample(noise), choices.likeliest()
+    logprob = torch.func.vmap(Choices.logprob)(choices, found)
     for patient in range(3):
         one = Noise(noise.uniform[patient], noise.normal[patient])
-        expected = agent(obs[patient].expand(50, -1), noise=one).action
-        assert (found.polymer_id[patient] == expected.polymer_id).all()
-        assert (found.coverage[patient] == expected.coverage).all()
-        torch.testing.assert_close(found.presquash[patient], expected.presquash.detach())
+        expected = agent(obs[patient].expand(50, -1), noise=one)
+        for part, own in zip(found, expected.action, strict=True):
+            torch.testing.assert_close(part[patient], own.detach())
+        torch.testing.assert_close(
+            logprob[patient], expected.logprob.detach(), rtol=1e-4, atol=1e-4
+        )
         expected = agent(obs[patient][None]).action
         assert sure.polymer_id[patient] == expected.polymer_id
         assert sure.coverage[patient] == expected.coverage
+        torch.testing.assert_close(sure.presquash[patient], expected.presquash.detach())
 
 
 def test_gradients_of_patients_tuned_at_once_are_those_of_each_alone(tuner):
@@ -136,11 +129,11 @@ def test_divergence_is_the_mean_log_ratio_of_samples(tuner):
     for weight in tuner.weights.values():
         weight.add_(0.03 * torch.randn_like(weight))
     new = tuner.choices(tuner.weights, tuner.inputs)
-    action = drawn(tuner, count=100_000)
+    action = drawn(tuner, count=40_000)
     logp = torch.func.vmap(Choices.logprob)
     ratio = logp(new, action) - logp(tuner.base_choices, action)
     found = tuner.divergence(new, tuner.base_choices)
-    error = 5.0 * ratio.std(1) / 100_000**0.5
+    error = 5.0 * ratio.std(1) / 40_000**0.5
     assert (found > 0.01).all()
     assert ((found - ratio.mean(1)).abs() < error + 1e-4).all()
 
@@ -163,8 +156,8 @@ def test_tuning_raises_the_mean_reward(tuner):
     tuner.args.max_kl = 5.0
     torch.manual_seed(5)
     rewards = []
-    for _ in range(60):
-        noise = Noise(torch.rand(3, 256, 2), torch.randn(3, 256, 4))
+    for _ in range(40):
+        noise = Noise(torch.rand(3, 128, 2), torch.randn(3, 128, 4))
         rewards.append(tuner.step(noise).reward.mean(1))
     assert (torch.stack(rewards[-5:]).mean(0) > torch.stack(rewards[:5]).mean(0) + 1.0).all()
 
@@ -184,20 +177,12 @@ def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(base, refine
             if weight.equal(agent.state_dict()[name])
         }
         assert {"encoder.0.weight", "trunk.0.weight", "hidden.weight", "critic.out.bias"} <= same
+        top = load_designs(refined, patient_id)
+        assert len(top) == 12
+        assert top["reward"][0] >= before[row] + gains[-1] - 0.02
     # What is compared in tuning is on the grid that designs are made on.
     assert min(gains) > -0.02
     assert max(gains) > 0.1
-
-
-def test_designs_are_unlike_each_other_and_no_worse_than_what_the_policies_do(base, refined):
-    _, cohort, _, before = base
-    for patient_id in PATIENTS:
-        top = load_designs(refined, patient_id)
-        assert len(top) == 12
-        columns = ["polymer_id", "coverage", *top.columns[3:7]]
-        assert not top.duplicated(columns).any()
-        assert top["reward"].is_monotonic_decreasing
-        assert top["reward"][0] >= before[cohort.index(patient_id)] - 0.02
 
 
 def test_a_patient_alone_is_refined_as_among_others(trained, refined, tmp_path):
@@ -243,10 +228,3 @@ def test_bad_input_is_one_line(trained, refined, capsys, flags, message):
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
-
-
-def test_an_outcome_that_is_not_finite_names_the_patient():
-    numbers = np.zeros((11, 3), np.float32)
-    numbers[4, 2] = np.nan
-    with pytest.raises(FloatingPointError, match="patient 'P0001' and the design polymer_id=5"):
-        check_finite("P0001", np.array([0, 1, 21], np.uint8), numbers)

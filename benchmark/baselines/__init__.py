@@ -1,1 +1,0 @@
-"""Methods that propose designs for one new patient, all compared by the same count of calls."""

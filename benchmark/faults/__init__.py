@@ -1,1 +1,0 @@
-"""Faults that a run of the trainer has to survive, a module each; `runs.py` is what they share."""

@@ -1,0 +1,155 @@
+"""How good the presets are, and which choices matter: one change at a time, over seeds.
+
+    python benchmark/quality/learning_quality.py --seeds 1 2 3      # an hour on two cores
+
+Runs the trainer once per variant and seed, each on one thread, two at a time: whole presets, then
+short runs, the quick preset with half its samples and one change. The two pictures are of the quick
+preset's first run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import ORACLE_CACHE, Parser, made_by, run, table, write
+
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.runs.command_line import run_script
+from hydrogel_gym.runs.directory import CURVE_FILE, METRICS_FILE, SELECTION_FILE, SUMMARY_FILE
+
+MILESTONE_REWARD = 29.2  # the source's final mean reward
+TRUE_SAFETY = "--limit-margin 0 --penalty-scale 1"
+PRESETS = {
+    "quick": "--preset quick",
+    "quick, compiled": "--preset quick --compile on",
+    "quick, true safety limits and penalties": f"--preset quick {TRUE_SAFETY}",
+    "full": "--preset full",
+}
+SHORT = "--preset quick --num-iterations 50"
+CHANGES = {
+    "none": "",
+    "factored heads": "--policy factored",
+    "one learned spread per polymer": "--no-state-std",
+    "factored heads, one learned spread": "--policy factored --no-state-std",
+    "entropy coefficient 0.03": "--ent-coef 0.03",
+    "value loss of weight 0.5, the source's": "--vf-coef 0.5",
+    "value loss of weight 5": "--vf-coef 5",
+    "rollouts of 1 step": "--num-steps 1 --num-iterations 100",
+    "rollouts of 5 steps": "--num-steps 5 --num-iterations 20",
+    "rollouts of 10 steps": "--num-steps 10 --num-iterations 10",
+    "learning rate 1e-3": "--learning-rate 1e-3",
+    "minibatches of 500": "--minibatch-size 500",
+    "minibatches of 2,000": "--minibatch-size 2000",
+    "2 epochs": "--num-epochs 2",
+    "clipped value loss": "--clip-vloss",
+    "width 512": "--hidden-dim 512",
+    "width 128": "--hidden-dim 128",
+    "true safety limits and penalties": TRUE_SAFETY,
+}
+VARIANTS = PRESETS | {name: f"{SHORT} {flags}" for name, flags in CHANGES.items()}
+HEADER = (
+    *("", "seeds", "samples", "reward, training", "reward, held out", "of oracle, held out"),
+    *("regret, held out", "95th percentile", "breaks a limit, held out (worst seed)"),
+    *("breaks a limit, training", "samples to 29.2", "seconds"),
+)
+
+
+def train(name: str, seed: int, flags: list[str], pictures: Path | None) -> dict[str, Any]:
+    """Figures of one run, in a process of its own.
+
+    Args:
+        name: of the variant.
+        seed: of the run.
+        flags: more of the trainer's.
+        pictures: folder for the pictures of the run; None for none.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        # The oracle's results lie beside a run; every run shares one folder of them.
+        Path(folder, "oracle").symlink_to(ORACLE_CACHE)
+        output = Path(folder, "run")
+        command = ["{python}", "train/ppo_hybrid.py", "--compile", "off", *VARIANTS[name].split()]
+        run([*command, "--seed", seed, "--output-dir", output, *flags], threads=1)
+        for picture in (CURVE_FILE, SELECTION_FILE) if pictures else ():
+            write_atomically(pictures / f"quick_{picture}", (output / picture).read_bytes())
+        metrics = pd.read_csv(output / METRICS_FILE)
+        summary = json.loads((output / SUMMARY_FILE).read_text())
+    return summary | {"samples_to_milestone": samples_to(metrics, MILESTONE_REWARD)}
+
+
+def samples_to(metrics: pd.DataFrame, reward: float) -> float:
+    """Samples until the training cohort's mean reward is reached; NaN where it is not."""
+    return metrics.loc[metrics["train_deterministic_reward"] >= reward, "global_step"].min()
+
+
+def row(name: str, runs: pd.DataFrame) -> list[str]:
+    """Means of a variant over its seeds."""
+    mean = runs.mean(numeric_only=True)
+    breach = 100 * runs["holdout_deterministic_limit_breach_rate"]
+    spread = f" ± {runs['holdout_regret'].std():.3f}" if len(runs) > 1 else ""
+    milestone = runs["samples_to_milestone"].max(skipna=False) / 1e6  # of the slowest
+    return [
+        name,
+        str(len(runs)),
+        f"{mean['samples'] / 1e6:.1f} M",
+        f"{mean['train_deterministic_reward']:.2f}",
+        f"{mean['holdout_deterministic_reward']:.2f}",
+        f"{100 * mean['holdout_fraction_of_oracle']:.2f} %",
+        f"{mean['holdout_regret']:.3f}{spread}",
+        f"{mean['holdout_regret_p95']:.2f}",
+        f"{breach.mean():.2f} % ({breach.max():.1f} %)",
+        f"{100 * mean['train_deterministic_limit_breach_rate']:.2f} %",
+        "–" if pd.isna(milestone) else f"{milestone:.2f} M",
+        f"{mean['wall_seconds']:.0f}",
+    ]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run every variant, and write the tables."""
+    parser = Parser(__doc__)
+    flag = parser.add_argument
+    flag("--seeds", type=int, nargs="+", default=[1, 2, 3], help="a run of each variant for each")
+    flag("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which")
+    flag("--flags", default="", help="more flags of the trainer, in one word")
+    args = parser.parse_args(argv)
+    # Before the runs, so that they find its results instead of searching all at once.
+    for cohort in ("train", "holdout"):
+        best_designs(cohort, cache_dir=ORACLE_CACHE, progress=True)
+    jobs = [(name, seed) for seed in args.seeds for name in args.variants]
+
+    def figures(job: tuple[str, int]) -> dict[str, Any]:
+        pictures = args.output_dir if job == ("quick", 1) else None
+        return {"variant": job[0]} | train(*job, args.flags.split(), pictures)
+
+    with ThreadPoolExecutor(2) as pool:
+        rows = pd.DataFrame(tqdm(pool.map(figures, jobs), total=len(jobs), unit="run"))
+    lines = [
+        made_by(1),
+        "",
+        "Deterministic policy, mean over the seeds, ± standard deviation for the regret; one "
+        "thread per run, two runs at a time.",
+    ]
+    short = "Short runs: the quick preset with half its samples, and one change"
+    for title, names in (("Presets", PRESETS), (short, CHANGES)):
+        groups = [(name, rows[rows["variant"] == name]) for name in names]
+        shown = [row(name, runs) for name, runs in groups if len(runs)]
+        lines += ["", f"## {title}", "", *table(HEADER, shown)]
+    lines += [
+        "",
+        "Samples to 29.2: of the slowest seed, until the mean reward on the training cohort first "
+        "reached the source's final mean, looked at after each iteration.",
+    ]
+    write(args.output_dir, "learning_quality", lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,83 @@
+"""What the oracle costs and how sure it is: both shipped cohorts, several pairs of seeds.
+
+python benchmark/quality/oracle.py               # two minutes on two cores
+"""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Parser, count, first_patients, made_by, table, write
+
+from hydrogel_gym import RewardConfig, load_cohort
+from hydrogel_gym.oracle import BestDesigns, best_designs
+from hydrogel_gym.oracle.search import CALLS_PER_SEARCH
+from hydrogel_gym.runs.command_line import run_script
+
+LIMIT_DISTANCE = 0.002  # of an index from 0 to 1: what counts as lying at a safety limit
+
+
+def room_to_limits(best: BestDesigns) -> torch.Tensor:
+    """(P,) distance to the nearest safety limit, negative where one is broken."""
+    config, outcomes = RewardConfig(), best.outcomes
+    room = [
+        config.toxicity_limit - outcomes.toxicity_risk,
+        outcomes.structural_integrity - config.integrity_limit,
+        config.fibrosis_limit - outcomes.fibrosis_risk,
+    ]
+    return torch.stack(room).amin(0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Search both cohorts under each seed and write the table."""
+    parser = Parser(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the searches")
+    parser.add_argument("--num-patients", type=count, default=2000, help="at most, of each cohort")
+    args = parser.parse_args(argv)
+    rows = []
+    for name in ("train", "holdout"):
+        cohort, every, seconds = first_patients(load_cohort(name), args.num_patients), [], []
+        for seed in args.seeds:
+            start = time.perf_counter()
+            every.append(best_designs(cohort, seed=seed, progress=True))
+            seconds.append(time.perf_counter() - start)
+        rewards = [best.score.mean().item() for best in every]
+        agreeing = min((best.seed_gap <= 0.02).float().mean().item() for best in every)
+        room = torch.stack([room_to_limits(best) for best in every])
+        at_limit = ((room >= 0) & (room < LIMIT_DISTANCE)).float().mean()
+        rows.append(
+            [
+                name,
+                f"{len(cohort):,}",
+                f"{min(rewards):.3f} to {max(rewards):.3f}",
+                f"{100 * agreeing:.2f} % or more",
+                f"{max(best.seed_gap.max().item() for best in every):.3f}",
+                f"{100 * at_limit:.0f} %",
+                f"{100 * (room < 0).float().mean():.0f} %",
+                f"{statistics.median(seconds):.0f}",
+                f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB",
+            ]
+        )
+    columns = ["cohort", "patients", "mean best reward", "the two searches agree within 0.02"]
+    columns += ["largest gap", "best designs at a safety limit", "that break one"]
+    columns += ["seconds (median)", "peak memory of the process"]
+    lines = [
+        made_by(),
+        "",
+        f"The oracle: two searches per patient, {2 * CALLS_PER_SEARCH:,} calls of the reward "
+        f"model; seeds {args.seeds}.",
+        "",
+        *table(columns, rows),
+    ]
+    write(args.output_dir, "oracle", lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,269 @@
+"""Runs of the trainer to inflict faults on, and whether they ended as if nothing had happened."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from common import ROOT
+
+from hydrogel_gym.runs.directory import (
+    CONFIG_FILE,
+    CURVE_FILE,
+    METRICS_FILE,
+    POLICY_FILE,
+    SELECTION_FILE,
+    SUMMARY_FILE,
+)
+from hydrogel_gym.runs.metrics import METRICS
+
+ITERATIONS = 20
+SETTINGS = (
+    f"train/ppo_hybrid.py --preset quick --no-oracle --device cpu --compile off --num-iterations "
+    f"{ITERATIONS} --num-envs 200 --minibatch-size 200 --resume auto"
+)
+TIMINGS = {metric.name for metric in METRICS if metric.namespace == "perf"}
+# Of the summary; that a run was continued is in it too.
+NOT_COMPARED = TIMINGS | {"training_began", "compile_seconds", "resumed_at_iteration"}
+FINISHED_FILES = {
+    *(CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, POLICY_FILE, CURVE_FILE, SELECTION_FILE)
+}
+PATIENCE_SECONDS = 300
+
+
+class FaultError(RuntimeError):
+    """A run did something that keeps its fault from being inflicted; the message is one line."""
+
+
+@dataclass
+class Trial:
+    """One fault, inflicted once.
+
+    Attributes:
+        fault: what is done to the run; trials of one fault are one row of the report.
+        did: the particulars of this trial.
+        saw: what came of it, in words that other trials of this fault may share.
+        same: whether the run, once continued, ended as the undisturbed one did; None where it was
+            not continued.
+        problems: expectations that failed.
+        seconds: what the report gives the median of, where the fault has such a thing.
+        redrawn: times that the fault came too late for the run, and was inflicted anew.
+    """
+
+    fault: str
+    did: str = ""
+    saw: str = ""
+    same: bool | None = None
+    problems: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    redrawn: int = 0
+
+    def expect(self, holds: bool, problem: str) -> None:
+        """Note a problem unless something holds."""
+        if not holds:
+            self.problems.append(problem)
+
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note that the fault could not be inflicted."""
+        try:
+            yield
+        except FaultError as error:
+            self.same = False
+            self.problems.append(str(error))
+
+    def resume(self, command: list[str], run_dir: Path, undisturbed: Path) -> Ended:
+        """Run a command again; note whether it ends as the undisturbed run did."""
+        ended = complete(command)
+        if ended.code:
+            last = ended.said[-1] if ended.said else "no message"
+            self.problems.append(f"continued, it ended with exit code {ended.code}: {last}")
+        self.compare(run_dir, undisturbed)
+        return ended
+
+    def compare(self, run_dir: Path, undisturbed: Path) -> None:
+        """Note whether a run ended as the undisturbed one did."""
+        differing = differences(undisturbed, run_dir)
+        self.same = not differing
+        self.problems += differing
+
+
+class Ended(NamedTuple):
+    """How a process ended: exit code, lines on its standard error other than the progress bar."""
+
+    code: int
+    said: list[str]
+
+
+def command(output_dir: Path, *, interval: int = 1, keep: int = 3, ranks: int = 1) -> list[str]:
+    """The command of a run, which begins it as well as it continues it.
+
+    Args:
+        output_dir: run directory.
+        interval: iterations from one checkpoint to the next.
+        keep: how many of them stay.
+        ranks: processes; several are started by `torchrun` and may be restarted once.
+    """
+    # A port of its own, so that a launcher of somebody else on this machine is not met.
+    launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks} --max-restarts=1"
+    words = [sys.executable, *(launcher.split() if ranks > 1 else []), *SETTINGS.split()]
+    words += [f"--checkpoint-interval={interval}", f"--keep-checkpoints={keep}"]
+    return [*words, f"--output-dir={output_dir}"]
+
+
+@contextlib.contextmanager
+def started(command: list[str]) -> Iterator[subprocess.Popen]:
+    """A process with one thread per library, which does not outlive the block.
+
+    It heeds SIGINT, which a shell that runs this in the background has it ignore.
+    """
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()  # not killed, or a launcher would leave its ranks behind
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=60)
+            process.kill()
+        process.stderr.close()
+
+
+def end(process: subprocess.Popen) -> Ended:
+    """Wait for a process.
+
+    Raises:
+        FaultError: it does not end.
+    """
+    try:
+        _, errors = process.communicate(timeout=PATIENCE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise FaultError(f"no end within {PATIENCE_SECONDS} s") from None
+    lines = (line.strip() for line in errors.splitlines())
+    return Ended(process.returncode, [x for x in lines if x and not x.startswith("training:")])
+
+
+def complete(command: list[str]) -> Ended:
+    """Run a command to its end."""
+    with started(command) as process:
+        return end(process)
+
+
+def wait_until(process: subprocess.Popen, condition: Callable[[], bool], what: str) -> None:
+    """Return once something is the case.
+
+    Raises:
+        FaultError: the process ended before, or it takes too long.
+    """
+    give_up = time.perf_counter() + PATIENCE_SECONDS
+    while not condition():
+        if process.poll() is not None:
+            raise FaultError(f"the run ended, exit code {process.returncode}, before {what}")
+        if time.perf_counter() > give_up:
+            raise FaultError(f"{PATIENCE_SECONDS} s without {what}")
+        time.sleep(0.002)
+
+
+def rows_written(run_dir: Path) -> int:
+    """Iterations that the table of metrics tells of."""
+    try:
+        return (run_dir / METRICS_FILE).read_bytes().count(b"\n") - 1
+    except FileNotFoundError:
+        return 0
+
+
+def wait_for_rows(process: subprocess.Popen, run_dir: Path, count: int) -> None:
+    """Return once the table of metrics has so many rows."""
+    wait_until(process, lambda: rows_written(run_dir) >= count, f"row {count}")
+
+
+def saved(run_dir: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("checkpoint-*.pt"))
+
+
+def iteration_of(checkpoint: Path) -> int:
+    """The iteration that a checkpoint, or an unfinished one, was written after."""
+    return int(checkpoint.name.partition("checkpoint-")[2][:6])
+
+
+def unfinished(run_dir: Path) -> list[Path]:
+    """Files that were being written when a run was killed."""
+    return sorted(path for path in run_dir.rglob(".*") if path.is_file())
+
+
+def differences(expected: Path, found: Path) -> list[str]:
+    """What tells a finished run directory from another, but for times; a line each."""
+    files = {path for path in found.rglob("*") if path.is_file()} - set(saved(found))
+    names = {str(path.relative_to(found)) for path in files}
+    if missing := FINISHED_FILES - names:
+        return [f"there is no {', '.join(sorted(missing))}"]
+    return [
+        *(f"{name} was left behind" for name in sorted(names - FINISHED_FILES)),
+        *differing_weights(expected / POLICY_FILE, found / POLICY_FILE),
+        *differing_metrics(expected / METRICS_FILE, found / METRICS_FILE),
+        *differing_figures(expected / SUMMARY_FILE, found / SUMMARY_FILE),
+    ]
+
+
+def differing_weights(*paths: Path) -> list[str]:
+    """Weights and buffers of a policy that are not the same to the bit."""
+    old, new = (torch.load(path, weights_only=True)["policy_state_dict"] for path in paths)
+    if old.keys() != new.keys():
+        return ["the weights have other names"]
+
+    def bits(tensor: torch.Tensor) -> tuple:
+        return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
+
+    names = [name for name in old if bits(old[name]) != bits(new[name])]
+    return [f"{len(names)} of {len(old)} weights differ, {names[0]} first"] if names else []
+
+
+def differing_metrics(*paths: Path) -> list[str]:
+    """Rows of a metrics.csv that are missing, repeated, out of order or, but for times, other."""
+    old, new = (list(csv.DictReader(path.open(newline=""))) for path in paths)
+    if list(old[0]) != list(new[0]):
+        return ["metrics.csv has other columns"]
+    numbers, others = ([row["iteration"] for row in rows] for rows in (old, new))
+    missing = [number for number in numbers if number not in others]
+    repeated = [number for number, count in Counter(others).items() if count > 1]
+    problems = [f"metrics.csv lacks iteration {', '.join(missing)}"] if missing else []
+    if repeated:
+        problems.append(f"metrics.csv has iteration {', '.join(repeated)} twice or more")
+    if problems or numbers != others:
+        return problems or ["metrics.csv has other iterations, or in another order"]
+    for row, other in zip(old, new, strict=True):
+        # Text, for the trainer writes floats so that they are read back to the bit.
+        if names := [name for name in row.keys() - TIMINGS if row[name] != other[name]]:
+            problems.append(f"iteration {row['iteration']} differs in {', '.join(sorted(names))}")
+    return problems
+
+
+def differing_figures(*paths: Path) -> list[str]:
+    """Figures of a summary.json that are not the same, but for times."""
+    old, new = (json.loads(path.read_text()) for path in paths)
+    names = (old.keys() | new.keys()) - NOT_COMPARED
+    differing = sorted(name for name in names if old.get(name) != new.get(name))
+    return [f"summary.json differs in {', '.join(differing)}"] if differing else []

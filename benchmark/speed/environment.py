@@ -1,0 +1,169 @@
+"""What a step of the vector environment costs: time and memory, compiled and not.
+
+    python benchmark/speed/environment.py
+
+Five minutes on two cores, most of which the compiler takes. Measures a CUDA device too, where there
+is one. One thread on the CPU: where other work shares the cores, threads that wait for each other
+at every loop of a step make it hundreds of times slower, and the figures worthless.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from gymnasium.vector import SyncVectorEnv
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Parser, count, figure, in_turn, made_by, spread, table, write
+
+from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv
+from hydrogel_gym.memory import keep_freed_memory
+from hydrogel_gym.runs.command_line import run_script
+
+VARIANTS = {
+    "torch": {"output": "torch"},
+    "torch, compiled": {"output": "torch", "compile": True},
+    "numpy, compiled": {"output": "numpy", "compile": True},
+}
+DEFAULT_ENVS = 2000  # one environment per shipped patient
+SYNC_ENVS = 32
+MEMORY_FROM = 2**18  # fewer environments fit into what the compiler needed before them
+ROUND_SECONDS = 0.1
+
+
+def stepper(variant: str, num_envs: int, device: str) -> Callable[[], Any]:
+    """The step of a new environment."""
+    env = HydrogelVectorEnv(num_envs, device=device, **VARIANTS[variant])
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    action = env.action_space.sample()
+    if env.output == "torch":
+        action = {head: torch.from_numpy(value).to(device) for head, value in action.items()}
+    return lambda: env.step(action)
+
+
+def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Of each call, the median of every round."""
+
+    def once(name: str) -> float:
+        start = time.perf_counter()
+        calls[name]()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return 1e3 * (time.perf_counter() - start)
+
+    def measure(name: str, _: int) -> float:
+        timings, end = [], time.perf_counter() + ROUND_SECONDS
+        while not timings or time.perf_counter() < end:
+            timings.append(once(name))
+        return statistics.median(timings)
+
+    for name in calls:
+        for _ in range(3):
+            once(name)  # warm up
+    return in_turn(calls, rounds, measure)
+
+
+def peak_bytes(variant: str, num_envs: int, device: str) -> int:
+    """Peak memory of this process, or of the accelerator, over the life of an environment."""
+    step = stepper(variant, num_envs, device)
+    for _ in range(3):
+        returned = step()  # held until the next step has been made, as a user does
+    del returned
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    # Not getrusage, whose peak a new process inherits.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def bytes_per_env(variant: str, num_envs: int, device: str) -> float:
+    """Beyond what a process with a single environment needs; each in a process of its own."""
+    peaks = []
+    for size in (1, num_envs):
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+            peaks.append(pool.submit(peak_bytes, variant, size, device).result())
+    return (peaks[1] - peaks[0]) / (num_envs - 1)
+
+
+def sync_milliseconds(rounds: int) -> float:
+    """Of a step of Gymnasium's vector environment over the single one."""
+    env = SyncVectorEnv([HydrogelEnv] * SYNC_ENVS, autoreset_mode="SameStep")
+    env.reset(seed=0)
+    action = env.action_space.sample()
+    return statistics.median(milliseconds({"sync": lambda: env.step(action)}, rounds)["sync"])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure every size and write tables and picture."""
+    parser = Parser(__doc__)
+    parser.add_argument("--rounds", type=count, default=7, help="timings per size")
+    parser.add_argument("--max-power", type=int, default=20, help="largest size, a power of 2")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    sizes = sorted({DEFAULT_ENVS, *(2**power for power in range(0, args.max_power + 1, 2))})
+    sync = sync_milliseconds(args.rounds) / SYNC_ENVS  # per environment
+    default, every = [], []
+    picture = figure(9, 3.8)
+    left, right = picture.subplots(1, 2)
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        times, memory = {}, {}
+        for size in sizes:
+            calls = {variant: stepper(variant, size, device) for variant in VARIANTS}
+            times[size] = milliseconds(calls, args.rounds)
+            if size >= MEMORY_FROM:
+                memory[size] = {v: bytes_per_env(v, size, device) for v in VARIANTS}
+        for variant in VARIANTS:
+            label, largest = f"{variant}, {device}", memory.get(max(sizes), {}).get(variant)
+            values = times[DEFAULT_ENVS][variant]
+            per_ms = DEFAULT_ENVS / statistics.median(values)
+            cells = [spread(values), f"{per_ms / 1e3:.2f}", f"{per_ms * sync:,.0f}"]
+            default.append([label, *cells, f"{largest:,.0f}" if largest else ""])
+            line = [1e6 * statistics.median(times[size][variant]) / size for size in sizes]
+            left.plot(sizes, line, marker="o", ms=3, label=label)
+            held = [memory[size][variant] for size in memory]
+            right.plot(list(memory), held, marker="o", ms=3, label=label)
+        for size in sizes:
+            cells = [f"{1e6 * statistics.median(x) / size:,.0f} ns" for x in times[size].values()]
+            if size in memory:
+                held = memory[size].values()
+                cells = [f"{a}, {b:,.0f} B" for a, b in zip(cells, held, strict=True)]
+            every.append([device, f"{size:,}", *cells])
+    for axes, title in ((left, "ns per environment and step"), (right, "bytes per environment")):
+        axes.set(xscale="log", yscale="log", xlabel="environments", ylabel=title)
+        axes.grid(alpha=0.3, which="both")
+    left.legend(fontsize="small")
+    right.set_visible(bool(memory))
+    name = f"SyncVectorEnv of {SYNC_ENVS} `HydrogelEnv`"
+    default.append([name, f"{sync * SYNC_ENVS:.2f}", f"{1e-3 / sync:.4f}", "1", ""])
+    columns = ["ms per step", "M steps/s", "times SyncVectorEnv", "bytes per environment"]
+    lines = [
+        made_by(),
+        "",
+        "The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU) after "
+        "`hydrogel_gym.memory.keep_freed_memory()`: median of the rounds' median steps, minimum "
+        "to maximum of the rounds in brackets.",
+        "",
+        *table([f"{DEFAULT_ENVS:,} environments", *columns], default),
+        "",
+        "Nanoseconds per environment and step, and bytes per environment (peak memory of a process "
+        "less that of one with a single environment; "
+        f"from {MEMORY_FROM:,} environments):",
+        "",
+        *table(["device", "environments", *VARIANTS], every),
+    ]
+    write(args.output_dir, "environment", lines, picture)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,92 @@
+"""What a reward model costs: the built-in equations, a fitted ensemble, compiled, in bfloat16.
+
+    python benchmark/speed/reward_model.py runs/stage1/stage1.pt
+
+Designs a second of each, for the environments of a training step, in alternating rounds. Needs
+`pip install -e ".[train,stage1]"` and what `train/fit_stage1.py` wrote.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from common import Parser, count, in_turn, made_by, ratio, table, write
+
+from hydrogel_gym import load_cohort, load_reward_model
+from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.runs.command_line import run_script
+
+CALLS = 20
+
+
+def random_designs(patients: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The patients, and a design for each."""
+    generator = torch.Generator().manual_seed(0)
+    low, high = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH)
+    size = (len(patients),)
+    share = torch.rand(*size, len(low), generator=generator)
+    return (
+        patients,
+        torch.randint(NUM_POLYMERS, size, generator=generator),
+        torch.lerp(low, high, share),
+        torch.randint(len(COVERAGES), size, generator=generator),
+    )
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    """Measure, and write the table."""
+    parser = Parser(__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a fitted ensemble")
+    parser.add_argument("--rounds", type=count, default=15, help=f"of {CALLS} calls each")
+    parser.add_argument("--num-envs", type=count, default=2000, help="designs in a call")
+    args = parser.parse_args(argv)
+    models: dict[str, Callable[..., object]] = {"mechanistic": load_reward_model("mechanistic")}
+    for name, pessimism, dtype in (
+        ("ensemble, mean", 0.0, None),
+        ("ensemble, default pessimism", None, None),
+        ("ensemble, default pessimism, bf16", None, torch.bfloat16),
+    ):
+        settings = dict(pessimism=pessimism, compute_dtype=dtype)
+        models[name] = load_reward_model(str(args.checkpoint), **settings)
+    for name in list(models):
+        models[f"{name}, compiled"] = torch.compile(models[name], fullgraph=True, dynamic=False)
+    batch = random_designs(load_cohort().features[: args.num_envs])
+
+    def seconds(name: str, _: int = 0) -> float:
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            models[name](*batch)
+        return (time.perf_counter() - began) / CALLS
+
+    for name in models:
+        seconds(name)  # compile
+    times = in_turn(models, args.rounds, seconds)
+    rows = []
+    for name, values in times.items():
+        median = statistics.median(values)
+        rate = f"{len(batch[0]) / median / 1e6:.2f} M"
+        rows.append(
+            [name, f"{1e3 * median:.2f}", rate, f"{ratio(values, times['mechanistic']):.1f}"]
+        )
+    lines = [
+        made_by(),
+        "",
+        f"Time of a reward model for one step of {len(batch[0]):,} environments, median of "
+        f"{args.rounds} alternating rounds; the ratio is the median of that within a round.",
+        "",
+        *table(["model", "ms a step", "designs a second", "times the mechanistic"], rows),
+    ]
+    write(args.output_dir, "reward_model", lines)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))

@@ -1,0 +1,314 @@
+"""Actions on their way in and back: what is read, and in which words anything else is refused."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from hydrogel_gym.envs.codec import ActionCodec
+from hydrogel_gym.envs.spaces import FLAT_ACTION_DIM, action_space
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    FORMULATION_HIGH,
+    FORMULATION_LOW,
+    Design,
+)
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+
+NAN, INF = float("nan"), float("inf")
+HYBRID, FLAT = ("dict", "tuple"), ("box", "multidiscrete")
+LEVELS = (2, 3, 50, 7)
+CODECS = {
+    **{name: ActionCodec(name) for name in HYBRID + FLAT},
+    "levels": ActionCodec("multidiscrete", num_levels=LEVELS),
+    "rescaled dict": ActionCodec("dict", rescaled=True),
+    "rescaled tuple": ActionCodec("tuple", rescaled=True),
+}
+# Three good actions in each format.
+GOOD = {
+    "dict": {
+        "polymer_id": np.array([3, 6, 9]),
+        "formulation": np.float32([[10, 40, 0.5, 2], [20, 90, 0.25, 3], [25, 60, 0.0, 5]]),
+        "coverage": np.array([0, 3, 1]),
+    },
+    "box": np.linspace(-1, 1, 96, dtype=np.float32).reshape(3, 32),
+    "multidiscrete": np.array([[3, 0, 5, 10, 1, 0], [6, 1, 2, 3, 4, 3], [9, 9, 9, 9, 9, 1]]),
+}
+GOOD["tuple"] = tuple(GOOD["dict"].values())
+GOOD["rescaled dict"] = GOOD["dict"]
+
+
+def each(function, value):
+    """Apply a function to every array of a nest of dicts, tuples and lists."""
+    if isinstance(value, dict):
+        return {key: each(function, item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(each(function, item) for item in value)
+    return function(value)
+
+
+def to_torch(action):
+    return each(lambda x: torch.from_numpy(np.array(x)), action)
+
+
+def of_shape(action, batch_shape: tuple[int, ...]):
+    """All three actions, or the middle one without its batch dimension."""
+    return action if batch_shape else each(lambda x: x[1], action)
+
+
+def put(value, *column):
+    """Puts a value into the middle row of an array, or into one column of that."""
+
+    def spoil(array: np.ndarray) -> np.ndarray:
+        array = array.copy()
+        array[(1, *column)] = value
+        return array
+
+    return spoil
+
+
+def head(name: str, spoil):
+    """Spoils one head of a hybrid action."""
+
+    def spoil_head(action):
+        if isinstance(action, dict):
+            return action | {name: spoil(action[name])}
+        heads = zip(Design._fields, action, strict=True)
+        return tuple(spoil(x) if field == name else x for field, x in heads)
+
+    return spoil_head
+
+
+KEYS = "('polymer_id', 'formulation', 'coverage')"
+CLIPPED = "allowed: a finite number, clipped to"
+# Formats, what is done to three good actions, and the message. There B is the shape of the batch,
+# before which comes the first bad environment.
+FAULTS = {
+    "polymer 24": (
+        HYBRID,
+        head("polymer_id", put(24)),
+        "env {env}: polymer_id is 24; allowed: whole numbers 0 to 23",
+    ),
+    "polymer -1": (HYBRID, head("polymer_id", put(-1)), "env {env}: polymer_id is -1; allowed"),
+    "polymer float": (
+        HYBRID,
+        head("polymer_id", lambda x: x.astype(np.float32)),
+        "polymer_id has dtype torch.float32; expected an integer dtype",
+    ),
+    "coverage 4": (
+        HYBRID,
+        head("coverage", put(4)),
+        "env {env}: coverage is 4; allowed: whole numbers 0 to 3",
+    ),
+    "coverage -2": (HYBRID, head("coverage", put(-2)), "env {env}: coverage is -2; allowed"),
+    "coverage bool": (
+        HYBRID,
+        head("coverage", lambda x: x.astype(bool)),
+        "coverage has dtype torch.bool; expected an integer dtype",
+    ),
+    "coverage shape": (
+        HYBRID,
+        head("coverage", lambda x: np.stack([x, x], -1)),
+        "coverage has shape {B2}; expected {B} or {B1}",
+    ),
+    "formulation nan": (
+        HYBRID,
+        head("formulation", put(NAN, 1)),
+        f"env {{env}}: formulation[1] is nan; {CLIPPED} [7, 180] (half_life_days)",
+    ),
+    "formulation inf": (
+        HYBRID,
+        head("formulation", put(-INF, 3)),
+        f"env {{env}}: formulation[3] is -inf; {CLIPPED} [1, 5] (thickness_mm)",
+    ),
+    "rescaled nan": (
+        ("rescaled dict",),
+        head("formulation", put(NAN, 1)),
+        f"env {{env}}: formulation[1] is nan; {CLIPPED} [-1, 1]",
+    ),
+    "formulation shape": (
+        HYBRID,
+        head("formulation", lambda x: x[:, :3]),
+        "formulation has shape {B3}; expected {B4}",
+    ),
+    "formulation complex": (
+        HYBRID,
+        head("formulation", lambda x: x.astype(np.complex64)),
+        "formulation has dtype torch.complex64; expected a real number dtype",
+    ),
+    "key missing": (
+        ("dict",),
+        lambda action: {key: action[key] for key in ("coverage", "polymer_id")},
+        f"action has the keys ('coverage', 'polymer_id'); expected {KEYS}",
+    ),
+    "key too many": (
+        ("dict",),
+        lambda action: action | {"dose": action["coverage"]},
+        f"'coverage', 'dose'); expected {KEYS}",
+    ),
+    "tuple for dict": (
+        ("dict",),
+        lambda action: tuple(action.values()),
+        f"action is a tuple; expected a dict of {KEYS}",
+    ),
+    "dict for tuple": (
+        ("tuple",),
+        lambda _: GOOD["dict"],
+        f"action is a dict; expected a tuple of {KEYS}",
+    ),
+    "two of three": (
+        ("tuple",),
+        lambda action: action[:2],
+        f"action has 2 entries; expected a tuple of {KEYS}",
+    ),
+    "dict for flat": (FLAT, lambda action: {"action": action}, "; expected numbers"),
+    "flat nan": (("box",), put(NAN, 1), f"env {{env}}: action[1] is nan; {CLIPPED} [-1, 1]"),
+    "score inf": (("box",), put(INF, 9), "env {env}: action[9] is inf; allowed: a finite number"),
+    "flat bool": (
+        ("box",),
+        lambda x: x.astype(bool),
+        "action has dtype torch.bool; expected a real number dtype",
+    ),
+    "flat shape": (("box",), lambda x: x[:, :31], "action has shape {B31}; expected {B32}"),
+    "level 11": (
+        ("multidiscrete",),
+        put(11, 2),
+        "env {env}: action[2] is 11; allowed: whole numbers 0 to 10",
+    ),
+    "level -1": (
+        ("multidiscrete",),
+        put(-1, 5),
+        "env {env}: action[5] is -1; allowed: whole numbers 0 to 3",
+    ),
+    "level float": (
+        ("multidiscrete",),
+        lambda x: x / 2,
+        "action has dtype torch.float64; expected an integer dtype",
+    ),
+    "level shape": (("multidiscrete",), lambda x: x[:, :5], "action has shape {B5}; expected {B6}"),
+}
+
+
+@pytest.mark.parametrize(
+    ("action_format", "fault"),
+    [(action_format, name) for name, (formats, *_) in FAULTS.items() for action_format in formats],
+)
+def test_bad_action_is_refused_with_field_value_and_range(action_format, fault):
+    codec, (_, spoil, message) = CODECS[action_format], FAULTS[fault]
+    bad = spoil(GOOD[action_format])
+    for shape, action in (((), of_shape(bad, ())), ((3,), bad), ((3,), to_torch(bad))):
+        shapes = {f"B{size}": (*shape, size) for size in range(1, 33)}
+        expected = message.format(env=len(shape), B=shape, **shapes)
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            codec.check(codec.read(action, shape))
+    if message.startswith("env"):
+        tensors = codec.read(bad, (3,))
+        assert codec.allows(tensors).tolist() == [True, False, True]
+        codec.check(tensors, skip=torch.tensor([False, True, False]))
+        with pytest.raises(ValueError, match="^env 1: "):
+            codec.check(tensors, skip=torch.tensor([True, False, True]))
+
+
+@pytest.mark.parametrize("value", ["text", None, [[1, 2], [3]]])
+def test_what_contains_no_numbers_is_refused(value):
+    action = GOOD["dict"] | {"polymer_id": value}
+    with pytest.raises(ValueError, match=r"polymer_id is .*; expected numbers"):
+        CODECS["dict"].read(action, (3,))
+
+
+VARIANTS = {
+    "int8": lambda a: a | {"polymer_id": a["polymer_id"].astype(np.int8)},
+    "uint16": lambda a: a | {"coverage": a["coverage"].astype(np.uint16)},
+    "column": lambda a: a | {name: a[name][..., None] for name in ("polymer_id", "coverage")},
+    "float64": lambda a: a | {"formulation": a["formulation"].astype(np.float64)},
+    "torch": to_torch,
+    "torch int32": lambda a: to_torch(a) | {"coverage": torch.tensor(a["coverage"]).int()},
+    "read-only": lambda a: each(lambda x: np.broadcast_to(x, x.shape), a),
+    "python": lambda a: each(lambda x: x.tolist(), a),
+    "tuple": lambda a: tuple(a.values()),
+    "list": lambda a: list(a.values()),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("batch_shape", [(), (3,)], ids=["single", "batch"])
+def test_action_may_come_in_any_container_library_and_integer_dtype(batch_shape, variant):
+    action = VARIANTS[variant](of_shape(GOOD["dict"], batch_shape))
+    codec = CODECS["tuple" if variant in ("tuple", "list") else "dict"]
+    design = codec.decode(codec.read(action, batch_shape))
+    assert [value.dtype for value in design] == [torch.int64, torch.float32, torch.int64]
+    rows = slice(None) if batch_shape else slice(1, 2)
+    for value, expected in zip(design, GOOD["tuple"], strict=True):
+        np.testing.assert_array_equal(value, expected[rows])
+
+
+# A batch of one of anything that may be requested.
+DESIGN = st.builds(
+    lambda *heads: Design(*(torch.tensor([value]) for value in heads)),
+    st.integers(0, NUM_POLYMERS - 1),
+    st.tuples(*(st.floats(item.low, item.high, width=32) for item in FORMULATION_FIELDS)),
+    st.integers(0, len(COVERAGES) - 1),
+)
+WIDTHS = torch.from_numpy(FORMULATION_HIGH - FORMULATION_LOW)
+# Two float32 roundings of a number up to 1, stretched to the width of the range.
+ROUNDING = 2e-7 * WIDTHS + 1e-6
+TOLERANCES = dict.fromkeys(CODECS, ROUNDING) | {
+    "multidiscrete": WIDTHS / 20 + ROUNDING,
+    "levels": WIDTHS / (torch.tensor(LEVELS) - 1) / 2 + ROUNDING,
+}
+
+
+@given(DESIGN)
+def test_every_design_survives_the_way_there_and_back_or_comes_to_the_nearest_level(design):
+    for name, codec in CODECS.items():
+        action = codec.encode(design)
+        assert codec.space.contains(each(lambda x: x[0].numpy()[()], action)), name
+        again = codec.decode(codec.read(action, (1,)))
+        assert (again.polymer_id, again.coverage) == (design.polymer_id, design.coverage), name
+        assert ((again.formulation - design.formulation).abs() <= TOLERANCES[name]).all(), name
+
+
+@given(st.data(), st.tuples(*[st.integers(2, 200)] * len(FORMULATION_FIELDS)))
+def test_every_multidiscrete_action_is_a_design_that_encodes_back_to_it(data, num_levels):
+    codec = ActionCodec("multidiscrete", num_levels=num_levels)
+    sizes = (NUM_POLYMERS, *num_levels, len(COVERAGES))
+    assert codec.space.nvec.tolist() == list(sizes)
+    action = data.draw(st.tuples(*(st.integers(0, size - 1) for size in sizes)))
+    design = codec.decode(codec.read(action, ()))
+    heads = {name: value[0].numpy() for name, value in design._asdict().items()}
+    assert action_space("dict").contains(heads)
+    assert codec.encode(design)[0].tolist() == list(action)
+
+
+@given(arrays(np.float32, FLAT_ACTION_DIM, elements=st.floats(-1, 1, width=32)))
+def test_every_flat_action_in_its_space_is_the_design_of_its_largest_scores(action):
+    design = CODECS["box"].decode(CODECS["box"].read(action, ()))
+    heads = {name: value[0].numpy() for name, value in design._asdict().items()}
+    assert action_space("dict").contains(heads)
+    assert (heads["polymer_id"], heads["coverage"]) == (action[4:28].argmax(), action[28:].argmax())
+
+
+@pytest.mark.parametrize(
+    ("level", "bound"), [(0, FORMULATION_LOW), (10, FORMULATION_HIGH)], ids=["low", "high"]
+)
+def test_outermost_levels_and_unit_values_are_the_bounds_themselves(level, bound):
+    unit = [level / 5.0 - 1.0] * 4
+    for name, action in {
+        "multidiscrete": [0, *[level] * 4, 0],
+        "box": [*unit, *[0.0] * 28],
+        "rescaled tuple": (7, unit, 2),
+    }.items():
+        design = CODECS[name].decode(CODECS[name].read(action, ()))
+        np.testing.assert_array_equal(design.formulation[0], bound)
+
+
+def test_value_beyond_the_unit_range_is_left_beyond_the_box_of_the_formulation():
+    design = CODECS["box"].decode(CODECS["box"].read(np.full(FLAT_ACTION_DIM, 2.0), ()))
+    np.testing.assert_allclose(design.formulation[0], [42.5, 266.5, 1.5, 7.0])

@@ -1,0 +1,544 @@
+"""Programs of `torch.export` as reward models, and files that would run code if they could."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.export import Dim
+from torch.nn.functional import dropout
+
+from hydrogel_gym import (
+    HydrogelVectorEnv,
+    Outcomes,
+    RewardModel,
+    RewardModelError,
+    load_reward_model,
+)
+
+BATCH = Dim("batch")
+MODEL = "models/model.json"
+
+
+class Predictor(nn.Module):
+    """A user's Stage-1 network, unlike any of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.polymer = nn.Embedding(24, 8)
+        self.register_buffer("shift", torch.full((4,), 5.0))
+        self.hidden = nn.Sequential(nn.Linear(24, 16), nn.Dropout(0.5), nn.Tanh(), nn.Linear(16, 6))
+
+    def forward(self, patient, polymer_id, formulation, coverage):
+        row = torch.arange(patient.shape[0], device=patient.device) * 0  # a device in the program
+        level = (coverage + row)[:, None] / 3
+        inputs = (patient / 100, self.polymer(polymer_id), (formulation - self.shift) / 50, level)
+        y = self.hidden(torch.cat(inputs, -1)) + torch.tensor(0.125)
+        columns = [5.0 * y[:, 0], y[:, 1], y[:, 2], *torch.sigmoid(y[:, 3:]).unbind(-1)]
+        return dict(zip(Outcomes._fields, columns, strict=True))
+
+
+class Plain(nn.Module):
+    """Quick to export; what it returns is changed first."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.change = change
+
+    def forward(self, patient, polymer_id, formulation, coverage):
+        columns = torch.sigmoid(patient / 400.0).unbind(-1)
+        return self.change(dict(zip(Outcomes._fields, columns, strict=False)))
+
+
+def batch(*shape: int, dtype=torch.float32):
+    """Designs drawn at random, with a generator of their own."""
+    rng = torch.Generator().manual_seed(sum(shape))
+    return (
+        torch.rand(*shape, 11, generator=rng, dtype=dtype) * 40,
+        torch.randint(24, shape, generator=rng),
+        torch.rand(*shape, 4, generator=rng, dtype=dtype) * 5,
+        torch.randint(4, shape, generator=rng),
+    )
+
+
+def plain_outcomes(patient, *_) -> Outcomes:
+    return Outcomes(*Plain(lambda outcomes: outcomes.values())(patient, *_))
+
+
+def export(model, folder, size=BATCH):
+    shapes = None if size is None else ({0: size},) * 4
+    program = torch.export.export(model, batch(2), dynamic_shapes=shapes)
+    torch.export.save(program, folder / "stage1.pt2")
+    return folder / "stage1.pt2"
+
+
+@pytest.fixture(scope="module")
+def predictor():
+    torch.manual_seed(0)
+    return Predictor().eval()
+
+
+@pytest.fixture(scope="module")
+def program(predictor, tmp_path_factory):
+    """Path of a program that takes two rows or more, as torch exports by default."""
+    return str(export(predictor, tmp_path_factory.mktemp("programs"), size=Dim.DYNAMIC))
+
+
+@pytest.fixture(scope="module")
+def model(program):
+    """The program, loaded; to be left where it is."""
+    return load_reward_model(program)
+
+
+@pytest.fixture(scope="module")
+def reference(predictor):
+    """The network of the program as a reward model in Python."""
+
+    def model(*designs):
+        shape = designs[1].shape
+        rows = (value.reshape(-1, *value.shape[len(shape) :]) for value in designs)
+        return Outcomes(*(value.view(shape) for value in predictor(*rows).values()))
+
+    return model
+
+
+@pytest.mark.parametrize("shape", [(5,), (1,), (), (3, 4), (0,)], ids=str)
+def test_program_predicts_what_the_network_does_for_any_batch_shape(model, reference, shape):
+    outcomes = model(*batch(*shape))
+    assert isinstance(outcomes, Outcomes)
+    assert {value.shape for value in outcomes} == {shape}
+    torch.testing.assert_close(outcomes, reference(*batch(*shape)))
+
+
+def test_path_of_a_program_may_be_an_object_and_hold_a_colon(program, model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("C:stage1.pt2")
+    path.write_bytes(Path(program).read_bytes())
+    assert all(map(torch.equal, load_reward_model(path)(*batch(3)), model(*batch(3))))
+    with pytest.raises(RewardModelError, match=r"'C:\\\\x.pt2': there is no such file"):
+        load_reward_model(r"C:\x.pt2")
+
+
+def test_program_that_drops_a_dimension_of_one_takes_a_batch_of_one(tmp_path):
+    def squeeze(outcomes):
+        return {name: value[:, None].squeeze() for name, value in outcomes.items()}
+
+    path = export(Plain(squeeze), tmp_path)
+    torch.testing.assert_close(load_reward_model(path)(*batch(1)), plain_outcomes(*batch(1)))
+
+
+def test_inputs_of_a_program_are_broadcast(model):
+    patient, polymer_id, formulation, coverage = batch(3, 4)
+    outcomes = model(patient[:, :1], polymer_id, formulation[0], coverage[0, 0])
+    whole = patient[:, :1].expand(3, 4, 11), polymer_id, formulation[:1].expand(3, 4, 4)
+    expected = model(*whole, coverage[0, 0].expand(3, 4))
+    assert all(map(torch.equal, outcomes, expected))
+    assert outcomes.toxicity_risk.shape == (3, 4)
+
+
+def test_program_answers_in_the_dtype_of_the_patient(model, reference):
+    designs = batch(3)
+    outcomes = model(*(x.double() if x.is_floating_point() else x for x in designs))
+    assert isinstance(model, RewardModel)
+    assert {value.dtype for value in outcomes} == {torch.float64}
+    torch.testing.assert_close(outcomes, reference(*designs), check_dtype=False)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda o: tuple(o.values()),
+        lambda o: [*o.values()],
+        lambda o: {name: o[name].double() for name in reversed(o)},
+    ],
+    ids=["tuple", "list", "double"],
+)
+def test_program_may_return_a_tuple_or_another_float(tmp_path, change):
+    path = export(Plain(change), tmp_path)
+    torch.testing.assert_close(load_reward_model(path)(*batch(3)), plain_outcomes(*batch(3)))
+
+
+def test_program_is_frozen_and_lets_gradients_through_to_the_formulation(model, reference):
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model.train().modules())
+    patient, polymer_id, formulation, coverage = batch(3)
+    gradients = []
+    for function in (model, reference):
+        requested = formulation.clone().requires_grad_()
+        outcomes = function(patient, polymer_id, requested, coverage)
+        gradients += torch.autograd.grad(outcomes.delta_ef_pct.sum(), requested)
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 0
+
+
+def test_program_moves_with_the_devices_that_are_written_into_it(program, device):
+    model = load_reward_model(program, device)
+    designs = [value.to(device) for value in batch(3)]
+    assert {value.device.type for value in model(*designs)} == {device}
+    meta = model.to("meta")
+    outcomes = meta(*(value.to("meta") for value in batch(2, 3)))
+    assert {(value.device.type, value.shape) for value in outcomes} == {("meta", (2, 3))}
+    assert not any(parameter.requires_grad for parameter in meta.parameters())
+    assert next(copy.deepcopy(meta).parameters()).is_meta
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
+)
+def test_copy_of_a_program_predicts_the_same(model, duplicate):
+    twin = duplicate(model)
+    assert all(map(torch.equal, model(*batch(1)), twin(*batch(1))))
+    assert not any(parameter.requires_grad for parameter in twin.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_program_is_part_of_one_compiled_graph(model):
+    compiled = torch.compile(
+        lambda *designs: model(*designs), backend="aot_eager", fullgraph=True, dynamic=False
+    )
+    designs = batch(1, dtype=torch.float64)  # fewer than the program takes
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*designs), model(*designs))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+def test_compiled_environment_steps_as_the_plain_one_with_a_program(program):
+    rewards = []
+    for compiled in (True, False):
+        env = HydrogelVectorEnv(4, reward_model=program, compile=compiled, horizon=2)
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        rewards.append([env.step(env.action_space.sample())[1] for _ in range(3)])
+    np.testing.assert_allclose(*rewards, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings"), [(gym.make, {"horizon": 3}), (gym.make_vec, {"num_envs": 4})]
+)
+def test_environments_made_by_gymnasium_run_on_a_program(program, reference, make, settings):
+    rewards = []
+    for reward_model in (program, reference):
+        env = make("HydrogelDesign-v0", reward_model=reward_model, **settings)
+        env.reset(seed=0)
+        env.action_space.seed(0)
+        rewards.append([env.step(env.action_space.sample())[1] for _ in range(3)])
+    np.testing.assert_allclose(*rewards, rtol=1e-5, atol=1e-5)
+
+
+def even(outcomes):
+    """Looks at the batch size."""
+    rows = outcomes["toxicity_risk"].shape[0]
+    return outcomes if rows % 2 == 0 else {**outcomes, "toxicity_risk": outcomes["x"]}
+
+
+def with_toxicity(change):
+    return lambda o: o | {"toxicity_risk": change(o["toxicity_risk"])}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda o: o["toxicity_risk"],
+            r" returns one tensor; expected a dict of \('delta_ef_pct', ",
+        ),
+        (lambda o: tuple(o.values())[:5], r" returns a tuple of 5; expected a dict of"),
+        (
+            lambda o: {"toxicity": o["toxicity_risk"]},
+            r" returns a dict of \('toxicity',\); expected a dict of \('delta_ef_pct', ",
+        ),
+        (
+            with_toxicity(lambda x: x[:, None]),
+            r" returns toxicity_risk \(s\d+, 1\) float32; expected \(B,\) float32",
+        ),
+        (
+            with_toxicity(lambda x: x.mean(0, keepdim=True)),
+            r" returns toxicity_risk \(1,\) float32; expected",
+        ),
+        (with_toxicity(lambda x: 0.5), r" returns toxicity_risk float; expected \(B,\) float32"),
+        (with_toxicity(torch.Tensor.long), r" returns toxicity_risk \(s\d+,\) int64; expected"),
+        (
+            with_toxicity(lambda x: x + 2.0),
+            r": toxicity_risk is 2\.\d+ for polymer 0 .*; expected finite values in \[0, 1\]",
+        ),
+        (
+            with_toxicity(dropout),
+            r" was exported in training mode \(torch.ops.aten.dropout.default\); call model.eval",
+        ),
+        (even, r" only works for some batches, where .* % 2"),
+    ],
+    ids="tensor five name shape static number dtype range training branch".split(),
+)
+def test_program_that_returns_something_else_is_refused(tmp_path, change, message):
+    path = export(Plain(change), tmp_path, size=Dim.AUTO if change is even else BATCH)
+    with pytest.raises(RewardModelError, match=f"^reward_model '{path}'{message}[^\n]*$"):
+        load_reward_model(path)
+
+
+class Summing(nn.Module):
+    """Takes any inputs."""
+
+    def forward(self, *inputs):
+        y = sum(value.sum(-1) if value.dim() > 1 else value for value in inputs).float()
+        return (y,) * 6
+
+
+@pytest.mark.parametrize(
+    ("inputs", "size", "message"),
+    [
+        (
+            batch(2)[:3],
+            BATCH,
+            r"takes 3 inputs; expected 4 by position: patient \(B, 11\) float32, polymer_id \(B,\) "
+            r"int64, formulation \(B, 4\) float32, coverage \(B,\) int64",
+        ),
+        (
+            (batch(2)[0][:, :6], *batch(2)[1:]),
+            BATCH,
+            r"takes patient \(s\d+, 6\) float32, .*; expected patient \(B, 11\) float32",
+        ),
+        (
+            (*batch(2)[:3], batch(2)[3].float()),
+            BATCH,
+            r"takes .* coverage \(s\d+,\) float32; expected",
+        ),
+        (
+            batch(2),
+            None,
+            r"has a static batch size: it takes patient \(2, 11\) .*; export it with dynamic_shapes"
+            r"=\(\{0: batch\},\) \* 4, where batch = torch.export.Dim\('batch'\)",
+        ),
+        (
+            batch(2),
+            Dim("few", max=1024),
+            r"does not take any batch size: .*1024.*; export it with dynamic_shapes",
+        ),
+    ],
+    ids=["number", "columns", "dtype", "static", "limited"],
+)
+def test_program_that_takes_something_else_is_refused(tmp_path, inputs, size, message):
+    path = tmp_path / "stage1.pt2"
+    shapes = None if size is None else (tuple({0: size} for _ in inputs),)
+    torch.export.save(torch.export.export(Summing(), inputs, dynamic_shapes=shapes), path)
+    with pytest.raises(RewardModelError, match=f"^reward_model '{path}' {message}[^\n]*$"):
+        load_reward_model(path)
+
+
+# What follows takes a program apart, as the members of its archive by name.
+
+
+def rewrite(program, path, change, *arguments) -> str:
+    """Save a program whose members were changed."""
+    with zipfile.ZipFile(program) as archive:
+        members = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    change(members, *arguments)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(f"stage1/{name}", data)
+    return str(path)
+
+
+def in_text(*changes: tuple[str, str], count=0):
+    """Replaces what matches in the JSON of a program; PATH stands for that of a file."""
+
+    def change(members, path=""):
+        text = members[MODEL].decode()
+        for pattern, new in changes:
+            new = new.replace("PATH", str(path))
+            text, times = re.subn(pattern, lambda _, new=new: new, text, count=count)
+            assert times
+        members[MODEL] = text.encode()
+
+    return change
+
+
+def test_program_for_another_device_is_loaded_where_it_is_asked_for(program, tmp_path, reference):
+    path = rewrite(program, tmp_path / "cuda.pt2", in_text(('"type": "cpu"', '"type": "cuda"')))
+    torch.testing.assert_close(load_reward_model(path)(*batch(4)), reference(*batch(4)))
+
+
+def test_file_that_is_no_program_is_refused_in_one_line(tmp_path, program):
+    path = tmp_path / "x.pt2"
+
+    def assert_refused(message: str) -> None:
+        start = re.escape(f"reward_model '{path}'{message}")
+        with pytest.raises(RewardModelError, match=f"^{start}[^\n]*$"):
+            load_reward_model(path)
+
+    def without(member):
+        return rewrite(program, path, lambda members: members.pop(member))
+
+    assert_refused(": there is no such file; expected a program saved by torch.export")
+    path.write_text("no program")
+    assert_refused(" is not a program: no zip archive; expected")
+    path.write_bytes(Path(program).read_bytes()[:3000])
+    assert_refused(" is not a program: no zip archive; expected")
+    torch.save({"weight": torch.zeros(3)}, path)
+    assert_refused(" is not a program: a zip archive without archive_version; expected")
+    without(MODEL)
+    assert_refused(" is not a program: a zip archive without models/model.json; expected")
+    rewrite(program, path, lambda members: members.update(archive_format=b"else"))
+    assert_refused(" is not a program: a zip archive without the format pt2; expected")
+    rewrite(program, path, in_text((r'"major": \d+', '"major": 99')))
+    assert_refused(" cannot be loaded: ")
+    without("data/weights/weight_0")
+    assert_refused(" cannot be loaded: KeyError: 'data/weights/weight_0'")
+    path.unlink()
+    path.mkdir()
+    assert_refused(" cannot be loaded: IsADirectoryError")
+
+
+class Payload:
+    """Empties a file where it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def pickled(path, by_torch: bool = True) -> bytes:
+    if not by_torch:
+        return pickle.dumps(Payload(path), protocol=2)
+    buffer = io.BytesIO()
+    torch.save(Payload(path), buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def untouched(tmp_path):
+    """A file that a payload would change."""
+    path = tmp_path / "untouched"
+    path.write_text("untouched")
+    return path
+
+
+@pytest.mark.parametrize("by_torch", [True, False])
+def test_payload_of_these_tests_runs_where_it_is_unpickled(untouched, by_torch):
+    data = io.BytesIO(pickled(untouched, by_torch))
+    (torch.load(data, weights_only=False) if by_torch else pickle.load(data)).close()
+    assert untouched.read_text() == ""
+
+
+def test_sample_inputs_of_a_program_are_not_unpickled(tmp_path, program, reference, untouched):
+    evil = {"data/sample_inputs/model.pt": pickled(untouched)}
+    path = rewrite(program, tmp_path / "x.pt2", lambda members: members.update(evil))
+    torch.testing.assert_close(load_reward_model(path)(*batch(3)), reference(*batch(3)))
+    assert untouched.read_text() == "untouched"
+
+
+def set_pickle(folder, file, by_torch=True):
+    """Has a weight or a constant read from a pickle."""
+
+    def change(members, path):
+        name = f"data/{folder}/model_{folder}_config.json"
+        value = json.loads(members[name])
+        next(iter(value["config"].values())).update(path_name=file, use_pickle=True)
+        members[name] = json.dumps(value).encode()
+        members[f"data/{folder}/{file}"] = pickled(path, by_torch)
+
+    return change, rf"contains a pickle \({file}, of [\w.]+\); expected plain tensors"
+
+
+def add_member(name, what):
+    """Adds what torch would run."""
+
+    def change(members, path):
+        members[name] = pickled(path)
+
+    return change, rf"contains {what} \({name}\); expected plain tensors"
+
+
+def older_archive(members, path):
+    members.clear()
+    members |= {"version": "8.20", "serialized_exported_program.json": "{}"}
+    for name in ("state_dict", "constants", "example_inputs"):
+        members[f"serialized_{name}.pt"] = pickled(path)
+
+
+def set_enum(members, path):
+    """Has a module imported for a type of what the program returns."""
+    program = json.loads(members[MODEL])
+    signature = program["graph_module"]["module_call_graph"][0]["signature"]
+    spec = json.loads(signature["out_spec"])
+    spec[1]["context"] = json.dumps([{"__enum__": True, "fqn": "stage1_evil:X", "name": "Y"}])
+    signature["out_spec"] = json.dumps(spec)
+    members[MODEL] = json.dumps(program).encode()
+
+
+def set_operator(name):
+    """An operator of torch that writes files."""
+    target = f"torch.ops.aten.{name}.default"
+    change = in_text(('"target": "[^"]*"', f'"target": "{target}"'), count=1)
+    return change, f"contains target '{target}'"
+
+
+OPEN = "open('PATH', 'w')"
+REMOVE = (
+    '{"target": "torch.os.remove", "inputs": [{"name": "file", "arg": {"as_string": "PATH"}, '
+    '"kind": 1}], "outputs": [], "metadata": {}}, '
+)
+ARGUMENT = f"""{{"name": "approximate", "arg": {{"as_string": "tanh' + {OPEN} + '"}}, "kind": 2}}"""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        set_pickle("weights", "weight_0"),
+        set_pickle("constants", "tensor_0"),
+        set_pickle("constants", "opaque_obj_0", by_torch=False),
+        set_pickle("constants", "custom_obj_0"),
+        add_member("data/weights/model.pt", "a pickle"),
+        add_member("data/constants/model.pt", "a pickle"),
+        add_member("data/aotinductor/model/run.so", "compiled code"),
+        (older_archive, "is not a program: a zip archive without"),
+        (set_enum, r"returns a builtins.dict; expected a dict of"),
+        (
+            in_text(('"expr_str": "[^"]*"', f'"expr_str": "{OPEN}"')),
+            r"contains expr_str .open\(",
+        ),
+        (
+            in_text((r'"nodes": \[', f'"nodes": [{REMOVE}'), (r'\["TRAINING"\]', "[]"), count=1),
+            r"contains target 'torch.os.remove'; expected plain tensors and operators only",
+        ),
+        (
+            in_text(('"as_tensor": {"name": "patient"}', f'"as_tensor": {{"name": "p={OPEN}"}}')),
+            r"contains name .p=open\(",
+        ),
+        (
+            in_text(('"polymer.weight"', rf'"polymer.x\", {OPEN}) or (\""')),
+            r"contains parameter_name 'polymer.x\", open\(",
+        ),
+        (
+            in_text((r'"guards_code": \[', f'"guards_code": ["{OPEN}", ')),
+            r"only works for some batches, where .*open\(",
+        ),
+        (
+            in_text((r'tanh.default", "inputs": \[', f'gelu.default", "inputs": [{ARGUMENT}, ')),
+            r"failed on \(96,\) designs .*approximate",
+        ),
+        set_operator("save"),
+        set_operator("from_file"),
+    ],
+)
+def test_file_that_would_run_code_is_refused_and_runs_none(
+    tmp_path, program, untouched, monkeypatch, change, message
+):
+    (tmp_path / "stage1_evil.py").write_text(f"import os; os.remove({str(untouched)!r})")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = rewrite(program, tmp_path / "x.pt2", change, untouched)
+    with pytest.raises(RewardModelError, match=message):
+        load_reward_model(path)
+    assert untouched.read_text() == "untouched"

@@ -1,0 +1,177 @@
+"""The page of one run shows what its directory contains; it runs nobody's script."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from hydrogel_gym.report.page import about, run_page
+from hydrogel_gym.report.patient_view import patient_data
+from hydrogel_gym.report.reading import SavedRun
+from hydrogel_gym.report.sections import beside_the_source
+from hydrogel_gym.train import report
+
+HOSTILE = "</script><script>alert(1)</script>"
+FETCHING = {"src", "href", "data", "srcset", "poster"}
+
+
+class Tags(HTMLParser):
+    """Start tags of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.found)
+
+
+@pytest.fixture(scope="module")
+def html(trained, read_run):
+    return run_page(read_run(trained)).decode()
+
+
+def test_page_has_a_section_for_everything_that_a_finished_run_shows(trained, content, html):
+    shown = content(trained)
+    assert shown["gaps"] == []
+    assert [section.title for section in shown["sections"]] == [
+        "What was run",
+        "Learning",
+        "Reward terms over time",
+        "Polymer selection",
+        "Formulations",
+        "Safety margins",
+        "Distance to the best possible design",
+    ]
+    plots = [plot for section in shown["sections"] for plot in section.plots]
+    assert len({plot.name for plot in plots}) == len(plots) == 18
+    for plot in plots:
+        assert f'data-plot="{plot.name}"' in html
+        assert plot.figure.layout.xaxis.title.text
+    assert len(shown["patients"].cohort) == 12
+
+
+def test_run_without_an_oracle_lacks_what_it_would_show_and_says_so(copy, content):
+    table = pd.read_csv(copy / "metrics.csv")
+    table = table.drop(columns=table.filter(regex="oracle|regret"))
+    table.to_csv(copy / "metrics.csv", index=False)
+    gaps = content(copy)["gaps"]
+    assert len(gaps) == 3
+    assert gaps[0].startswith("Fraction of the oracle: not recorded")
+    assert gaps[1].startswith("Regret: not recorded")
+    assert "regret by patient is left out" in gaps[2]
+
+
+def test_page_fetches_nothing(html):
+    loading = [
+        value
+        for tag, attributes in Tags(html).found
+        for name, value in attributes.items()
+        if name in FETCHING and tag != "a" and value != "data:,"
+    ]
+    assert loading == []
+    style = html[html.index("<style>") : html.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+
+
+def test_hostile_names_are_text(copy, content, read_run, edit_json, tmp_path, html):
+    config = json.loads((copy / "config.json").read_text())
+    table = pd.read_csv(config["cohort"])
+    table.loc[3, "patient_id"] = HOSTILE
+    table.to_csv(tmp_path / "mine.csv", index=False)
+    shutil.rmtree(copy / "checkpoints")  # they would show that the patients are others
+    edit_json(copy / "config.json", cohort=str(tmp_path / "mine.csv"))
+    hostile = copy.rename(tmp_path / "<img src=x onerror=alert(1)>")
+    page = run_page(read_run(hostile)).decode()
+    assert content(hostile)["patients"].cohort.patient_ids[3] == HOSTILE
+    assert "<script>alert" not in page
+    assert "<img src=x" not in page
+    assert Tags(page).count("script") == Tags(html).count("script")
+    assert Tags(page).count("img") == 0
+
+
+def test_patients_and_outcome_model_are_named_for_every_run_and_not_guessed(trained, read_run):
+    run, unknown = read_run(trained), SavedRun(trained)
+    mine = SavedRun(trained, config={"cohort": None, "env_id": "Mine-v0"})
+    own, model = about([run])
+    assert str(run.config["cohort"]) in own
+    assert "synthetic" not in own
+    assert "Nothing here is clinical advice." in model
+    assert "synthetic" in about([mine])[0]
+    assert "is predicted by an outcome model that is not named" in about([unknown])[-1]
+    both = about([run, mine])[-1]
+    assert "the outcome model of Mine-v0" in both
+    assert "the built-in outcome model" in both
+    config = {"env_id": "HydrogelDesign-v0", "reward_model": "mine.pt"}
+    fitted = about([SavedRun(trained, config=config)])[-1]
+    assert "the outcome model mine.pt, whose mistakes" in fitted
+    assert "built-in" not in fitted
+
+
+def test_table_beside_the_source_says_what_was_not_reached(trained, read_run):
+    run = read_run(trained)
+    table = beside_the_source(run)
+    first = run.metrics["mean_reward"].iloc[0]
+    assert table.rows[0] == ["0", "0 M", "12.4", f"{first:.1f}", "–", "–"]
+    assert table.rows[1][3:] == ["not reached"] * 3
+    long = SavedRun(run.path, metrics=run.metrics.assign(global_step=5e6))
+    assert beside_the_source(long).rows[1][3] == f"{first:.1f}"
+
+
+def test_large_cohort_is_listed_in_part_and_shown_as_a_whole(trained, content, monkeypatch):
+    monkeypatch.setattr("hydrogel_gym.report.patient_view.PATIENTS_SHOWN", 4)
+    shown = content(trained)
+    ids = shown["patients"].cohort.patient_ids
+    assert patient_data(shown["patients"])["ids"] == list(ids[::3])
+    assert "Listed are 4 of the 12 patients" in shown["notes"][1]
+    assert len(shown["patients"].reward) == 12
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda run: [str(run / "absent")], "absent is not a directory"),
+        (lambda run: [str(run.parent)], "contains nothing of a run"),
+        (lambda run: [str(run), f"{run}/."], "is named twice"),
+        (lambda run: [str(run), "--output", str(run / "no" / "x.html")], "cannot be written"),
+        (lambda run: [str(run), "--nonsense"], "nonsense"),
+        (lambda run: [], "at least one"),
+    ],
+    ids=["absent", "empty", "twice", "output", "flag", "none"],
+)
+def test_bad_command_line_is_one_line_and_writes_nothing(copy, monkeypatch, capsys, make, message):
+    monkeypatch.setattr(report, "run_page", lambda run: b"")
+    before = sorted(copy.rglob("*"))
+    assert report.main(make(copy)) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert sorted(copy.rglob("*")) == before
+
+
+def test_pages_are_written_into_the_run_and_beside_several(copy, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(report, "run_page", lambda run: b"one")
+    monkeypatch.setattr(report, "comparison_page", lambda runs: b"several")
+    shutil.copytree(copy, tmp_path / "other")
+    monkeypatch.chdir(copy)
+    for flags, path, page in (
+        (["."], copy / "report.html", b"one"),
+        ([".", "../other"], tmp_path / "comparison.html", b"several"),
+        ([".", "--output", "mine.html"], copy / "mine.html", b"one"),
+    ):
+        assert report.main(flags) == 0
+        assert path.read_bytes() == page
+        assert "written to" in capsys.readouterr().out

@@ -1,0 +1,246 @@
+"""Checkpoints: what they hold, how damage shows, and that a run goes on as if never stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+import hydrogel_gym
+from hydrogel_gym import errors
+from hydrogel_gym.files import write_atomically
+from hydrogel_gym.problem.dynamics import State
+from hydrogel_gym.runs import checkpoints, directory, ranks
+
+# --- going on
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(ppo, finished_run, cut, of_runs):
+    summary = ppo.train(cut)
+    of_runs.assert_same(cut.output_dir, finished_run[0].output_dir)
+    assert (summary["resumed_at_iteration"], summary["iterations"]) == (4, 6)
+
+
+@pytest.fixture
+def noisy_env(register_design):
+    """Design problem whose outcomes draw from torch's own generator."""
+    model = hydrogel_gym.load_reward_model("mechanistic")
+
+    def noisy(*design):
+        outcomes = model(*design)
+        noise = 0.1 * torch.randn_like(outcomes.delta_ef_pct)
+        return outcomes._replace(delta_ef_pct=outcomes.delta_ef_pct + noise)
+
+    return register_design("NoisyDesign-v0", noisy)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(env_id="NoisyDesign-v0", horizon=3, patient_assignment="random"),
+        dict(compile="on", target_kl=0.01, precision="fp64", policy="factored", state_std=False),
+    ],
+    ids=["in the middle of an episode, a model that draws", "compiled, float64, factored"],
+)
+def test_every_kind_of_run_is_resumed_where_it_was(
+    ppo, small_run, noisy_env, uncompiled, of_runs, tmp_path, changes
+):
+    args = small_run(tmp_path / "whole", num_iterations=4, **changes)
+    ppo.train(args)
+    resumed = of_runs.killed(args, tmp_path / "run", at=2)
+    ppo.train(resumed)
+    of_runs.assert_same(resumed.output_dir, args.output_dir)
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["plain first", "compiled first"])
+def test_the_optimiser_of_either_step_goes_on_in_the_other(
+    ppo, small_run, uncompiled, tmp_path, compile
+):
+    args = small_run(tmp_path, precision="fp64")
+    cohort = hydrogel_gym.load_cohort(args.cohort)
+
+    def make(compile):
+        made = ppo.make_learner(args, cohort, torch.device("cpu"), ranks.ALONE, compile)
+        made[0].optimizer.param_groups[0]["lr"] = 1e-2
+        return made
+
+    (whole, _, step), (other, _, going_on) = make(compile), make(not compile)
+    obs = torch.randn(32, 13, dtype=torch.float64)
+    with torch.no_grad():
+        output = whole.agent(obs)
+    numbers = torch.randn(3, 32, dtype=torch.float64)
+    batch = ppo.Batch(obs, output.action, output.logprob, *numbers)
+    for _ in range(3):
+        step(batch)
+    other.agent.load_state_dict(whole.agent.state_dict())
+    checkpoints.load_adam_state(other.optimizer, checkpoints.adam_state(whole.optimizer))
+    for _ in range(3):
+        step(batch)
+        going_on(batch)
+    for weight, expected in zip(other.agent.parameters(), whole.agent.parameters(), strict=True):
+        torch.testing.assert_close(weight, expected, rtol=1e-9, atol=1e-11)
+    state, expected = (checkpoints.adam_state(each.optimizer) for each in (other, whole))
+    assert state["num_updates"] == expected["num_updates"] == 6
+    torch.testing.assert_close(state["square"], expected["square"], rtol=1e-9, atol=1e-15)
+
+
+def test_the_state_of_an_optimiser_that_did_nothing_yet_is_saved_too():
+    state = checkpoints.adam_state(torch.optim.Adam(torch.nn.Linear(2, 3).parameters()))
+    assert (state["num_updates"], state["mean"].tolist()) == (0, [0.0] * 9)
+    assert state["square"].tolist() == [0.0] * 9
+
+
+def test_resuming_a_finished_run_repeats_its_figures_without_training(
+    ppo, finished_run, of_runs, tmp_path, monkeypatch
+):
+    shutil.copytree(finished_run[0].output_dir.parent, tmp_path / "copy")
+    monkeypatch.setattr(ppo, "rollout", None)  # would fail
+    args = dataclasses.replace(finished_run[0], output_dir=tmp_path / "copy/run", resume="auto")
+    ppo.train(args)
+    of_runs.assert_same(args.output_dir, finished_run[0].output_dir)
+
+
+# --- what is kept
+
+
+def test_the_newest_checkpoints_are_kept_and_those_of_later_iterations(tmp_path, of_runs):
+    (tmp_path / "checkpoints").mkdir()
+    for iteration in (1, 9, 2, 3):  # 9: of a run that is gone back in
+        content = {"format": checkpoints.CHECKPOINT_FORMAT, "iteration": iteration}
+        checkpoints.write_checkpoint(tmp_path, content, keep=2)
+    assert of_runs.iterations_saved(tmp_path) == [2, 3, 9]
+
+
+def test_a_checkpoint_is_read_by_torch_alone_and_holds_what_it_promises(finished_run, of_runs):
+    saved = torch.load(of_runs.checkpoint(finished_run[0].output_dir, 4), weights_only=True)
+    assert saved["iteration"] == 4
+    assert set(saved["environments"]) == {*State._fields, "done"}
+    assert {len(rows) for rows in saved["environments"].values()} == {48}
+    assert saved["optimizer_state_dict"]["num_updates"] == 4 * 4
+    assert set(saved["random"]) == {"sampling", "cpu"}
+    assert saved["args"]["num_envs"] == 48
+    assert saved["surroundings"]["torch"] == torch.__version__
+    assert [row["iteration"] for row in saved["metrics"]] == [1, 2, 3, 4]
+
+
+def test_environments_that_cannot_be_saved_are_refused_unless_nothing_is(
+    ppo, small_run, of_runs, tmp_path, monkeypatch
+):
+    monkeypatch.delattr(hydrogel_gym.HydrogelVectorEnv, "state_dict")
+    args = small_run(tmp_path / "run", num_iterations=2)
+    with pytest.raises(errors.UsageError, match="have no state_dict.*pass --checkpoint-interval 0"):
+        ppo.train(args)
+    assert not args.output_dir.exists()
+    ppo.train(dataclasses.replace(args, checkpoint_interval=0))
+    assert of_runs.iterations_saved(args.output_dir) == []
+
+
+# --- damage
+
+
+class _Payload:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def damage(path, what: str) -> None:
+    content = bytearray(path.read_bytes())
+    malicious = {"format": checkpoints.CHECKPOINT_FORMAT, "iteration": _Payload()}
+    if what == "pickle":
+        torch.save(malicious, path)
+    elif what == "pickle with a right hash":
+        path.write_bytes(checkpoints.seal(malicious))
+    elif what == "format":
+        path.write_bytes(checkpoints.seal({"format": "checkpoint.v9"}))
+    else:
+        if what == "bit-flipped":
+            content[len(content) // 2] ^= 1
+        end = {"truncated": len(content) - 100, "empty": 0, "replaced": 1000}.get(what)
+        path.write_bytes(bytes(content[:end]))
+
+
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("truncated", "it is cut off, or is no checkpoint"),
+        ("empty", "it is cut off"),
+        ("replaced", "it is cut off"),
+        ("bit-flipped", "it is damaged: its content does not have the hash"),
+        ("pickle", "it is cut off, or is no checkpoint"),
+        ("pickle with a right hash", "Weights only load failed"),
+        ("format", "its format is 'checkpoint.v9', not 'hydrogel_gym.checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_executes_nothing_and_is_passed_over_unless_it_is_requested(
+    ppo, cut, capsys, of_runs, what, why
+):
+    newest, before = (of_runs.checkpoint(cut.output_dir, iteration) for iteration in (4, 2))
+    damage(newest, what)
+    assert checkpoints.newest_checkpoint(cut.output_dir) == before.read_bytes()
+    printed = capsys.readouterr().err
+    assert f"warning: checkpoint {newest} cannot be used: {why}" in printed
+    assert f"going back to {before}" in printed
+    assert ppo.main(["--resume", str(newest)]) == 2
+    assert f"error: --resume: checkpoint {newest} cannot be used: {why}" in capsys.readouterr().err
+
+
+def test_a_run_goes_back_behind_a_damaged_checkpoint(ppo, finished_run, cut, of_runs):
+    damage(of_runs.checkpoint(cut.output_dir, 4), "bit-flipped")
+    assert ppo.train(cut)["resumed_at_iteration"] == 2
+    of_runs.assert_same(cut.output_dir, finished_run[0].output_dir)
+
+
+def test_no_flipped_bit_and_no_cut_goes_unnoticed(finished_run, of_runs):
+    sealed = of_runs.checkpoint(finished_run[0].output_dir, 4).read_bytes()
+    checkpoints.unseal(sealed)
+    rng = np.random.default_rng(0)
+    for position in (*rng.integers(len(sealed), size=100), *range(len(sealed) - 80, len(sealed))):
+        flipped = bytearray(sealed)
+        flipped[position] ^= 1 << rng.integers(8)
+        with pytest.raises(checkpoints.CheckpointError, match="damaged|cut off"):
+            checkpoints.unseal(bytes(flipped))
+    for length in rng.integers(len(sealed), size=50):
+        with pytest.raises(checkpoints.CheckpointError, match="damaged|cut off"):
+            checkpoints.unseal(sealed[:length])
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(ppo, cut, of_runs):
+    for iteration in (2, 4):
+        damage(of_runs.checkpoint(cut.output_dir, iteration), "replaced")
+    expected = r"000004.pt cannot be used.*000002.pt.*--overwrite"
+    with pytest.raises(errors.UsageError, match=expected):
+        ppo.train(cut)
+    assert len(of_runs.metrics(cut.output_dir)) == 5
+
+
+def test_a_checkpoint_that_does_not_exist_is_a_bad_request(ppo, tmp_path, capsys):
+    assert ppo.main(["--resume", str(tmp_path / "absent.pt")]) == 2
+    assert "absent.pt cannot be used: No such file" in capsys.readouterr().err
+    assert ppo.main(["--resume", str(tmp_path)]) == 2
+    assert "it has no checkpoints/checkpoint-*.pt" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "checkpoint-000006.pt"])
+def test_a_full_disk_ends_the_run_with_a_whole_checkpoint(
+    ppo, finished_run, cut, main_with, of_runs, monkeypatch, capsys, name
+):
+    def full(path, content):
+        if path.name == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write_atomically(path, content)
+
+    with monkeypatch.context() as patch:
+        for module in (directory, checkpoints):
+            patch.setattr(module, "write_atomically", full)
+        assert main_with(cut) == 1
+    (printed,) = (x for x in capsys.readouterr().err.splitlines() if x.startswith("error"))
+    iteration = 5 if name == "metrics.csv" else 6
+    assert f"iteration {iteration} could not be saved: [Errno 28] No space left" in printed
+    kept = of_runs.checkpoint(cut.output_dir, 4)
+    assert f"{kept} is whole, go on from it with --resume auto" in printed
+    ppo.train(cut)
+    of_runs.assert_same(cut.output_dir, finished_run[0].output_dir)

@@ -1,0 +1,392 @@
+"""Several ranks: one curve whatever their number, nothing said twice, and a lost one is named."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hydrogel_gym import errors, load_cohort, runs
+from hydrogel_gym.runs import environments, ranks
+
+ROOT = Path(__file__).parents[2]
+TRAINER = ROOT / "train" / "ppo_hybrid.py"
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def on_ranks(size: int, function, folder: Path) -> list[str]:
+    """Run a function in so many processes, as `torchrun` would; returns what each one printed.
+
+    Forked, since a fresh process takes seconds to import torch; with one thread each, since those
+    of OpenMP do not survive a fork.
+    """
+    environment = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(size),
+        "LOCAL_WORLD_SIZE": str(size),
+    }
+
+    def work(rank: int) -> None:
+        os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
+        torch.set_num_threads(1)
+        with (folder / f"printed-{rank}").open("w", buffering=1) as printed:
+            with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+                code = function()
+            printed.flush()
+        os._exit(code or 0)
+
+    # What an optimiser imports at its first step, or every rank would for itself: seconds.
+    importlib.import_module("torch._dynamo")
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        if process.exitcode is None:
+            process.kill()
+    printed = [(folder / f"printed-{rank}").read_text() for rank in range(size)]
+    assert [process.exitcode for process in processes] == [0] * size, printed
+    return printed
+
+
+@pytest.fixture
+def train(ppo, monkeypatch, tmp_path, uncompiled):
+    """Train on so many ranks; returns what each one printed."""
+
+    def on(size: int, args) -> list[str]:
+        monkeypatch.setattr(runs, "read_run_options", lambda *_, **__: args)
+        return on_ranks(size, ppo.main, tmp_path)
+
+    return on
+
+
+# --- one curve
+
+
+@pytest.mark.parametrize(
+    ("size", "changes", "tolerance"),
+    [
+        pytest.param(
+            2,
+            dict(precision="fp64", horizon=3, patient_assignment="random", target_kl=0.02),
+            1e-9,
+            id="float64, long random episodes",
+        ),
+        pytest.param(
+            2,
+            dict(precision="fp64", compile="on", num_envs=60, minibatch_size=60),
+            1e-9,
+            id="float64, compiled",
+            marks=pytest.mark.slow,
+        ),
+        # At a rate that rounding is not amplified by.
+        pytest.param(2, dict(learning_rate=3e-4), 1e-4, id="float32", marks=pytest.mark.slow),
+        pytest.param(4, dict(precision="fp64"), 1e-9, id="four ranks", marks=pytest.mark.slow),
+    ],
+)
+def test_several_ranks_learn_what_one_learns_and_the_first_alone_says_so(
+    train, small_run, of_runs, tmp_path, size, changes, tolerance
+):
+    args = small_run(tmp_path / "one", num_iterations=4, **changes)
+    train(1, args)
+    printed = train(size, dataclasses.replace(args, output_dir=tmp_path / "several"))
+    of_runs.assert_same(tmp_path / "several", tmp_path / "one", tolerance)
+    summary = json.loads((tmp_path / "several" / "summary.json").read_text())
+    assert (summary["world_size"], summary["samples"]) == (size, 4 * 192)
+    assert "holdout_deterministic_reward" in printed[0]
+    assert f"written to  {tmp_path / 'several'}" in printed[0]
+    assert printed[1:] == [""] * (size - 1)
+
+
+def test_ranks_treat_their_own_share_of_the_patients(small_run, tmp_path):
+    args = small_run(tmp_path, num_envs=60)
+    cohort, device = load_cohort(args.cohort), torch.device("cpu")
+
+    def observed(args, world):
+        envs = environments.make_envs(args, cohort, device, num_envs=60 // world.size)
+        seen = [environments.first_reset(envs, args, args.seed, len(cohort), world)]
+        seen += [envs.step(envs.action_space.sample())[0] for _ in range(3)]
+        return torch.stack(seen)
+
+    for assignment in ("fixed", "random"):
+        args = dataclasses.replace(args, patient_assignment=assignment)
+        shares = [observed(args, ranks.World(rank, 3)) for rank in range(3)]
+        assert torch.equal(torch.cat(shares, dim=1), observed(args, ranks.ALONE))
+
+
+def test_a_request_that_the_ranks_cannot_share_is_refused(ppo, small_run, tmp_path):
+    with pytest.raises(errors.UsageError, match="--num-envs is 63, which 2 ranks cannot share"):
+        ppo.check_args(small_run(tmp_path, num_envs=63, minibatch_size=63), ranks.World(size=2))
+
+
+# --- interruptions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    train, small_run, of_runs, tmp_path, before, after
+):
+    args = small_run(tmp_path / "whole", num_iterations=4, precision="fp64", horizon=3)
+    train(1, args)
+    run = dataclasses.replace(args, output_dir=tmp_path / "run")
+    train(before, run)
+    resumed = of_runs.killed(run, tmp_path / "resumed", at=2)
+    printed = train(after, resumed)
+    of_runs.assert_same(resumed.output_dir, args.output_dir, 1e-9)
+    assert ("ranks: 2 in the checkpoint, now 1" in printed[0]) == ((before, after) == (2, 1))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
+    ppo, train, small_run, of_runs, tmp_path, monkeypatch
+):
+    plain, rollouts = ppo.rollout, []
+
+    def rollout(*args):
+        rollouts.append(1)
+        if os.environ["RANK"] == "1" and len(rollouts) == 3:
+            # As a launcher does, which passes on a signal that the rank got already.
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return plain(*args)
+
+    monkeypatch.setattr(ppo, "rollout", rollout)
+    main, codes = ppo.main, tmp_path / "codes"
+    codes.mkdir()
+
+    def note_code():
+        (codes / os.environ["RANK"]).write_text(str(main()))
+
+    monkeypatch.setattr(ppo, "main", note_code)
+    args = small_run(tmp_path / "run")
+    train(2, args)
+    assert [(codes / rank).read_text() for rank in "01"] == ["130", "130"]
+    assert of_runs.metrics(args.output_dir)["iteration"].tolist() == [1, 2, 3]
+    assert of_runs.iterations_saved(args.output_dir) == [2, 3]
+
+
+def test_losing_a_rank_ends_the_others_with_one_line(ppo, train, small_run, tmp_path, monkeypatch):
+    plain, main = ppo.update, ppo.main
+
+    def update(*args):
+        if os.environ["RANK"] == "1":
+            os._exit(0)
+        return plain(*args)
+
+    def first_fails():
+        assert main() == (0 if os.environ["RANK"] == "1" else 1)
+
+    monkeypatch.setattr(ppo, "update", update)
+    monkeypatch.setattr(ppo, "main", first_fails)
+    printed = train(2, small_run(tmp_path / "run"))[0]
+    assert "\nerror: another rank was lost: " in printed
+    assert "Traceback" not in printed
+
+
+# --- with the launcher
+
+
+LONG, SHORT_WAIT = timedelta(seconds=30), timedelta(seconds=0.2)
+
+
+def test_ranks_that_were_started_again_find_nothing_of_those_before_them():
+    store = dist.HashStore()
+    store.set("address", "of a dead rank")
+    for _ in range(2):
+        with ThreadPoolExecutor(3) as threads:
+            parts = list(
+                threads.map(
+                    lambda rank: ranks.unused_store_prefix(store, ranks.World(rank, 3), LONG),
+                    (1, 2, 0),
+                )
+            )
+        assert not any(part.check(["address"]) for part in parts)
+        parts[0].set("address", "of a living one")
+        assert [part.get("address") for part in parts] == [b"of a living one"] * 3
+
+
+def test_a_rank_waits_for_rank_0_and_takes_no_answer_to_an_earlier_one():
+    store = dist.HashStore()
+    store.set("rank 1 asks as", "one that was lost before it had an answer")
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ranks.unused_store_prefix, store, ranks.World(0, 2), LONG)
+        with pytest.raises(TimeoutError):
+            first.result(0.1)
+        second = threads.submit(ranks.unused_store_prefix, store, ranks.World(1, 2), LONG)
+        first.result(10).set("key", "value")
+        assert second.result(10).get("key") == b"value"
+
+
+def test_a_rank_that_does_not_come_in_time_is_named():
+    store = dist.HashStore()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ranks.unused_store_prefix, store, ranks.World(0, 3), SHORT_WAIT)
+        threads.submit(ranks.unused_store_prefix, store, ranks.World(1, 3), LONG)
+        with pytest.raises(ranks.RankLostError, match="rank 2 did not join within 0:00:00.2"):
+            first.result(10)
+
+
+def test_a_rank_that_waits_for_rank_0_in_vain_names_it():
+    with pytest.raises(ranks.RankLostError, match="rank 0 did not join within 0:00:00.2"):
+        ranks.unused_store_prefix(dist.HashStore(), ranks.World(1, 2), SHORT_WAIT)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer [10.0.0.2]"), 1),
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 180000ms"), 1),
+        (dist.DistNetworkError("failed to recv, got 0 bytes"), 1),
+        (dist.DistStoreError("wait timeout after 300ms"), 1),
+        (dist.DistBackendError("NCCL error: remote process exited"), 1),
+        (torch.OutOfMemoryError("CUDA out of memory, while a peer was written to"), 0),
+        (RuntimeError("gloo: DefaultCPUAllocator: can't allocate memory: 8 bytes"), 0),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), 0),
+        (ValueError("Connection closed by peer"), 0),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, Exception) else "",
+)
+def test_a_collective_that_fails_for_want_of_a_rank_says_so(monkeypatch, error, is_lost):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    with pytest.raises(ranks.RankLostError if is_lost else type(error)) as raised:
+        ranks.World(0, 2, joined=True).average(torch.ones(3))
+    if is_lost:
+        assert str(raised.value) == f"another rank was lost: {error}"
+    else:
+        assert raised.value is error
+
+
+# --- with a launcher
+
+
+def test_a_launched_rank_that_is_alone_trains_as_if_it_were_not_launched(
+    ppo, finished_run, of_runs, monkeypatch
+):
+    launcher = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "1"}
+    # A port that nobody listens at.
+    for name, value in (launcher | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(dist, "init_process_group", None)  # would fail
+    assert ranks.world_from_environment() == ranks.World(launched=True)
+    args, _ = finished_run
+    launched = dataclasses.replace(args, output_dir=args.output_dir.parent / "launched")
+    assert ppo.train(launched)["world_size"] == 1
+    of_runs.assert_same(launched.output_dir, args.output_dir)
+
+
+def torchrun(size: int, *flags: str) -> list[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*command, f"--nproc-per-node={size}", str(TRAINER), *flags]
+
+
+SHORT = ("--preset", "quick", "--num-envs", "64", "--num-steps", "4", "--minibatch-size", "64")
+SHORT += ("--hidden-dim", "16", "--no-oracle", "--checkpoint-interval", "5")
+
+
+def wait_for(condition, seconds: float = 60.0):
+    deadline = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+@pytest.mark.slow
+def test_a_launched_run_learns_what_one_process_learns(of_runs, tmp_path):
+    # The launcher gives each rank one thread, and more would make other initial weights.
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    flags = [*SHORT, "--num-iterations", "5", "--precision", "fp64", "--output-dir"]
+    for command, name in (([sys.executable, str(TRAINER)], "one"), (torchrun(2), "two")):
+        subprocess.run(
+            [*command, *flags, str(tmp_path / name)], env=one_thread, check=True, timeout=120
+        )
+    of_runs.assert_same(tmp_path / "two", tmp_path / "one", 1e-9)
+
+
+@no_cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_a_launched_run_on_cuda_learns_what_one_process_learns(of_runs, tmp_path, compile):
+    size = torch.cuda.device_count()  # one rank exercises NCCL and the split graphs too
+    flags = [*SHORT, "--num-iterations", "5", "--precision", "fp64", "--compile", compile]
+    for command, name in (([sys.executable, str(TRAINER)], "one"), (torchrun(size), "all")):
+        subprocess.run(
+            [*command, *flags, "--output-dir", str(tmp_path / name)], check=True, timeout=300
+        )
+    of_runs.assert_same(tmp_path / "all", tmp_path / "one", 1e-9)
+
+
+SLURM_COMMANDS = {
+    # exec: the step is this process
+    "srun": 'echo $$ > "$STUBS/step"\nwhile [[ $1 == --* ]]; do shift; done\nexec "$@"\n',
+    "scancel": '[[ $1 == --signal=USR1 && $2 == 7 ]] && kill -USR1 "$(cat "$STUBS/step")"\n',
+    # The real one ends the job, by SIGTERM to its steps.
+    "scontrol": "if [[ $1 == show ]]; then echo 127.0.0.1; exit; fi\n"
+    'echo "$*" > "$STUBS/requeued"\nkill -TERM "$(cat "$STUBS/step")"\n',
+}
+
+
+@pytest.mark.slow
+def test_a_slurm_job_saves_when_warned_and_goes_on_when_it_is_queued_again(of_runs, tmp_path):
+    stubs = tmp_path / "stubs"
+    stubs.mkdir()
+    for name, body in SLURM_COMMANDS.items():
+        (stubs / name).write_text(f"#!/usr/bin/env bash\nset -eu\n{body}")
+        (stubs / name).chmod(0o755)
+    job = {
+        "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "STUBS": str(stubs),
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "here",
+        "SLURM_NNODES": "1",
+        "SLURM_GPUS_ON_NODE": "2",
+        "OMP_NUM_THREADS": "1",
+        "REQUEUE_AFTER": "2",
+    }
+    run = tmp_path / "run"
+    flags = [*SHORT, "--num-iterations", "150", "--checkpoint-interval", "1000"]
+    flags += ["--output-dir", str(run)]
+    command = ["bash", str(ROOT / "train" / "slurm.sbatch"), *flags]
+
+    first = subprocess.Popen(command, cwd=ROOT, env=os.environ | job)
+    wait_for((run / "metrics.csv").exists)
+    first.send_signal(signal.SIGUSR1)
+    wait_for(lambda: list((run / "checkpoints").glob("*.pt")))  # on the warning
+    assert first.wait(60) != 0
+    assert (stubs / "requeued").read_text() == "requeue 7\n"
+    saved = sorted(path.name for path in (run / "checkpoints").glob("*.pt"))
+    assert len(saved) == 2  # and on the signal to stop
+    again = subprocess.run(
+        command, cwd=ROOT, env=os.environ | job | {"SLURM_RESTART_COUNT": "1"}, timeout=120
+    )
+    assert again.returncode == 0
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["resumed_at_iteration"] == int(saved[-1][11:17])
+    assert of_runs.metrics(run)["iteration"].tolist() == list(range(1, 151))

@@ -1,0 +1,236 @@
+"""What runs once a step or a batch reads nothing on the host and makes nothing on another device.
+
+On an accelerator a read waits for all that the device still does. On the meta device a tensor has
+no values, so that a read, a shape that depends on data and a tensor left on the CPU all raise.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from hydrogel_gym import HydrogelVectorEnv, RewardConfig, load_reward_model, oracle
+from hydrogel_gym.designs import sampling
+from hydrogel_gym.designs.schema import NUMBERS
+from hydrogel_gym.envs import wrappers
+from hydrogel_gym.runs import compiled, ranks, signals
+
+no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class NoHostRead(TorchDispatchMode):
+    """Raises where a value is read on the host, also where the device is the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), name
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_host_read_would_be_noticed():
+    with NoHostRead(), pytest.raises(AssertionError, match="_local_scalar_dense"):
+        bool(torch.ones(1) > 0)
+    with pytest.raises(RuntimeError, match="meta"):
+        bool(torch.ones(1, device="meta") > 0)
+
+
+def sampled(envs, device: str):
+    """An action for every environment, as tensors."""
+    envs.action_space.seed(0)
+    return tree_map(lambda x: torch.from_numpy(x).to(device), envs.action_space.sample())
+
+
+def trace(device: str, *, wrap=lambda envs: envs, **kwargs) -> list[torch.Tensor]:
+    """Every tensor of resets and steps, of some environments and of all."""
+    # On the CPU too, what a user sends is not looked at.
+    kwargs = {"horizon": 2, "output": "torch", "validate_actions": False} | kwargs
+    envs = wrap(HydrogelVectorEnv(3, device=device, **kwargs))
+    action, mask = sampled(envs, device), torch.tensor([True, False, True], device=device)
+    results = [envs.reset(seed=0), envs.step(action)]
+    results.append(envs.reset(options={"reset_mask": mask, "patient_id": [1, 2, 3]}))
+    # The first of these ends an episode in the middle.
+    results += [envs.step(action), envs.step(action)]
+    return tree_leaves(results)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(autoreset_mode="SameStep", obs_format="dict", action_format="multidiscrete"),
+        dict(autoreset_mode="SameStep", obs_format="box", action_format="dict"),
+        dict(autoreset_mode="NextStep", obs_format="dict", action_format="tuple"),
+        dict(autoreset_mode="Disabled", obs_format="box", action_format="box", dtype="float64"),
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_environments_step_and_reset_on_a_device_without_values(settings):
+    settings = settings | {"observe_explored": True, "patient_assignment": "random"}
+    there, here = (trace(device, **settings) for device in ("meta", "cpu"))
+    assert {x.device.type for x in there} == {"meta"}
+    assert [(x.shape, x.dtype) for x in there] == [(x.shape, x.dtype) for x in here]
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        wrappers.VectorFlattenHybridAction,
+        wrappers.VectorDiscretizeHybridAction,
+        wrappers.VectorRescaleFormulation,
+    ],
+)
+def test_wrapped_environments_step_on_a_device_without_values(wrapper):
+    assert {x.device.type for x in trace("meta", wrap=wrapper)} == {"meta"}
+
+
+@no_cuda
+@pytest.mark.parametrize("mode", ["SameStep", "NextStep", "Disabled"])
+def test_step_on_cuda_equals_the_cpu_and_never_waits_for_the_device(mode):
+    envs, cpu_envs = (
+        HydrogelVectorEnv(3, horizon=2, device=device, output="torch", autoreset_mode=mode)
+        for device in ("cuda", "cpu")
+    )
+    action = sampled(envs, "cuda")
+    mask = torch.ones(3, dtype=torch.bool, device="cuda")
+    envs.reset(seed=0)
+    envs.step(action)
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        returned = envs.step(action)
+        envs.reset(options={"reset_mask": mask})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    cpu_envs.reset(seed=0)
+    cpu_action = sampled(cpu_envs, "cpu")
+    cpu_envs.step(cpu_action)
+    expected = tree_leaves(cpu_envs.step(cpu_action))
+    for one, other in zip(tree_leaves(returned), expected, strict=True):
+        assert one.is_cuda
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+@pytest.mark.parametrize("stage1", ["mechanistic", "ensemble"])
+def test_reward_models_predict_on_a_device_without_values(stage1, dtype, make_stage1):
+    model = load_reward_model("mechanistic") if stage1 == "mechanistic" else make_stage1()
+    index = torch.empty(7, dtype=torch.int64, device="meta")
+    patient, formulation = (torch.empty(7, n, dtype=dtype, device="meta") for n in (11, 4))
+    outcomes = model.to("meta")(patient, index, formulation, index)
+    assert {(x.device.type, x.shape, x.dtype) for x in outcomes} == {("meta", (7,), dtype)}
+
+
+def test_oracle_searches_on_a_device_without_values(monkeypatch):
+    shorter = tuple(stage._replace(generations=1) for stage in oracle.search.ROUNDS)
+    monkeypatch.setattr(oracle.search, "ROUNDS", shorter)
+    model = load_reward_model("mechanistic", "meta")
+    design = oracle.search.search(torch.empty(7, 11, device="meta"), model, RewardConfig(), seed=0)
+    assert [tuple(part.shape) for part in design] == [(7,), (7, 4), (7,)]
+    assert {part.device.type for part in design} == {"meta"}
+
+
+def test_candidates_are_drawn_and_evaluated_on_a_device_without_values(ppo):
+    model = load_reward_model("mechanistic", "meta")
+    with torch.device("meta"):
+        formulation = ppo.SquashedNormal(torch.empty(24, 4), torch.empty(24, 4), torch.empty(2, 8))
+        sampler = sampling.Sampler(
+            torch.empty(11),
+            formulation,
+            torch.empty(192),
+            torch.empty(192, dtype=torch.int64),
+        )
+        cell, numbers = sampling.evaluate(
+            sampler,
+            torch.empty(64),
+            torch.empty(64, 4),
+            squash=torch.tanh,
+            temperature=1.0,
+            reward_model=model,
+            reward_config=RewardConfig(),
+        )
+    assert (cell.shape, numbers.shape) == ((64,), (len(NUMBERS), 64))
+    assert {x.device.type for x in (cell, numbers)} == {"meta"}
+
+
+@pytest.fixture
+def make_world():
+    """Makes this process alone, or the second of four ranks, whose messages go nowhere."""
+
+    def make(is_joined: bool) -> ranks.World:
+        if not is_joined:
+            return ranks.ALONE
+        dist.init_process_group("fake", rank=1, world_size=4, store=FakeStore())
+        return ranks.World(1, 4, 4, joined=True)
+
+    yield make
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def without_generator(function):
+    return lambda *size, generator, device: function(*size, device=device)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=no_cuda)])
+@pytest.mark.parametrize(
+    ("compile", "is_joined", "policy", "state_std"),
+    [
+        (False, True, "autoregressive", True),
+        (True, False, "autoregressive", True),
+        (True, True, "factored", False),
+    ],
+    ids=["plain-one of four", "compiled-alone", "compiled-one of four-factored"],
+)
+def test_an_iteration_of_the_trainer_reads_nothing_on_the_host(
+    compile, is_joined, policy, state_std, device, ppo, small_run, make_world, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
+    world, args = make_world(is_joined), small_run(tmp_path, num_steps=2)
+    envs = HydrogelVectorEnv(
+        args.num_envs // world.size, output="torch", validate_actions=False, device=device
+    )
+    obs, _ = envs.reset(seed=0)
+    agent = ppo.Agent(
+        obs_dim=13,
+        num_polymers=24,
+        num_coverages=4,
+        formulation_low=[0.0] * 4,
+        formulation_high=[1.0] * 4,
+        policy=policy,
+        state_std=state_std,
+        hidden_dim=16,
+    ).to(device)
+    no_read = NoHostRead()
+    if device == "meta":  # has no generators and cannot be read at all
+        generator, no_read = SimpleNamespace(device=obs.device), contextlib.nullcontext()
+        for name in ("rand", "randn", "randperm"):
+            monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
+    else:
+        generator = torch.Generator(device)
+    weights = [compiled.flatten_weights(agent)] if compile else list(agent.parameters())
+    # There is no fused optimiser on the meta device.
+    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=device != "meta")
+
+    def loss(forward, minibatch):
+        output = forward(minibatch.obs, minibatch.action)
+        return ppo.ppo_loss(output, minibatch, args, agent.return_std)
+
+    if compile:
+        step = compiled.CompiledStep(agent, optimizer, loss, args.max_grad_norm, world)
+    else:
+        step = functools.partial(ppo.gradient_step, agent, optimizer, args)
+    if world.joined:
+        step = functools.partial(step, average=world.average)
+    with no_read:
+        _, batch, infos = ppo.rollout(envs, agent, obs, args, generator, world=world)
+        losses = ppo.update(step, batch, args, generator, world)
+        requests = signals.Signals(world).requests(obs.device)
+    assert len(batch.logprob) == infos["reward"].numel() == args.num_envs * args.num_steps
+    assert {value.device.type for value in (*losses.values(), requests)} == {device}
+    assert agent.encoder[0].weight.device.type == device
