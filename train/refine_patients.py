@@ -269,12 +269,14 @@ def policy_file(saved: dict[str, Any], weights: dict[str, Tensor], patient_id: s
 
 
 def write(store: Store, saved: dict[str, Any], patient_ids: list[str], refined: Refined) -> None:
-    """Write the policies of several patients, and the best designs.
+    """Write the policies of several patients, and the best designs, of those who have none yet.
 
     Raises:
         OSError: a file cannot be written.
     """
     for i, patient_id in enumerate(patient_ids):
+        if store.is_done(patient_id):
+            continue
         weights = {name: weight[i] for name, weight in refined.weights.items()}
         path = store.output_dir / POLICIES / f"{file_name(patient_id)}.pt"
         write_atomically(path, policy_file(saved, weights, patient_id))

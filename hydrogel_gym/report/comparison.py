@@ -30,6 +30,7 @@ from hydrogel_gym.report.plots import (
 from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.report.sections import ReportTable, Section
 from hydrogel_gym.runs.identity import MAY_CHANGE, REMOVED
+from hydrogel_gym.runs.options import BUILT_IN
 
 # Of each run of a comparison; the other figures are shown of its group.
 RUN_FIGURES = ("holdout_deterministic_reward", "holdout_fraction_of_oracle", "samples")
@@ -83,9 +84,11 @@ def compared_settings(run: SavedRun) -> dict[str, Any]:
 
     A setting that earlier versions had is none of them where a run of today is as if it had it.
     """
+    # Earlier versions wrote the built-in model where none was named.
+    config = run.config | {"reward_model": run.config.get("reward_model") or BUILT_IN}
     return {
         name: value
-        for name, value in run.config.items()
+        for name, value in config.items()
         if name not in NOT_COMPARED and (name not in REMOVED or value != REMOVED[name])
     }
 

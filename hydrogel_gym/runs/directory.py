@@ -93,19 +93,32 @@ def only_writer(output_dir: Path) -> Iterator[None]:
     Raises:
         UsageError: another run is there, or the directory cannot be written to.
     """
+    path, is_held = output_dir / LOCK_FILE, False
+    made = [folder for folder in (output_dir, *output_dir.parents) if not folder.exists()]
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(output_dir / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)
+        while not is_held:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            if lock(descriptor) is False:
+                os.close(descriptor)
+                raise UsageError(
+                    f"--output-dir {output_dir}: another run is writing there; choose another "
+                    "directory, or wait for its end"
+                )
+            # Not the file of a run that ended, and removed it, in between.
+            with contextlib.suppress(FileNotFoundError):
+                is_held = os.path.samestat(os.fstat(descriptor), path.stat())
+            if not is_held:
+                os.close(descriptor)
     except OSError as error:
         raise UsageError(f"--output-dir {output_dir} cannot be written to: {error}") from error
     try:
-        if lock(descriptor) is False:
-            raise UsageError(
-                f"--output-dir {output_dir}: another run is writing there; choose another "
-                "directory, or wait for its end"
-            )
         yield
     finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            for folder in made:  # for a run that was refused, and left nothing
+                folder.rmdir()
         os.close(descriptor)
 
 

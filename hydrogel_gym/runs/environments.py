@@ -46,7 +46,7 @@ def make_envs(
         dtype: of their numbers.
 
     Raises:
-        hydrogel_gym.models.contract.RewardModelError: the reward model cannot be used.
+        RewardModelError: the reward model cannot be used.
         UsageError: the id is of an environment that does not take these arguments.
     """
     given: dict[str, Any] = {}

@@ -51,16 +51,16 @@ def check_origin(
         UsageError: something has changed that was not given on purpose.
     """
     for name, now in here.items():
-        what, flag = (name, "--reward-model") if name == MODEL else ("cohort", "--cohort")
+        what, flag = (name, "--reward-model") if name == MODEL else ("patients", "--cohort")
         if saved is None:
             print(f"note: the policy does not say which {what} it was trained on", file=sys.stderr)
         elif saved[name] != now and given[name] is None:
             raise UsageError(
-                f"the {what} has changed since the policy was trained on it (digest {saved[name]} "
-                f"then, {now} now); pass {flag} to say which to take"
+                f"{what} changed since the policy was trained (digest {saved[name]} then, {now} "
+                f"now); pass {flag} to say which to take"
             )
-        elif saved[name] != now:
-            print(f"note: another {what} than the policy was trained on", file=sys.stderr)
+        elif saved[name] != now and name != MODEL:
+            print(f"note: other {what} than the policy was trained on", file=sys.stderr)
 
 
 def digest(cohort: Cohort) -> str:
