@@ -275,7 +275,7 @@ def run(args: Args) -> Path:
         tqdm(total=total, **progress) as bar,
     ):
         for row in left:
-            bar.set_description(ids[row], refresh=False)
+            bar.set_description(ids[row][:30], refresh=False)
             sampler = policy_sampler(start.agent, start.obs[row], patients[row], args)
             stream = CandidateStream(ids[row], sampler, evaluate, **sizes)
             generate(stream, store, pool, bar, ahead=2 * threads, top_only=args.top_only)
