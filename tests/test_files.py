@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import errno
+import io
+import os
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from hydrogel_gym.archives import check_state, check_zip, load_archive
+from hydrogel_gym.errors import UsageError
+from hydrogel_gym.files import make_folder, remove_unfinished, write_atomically
+from hydrogel_gym.output import unfailing_output
+
+
+def test_mode_of_a_new_file_follows_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        write_atomically(tmp_path / "a.json", b"{}")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_folder_that_cannot_be_flushed_costs_nothing(tmp_path, monkeypatch):
+    flush = os.fsync
+
+    def refuse_folders(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse_folders)
+    write_atomically(tmp_path / "a.json", b"{}")
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_file_that_cannot_be_flushed_is_not_written(tmp_path, monkeypatch):
+    (tmp_path / "a.json").write_bytes(b"old")
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_atomically(tmp_path / "a.json", b"new")
+    assert (tmp_path / "a.json").read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
+    left = tmp_path / "top" / "P0007" / ".designs.parquet.0a1b2c3d"
+    left.parent.mkdir(parents=True)
+    kept = [tmp_path / name for name in (".notes.txt.01234567", ".a.json", "a.json.01234567")]
+    for path in (left, *kept):
+        path.touch()
+    writing = tmp_path / ".part-00001.parquet.89abcdef"
+    script = (
+        "import fcntl, sys; file = open(sys.argv[1], 'w'); "
+        "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(writing)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    other.stdout.readline()
+    remove_unfinished(tmp_path)
+    assert not left.exists()
+    assert all(path.exists() for path in (writing, *kept))
+    other.communicate(b"\n")
+    remove_unfinished(tmp_path)
+    assert not writing.exists()
+
+
+def test_folder_that_is_a_file_is_refused_in_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--output-dir .*file cannot be written to: File exists"):
+        make_folder(tmp_path / "file", "--output-dir")
+
+
+def test_any_flipped_bit_of_an_archive_is_noticed(tmp_path):
+    torch.save({"weight": torch.arange(64.0)}, tmp_path / "w.pt")
+    content = (tmp_path / "w.pt").read_bytes()
+    start = content.index(torch.arange(64.0).numpy().tobytes())
+    for place in range(start, start + 256, 17):
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        (tmp_path / "w.pt").write_bytes(damaged)
+        with pytest.raises(ValueError, match="it is damaged: .*data/0 does not have its checksum"):
+            load_archive(tmp_path / "w.pt")
+    (tmp_path / "w.pt").write_bytes(content[:-100])
+    with pytest.raises(ValueError, match="it is cut off, or is no archive of weights"):
+        load_archive(tmp_path / "w.pt")
+
+
+def test_archive_larger_than_its_file_is_refused_before_it_is_read():
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("zeros", bytes(10_000_000))
+    with pytest.raises(ValueError, match="its members add up to 10,000,000 bytes, more than the"):
+        check_zip(buffer, len(buffer.getvalue()))
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({}, "a is missing"),
+        ({"a": torch.zeros(2), "b": torch.zeros(1)}, "b is unknown"),
+        ({"a": torch.zeros(3)}, r"a has shape \(3,\); expected \(2,\)"),
+        ({"a": torch.tensor([0.0, torch.nan])}, "a is not finite"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(state, message):
+    with pytest.raises(ValueError, match=message):
+        check_state(state, {"a": torch.zeros(2, device="meta")}, 100)
+
+
+def test_weights_that_repeat_themselves_are_counted_in_full():
+    wide = torch.zeros(1).expand(1000)
+    with pytest.raises(ValueError, match="add up to 4,000 bytes, more than the file's 100"):
+        check_state({"a": wide}, {"a": torch.zeros(1000, device="meta")}, 100)
+
+
+class _Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_stream_that_is_gone_ends_nothing(monkeypatch):
+    for stream in (_Gone(), None):
+        monkeypatch.setattr(sys, "stderr", stream)
+        with unfailing_output():
+            print("lost", file=sys.stderr)
+        assert sys.stderr is stream
+
+
+def test_letters_that_a_terminal_lacks_are_escaped(monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    with unfailing_output():
+        print("M\u00fcller")
+    assert written.getvalue() == b"M\\xfcller\n"
