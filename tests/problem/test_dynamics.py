@@ -196,6 +196,7 @@ def test_formulation_outside_its_box_is_clipped_and_flagged(params, toy_model):
     low, high = [5.0, 7.0, 0.0, 1.0], [30.0, 180.0, 1.0, 5.0]
     formulation = torch.tensor([low, high, [-1e30] * 4, [1e30] * 4, [20.0, 30.0, 1.0, 5.1]])
     assert clip_formulation(formulation).tolist() == [low, high, low, high, [20.0, 30.0, 1.0, 5.0]]
+    assert clip_formulation(formulation[2]).tolist() == low
     index = torch.zeros(5, dtype=torch.long)
     result = transition(
         initial(torch.arange(5), params), Design(index, formulation, index), params, toy_model
