@@ -1,7 +1,6 @@
 """Would the tests notice? Faults put into the dynamics, the reward and the reward model, one each.
 
-    python benchmark/robustness/mutation.py                # a quarter of an hour on two cores
-    python benchmark/robustness/mutation.py --every 10     # every tenth mutant
+    python benchmark/robustness/mutation.py     # some minutes on two idle cores
 
 Cosmic Ray makes the mutants: one operator, comparison, number, truth value, condition or decorator
 changed in each. Left out are changes to annotations, which nothing evaluates, and those that make
@@ -15,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import gc
 import multiprocessing
 import os
 import signal
@@ -27,7 +27,7 @@ from types import CodeType
 from typing import NamedTuple
 
 # Before torch is imported, and in the children too: two of them share two cores.
-os.environ["OMP_NUM_THREADS"] = "1"
+os.environ |= {"OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
 
 import cosmic_ray.mutating
 import cosmic_ray.plugins
@@ -35,14 +35,14 @@ import gymnasium  # noqa: F401  what follows is imported once, for all forks
 import pandas  # noqa: F401
 import pytest
 import torch.distributed.tensor  # noqa: F401  by `torch.testing`
+import tyro  # noqa: F401
 from tqdm import tqdm
 
 CHECKOUT = Path(__file__).parents[2]
 MODULES = ("problem/reward", "problem/dynamics", "models/mechanistic")
 BAR_PERCENT = 90.0
-LIMIT_SECONDS = 60  # thirty times what the tests take, for cores that others use too
-# One change for each operator in the code; to put all others in its place as well would add mutants
-# that die of a type error.
+LIMIT_SECONDS = 60  # sixty times what the tests take, for cores that others use too
+# One change for each operator in the code: all others in its place would die of a type error.
 BINARY = (
     "Add_Sub Sub_Add Mul_Div Div_Mul FloorDiv_Mul Mod_Mul Pow_Mul BitAnd_BitOr BitOr_BitAnd "
     "BitXor_BitAnd RShift_LShift LShift_RShift"
@@ -161,6 +161,7 @@ def main() -> None:
         if run_tests(Mutant(module, "none", file_of(module).read_text(), 0, "", "")):
             raise SystemExit(f"{tests_of(module)} fails on {module} as it is")
     todo = [mutant for module in args.modules for mutant in mutants(module)][:: args.every]
+    gc.freeze()  # what pytest looks for at its end is not among these objects
     results = []
     with multiprocessing.get_context("fork").Pool(args.processes) as pool:
         codes = tqdm(pool.imap(run_tests, todo), total=len(todo), unit="mutant")
