@@ -398,7 +398,7 @@ def test_training_begins_when_every_log_has_or_none_is_waited_for_any_longer(mon
     with tracking.Logs(makers):
         assert len(begun) == 2
     monkeypatch.setattr(tracking, "FIRST_WAIT_SECONDS", 0.01)
-    with tracking.Logs({name: lambda: slow(gate.wait) for name in "ab"}):
+    with tracking.Logs({name: lambda: slow(lambda: gate.wait(10)) for name in "ab"}):
         assert len(begun) == 2
         gate.set()
     assert len(begun) == 4
