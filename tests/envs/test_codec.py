@@ -118,11 +118,6 @@ FAULTS = {
         head("coverage", lambda x: np.stack([x, x], -1)),
         "coverage has shape {B2}; expected {B} or {B1}",
     ),
-    "formulation nan": (
-        HYBRID,
-        head("formulation", put(NAN, 1)),
-        f"env {{env}}: formulation[1] is nan; {CLIPPED} [7, 180] (half_life_days)",
-    ),
     "formulation inf": (
         HYBRID,
         head("formulation", put(-INF, 3)),
@@ -142,11 +137,6 @@ FAULTS = {
         HYBRID,
         head("formulation", lambda x: x.astype(np.complex64)),
         "formulation has dtype torch.complex64; expected a real number dtype",
-    ),
-    "key missing": (
-        ("dict",),
-        lambda action: {key: action[key] for key in ("coverage", "polymer_id")},
-        f"action has the keys ('coverage', 'polymer_id'); expected {KEYS}",
     ),
     "key too many": (
         ("dict",),
@@ -186,11 +176,6 @@ FAULTS = {
         ("multidiscrete",),
         put(-1, 5),
         "env {env}: action[5] is -1; allowed: whole numbers 0 to 3",
-    ),
-    "level float": (
-        ("multidiscrete",),
-        lambda x: x / 2,
-        "action has dtype torch.float64; expected an integer dtype",
     ),
     "level shape": (("multidiscrete",), lambda x: x[:, :5], "action has shape {B5}; expected {B6}"),
 }

@@ -157,17 +157,9 @@ def test_ids_make_single_and_vector_environments_that_agree(env_id, vectorizatio
                 assert [type(flag) for flag in flags_alone] == [float, bool, bool]
 
 
-EVERY_KEYWORD = {
-    "device": "cpu",
-    "horizon": 3,
-    "cohort": "holdout",
-    "reward_model": "mechanistic",
-    "action_format": "tuple",
-    "obs_format": "dict",
-    "observe_explored": True,
-    "reward_mode": "improvement",
-    "patient_assignment": "random",
-}
+EVERY_KEYWORD = dict(device="cpu", horizon=3, cohort="holdout", reward_model="mechanistic")
+EVERY_KEYWORD |= dict(action_format="tuple", obs_format="dict", observe_explored=True)
+EVERY_KEYWORD |= dict(reward_mode="improvement", patient_assignment="random")
 
 
 @pytest.mark.parametrize(
@@ -365,13 +357,8 @@ def as_gymnasium_has_it(info: dict) -> dict:
 def test_vector_agrees_with_gymnasiums_own_over_single_ones_and_tensors_with_arrays(
     mode, obs_format, action_format, staggered, three_patients
 ):
-    kwargs = {
-        "horizon": 3,
-        "cohort": three_patients,
-        "obs_format": obs_format,
-        "action_format": action_format,
-        "observe_explored": True,
-    }
+    kwargs = {"horizon": 3, "cohort": three_patients, "observe_explored": True}
+    kwargs |= {"obs_format": obs_format, "action_format": action_format}
     ours, tensors = (
         make("vector", autoreset_mode=mode, output=output, **kwargs)
         for output in ("numpy", "torch")
