@@ -61,6 +61,7 @@ OPERATORS = (
 UNOBSERVABLE = {
     "strict=False": "what is paired has one length",
     "unsqueeze(1)": "of one dimension, the next is the last",
+    "seed.shape[ -1]": "of one dimension, the first is the last",
     "any(1)": "of two dimensions, this is the last",
     "dim=1": "of two dimensions, this is the last",
     "/, heading": "the star marks keyword arguments, and is no product",

@@ -85,6 +85,7 @@ def test_problem_is_by_default_one_design_for_a_fixed_patient_paid_by_its_score(
     assert (params.patient_assignment, params.observe_explored) == ("fixed", False)
     with pytest.raises(AttributeError, match="cannot assign to field 'horizon'"):
         params.horizon = 2
+    assert params != replace(params)  # a comparison of tensors would have no truth value
 
 
 def splitmix64_finaliser(x: int) -> int:
