@@ -154,10 +154,11 @@ def main(argv: list[str] | None = None) -> None:
     flag("--fit-flags", default="", help="more flags of `train/fit_stage1.py`, in one word")
     flag("--folder", type=Path, default=ROOT / "runs" / "overoptimisation", help="of the runs")
     args = parser.parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     notes = []
     for name in args.only:
-        output = fit(name, args.folder, args.fit_flags.split())
+        output = fit(name, folder, args.fit_flags.split())
         fitted = json.loads((output / "metrics.json").read_text())
         gain, optimal = (fitted["held_out"][name] for name in ("delta_ef_pct", "is_optimal"))
         notes.append(
@@ -173,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         groups += [*short, *([Run(name, x, first, long)] for x in REWARDS[:3])]
     policies = [policy for group in groups for policy in group]
     with ThreadPoolExecutor(2) as pool:  # processes of one thread each
-        curves = pool.map(lambda policy: train(policy, args.folder), policies)
+        curves = pool.map(lambda policy: train(policy, folder), policies)
         curves = dict(zip(policies, tqdm(curves, total=len(policies), unit="run"), strict=True))
     picture = figure(6 * len(args.only), 4.5)
     for axes, name in zip(

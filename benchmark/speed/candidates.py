@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         return measure(args.flags, args.measure)
 
     whole = args.num_candidates
-    policy = ["--policy", str(args.policy)]
+    policy = ["--policy", str(args.policy.resolve())]
     one = [*policy, "--patient", PATIENT, "--num-candidates"]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

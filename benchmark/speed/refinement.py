@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     def best_found(folder: Path) -> list[float]:
         return list(load_designs(folder).groupby("patient_id")["reward"].max().loc[ids])
 
-    flags = ["--policy", args.policy, "--patient", *ids]
+    flags = ["--policy", args.policy.resolve(), "--patient", *ids]
     with tempfile.TemporaryDirectory() as folder:
         refined, drawn = Path(folder, "refined"), Path(folder, "drawn")
         sizes = ["--num-copies", COPIES, "--num-iterations", ITERATIONS]

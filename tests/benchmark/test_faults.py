@@ -20,7 +20,7 @@ def pair(tmp_path):
         save_weights(tmp_path / name, torch.tensor([1.0, -0.0]))
         summary = {"entropy": 0.1, "wall_seconds": number, "resumed_at_iteration": number or None}
         (tmp_path / name / "summary.json").write_text(json.dumps(summary))
-        write_rows(tmp_path / name, [(1, 0.5, number), (2, 0.6, number), (3, 0.7, number)])
+        write_rows(tmp_path / name, [(k, 0.5, number) for k in (1, 2, 3)])
     return tmp_path / "undisturbed", tmp_path / "continued"
 
 
@@ -29,55 +29,40 @@ def save_weights(run_dir, weight):
     torch.save({"policy_state_dict": weights}, run_dir / "stage2_policy.pt")
 
 
-def write_rows(run_dir, rows, columns=("iteration", "mean_reward", "wall_seconds")):
+def write_rows(run_dir, rows):
+    columns = ("iteration", "mean_reward", "wall_seconds")
     pd.DataFrame(rows, columns=columns).to_csv(run_dir / "metrics.csv", index=False)
 
 
-@pytest.mark.parametrize("column", "wall_seconds rollout_seconds samples_per_second".split())
-def test_a_run_that_differs_in_a_time_of_any_kind_is_the_same(pair, column):
-    assert trials.differences(*pair) == []
-    for number, run_dir in enumerate(pair):
-        write_rows(run_dir, [(1, 0.5, number)], ("iteration", "mean_reward", column))
+def test_a_run_that_differs_in_its_times_alone_is_the_same(pair):
     assert trials.differences(*pair) == []
 
 
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([(1, 0.5, 0), (3, 0.7, 0)], "metrics.csv lacks iteration 2"),
-        ([(1, 0.5, 0), (2, 0.6, 0)], "metrics.csv lacks iteration 3"),
-        (
-            [(1, 0.5, 0), (2, 0.6, 0), (2, 0.6, 0), (3, 0.7, 0)],
-            "metrics.csv has iteration 2 twice or more",
-        ),
-        (
-            [(1, 0.5, 0), (3, 0.7, 0), (2, 0.6, 0)],
-            "metrics.csv has other iterations, or in another order",
-        ),
-        ([(1, 0.5, 0), (2, 0.6000000000000001, 0), (3, 0.7, 0)], "iteration 2 differs in"),
+        ([1, 3], "metrics.csv lacks iteration 2"),
+        ([1, 2], "metrics.csv lacks iteration 3"),
+        ([1, 2, 2, 3], "metrics.csv has iteration 2 twice or more"),
+        ([1, 3, 2], "metrics.csv has other iterations, or in another order"),
     ],
-    ids=["missing", "last missing", "twice", "order", "value"],
 )
 def test_a_table_that_is_not_the_same_is_named(pair, rows, expected):
-    write_rows(pair[1], rows)
-    (line,) = trials.differences(*pair)
-    assert line.startswith(expected)
+    write_rows(pair[1], [(row, 0.5, 7) for row in rows])
+    assert trials.differences(*pair) == [expected]
 
 
-@pytest.mark.parametrize(
-    "weight", [torch.tensor([1.0, 0.0]), torch.tensor([1.0, -0.0]).double()], ids=["sign", "dtype"]
-)
-def test_weights_that_differ_in_a_bit_are_told(pair, weight):
-    save_weights(pair[1], weight)
-    assert trials.differences(*pair) == ["1 of 2 weights differ, out.weight first"]
-
-
-def test_a_figure_or_a_file_that_differs_is_named(pair):
+def test_a_value_a_weight_a_figure_or_a_file_that_differs_is_named(pair):
+    write_rows(pair[1], [(1, 0.5, 1), (2, 0.5000000000000001, 1), (3, 0.5, 1)])
+    save_weights(pair[1], torch.tensor([1.0, 0.0]))
     (pair[1] / "summary.json").write_text(json.dumps({"entropy": 0.2, "wall_seconds": 3}))
-    assert trials.differences(*pair) == ["summary.json differs in entropy"]
-    left = pair[1] / "checkpoints" / ".checkpoint-000002.pt.abcdefgh"
-    left.touch()
-    assert f"checkpoints/{left.name} was left behind" in trials.differences(*pair)
+    (pair[1] / "checkpoints" / ".checkpoint-000002.pt.abcdefgh").touch()
+    assert trials.differences(*pair) == [
+        "checkpoints/.checkpoint-000002.pt.abcdefgh was left behind",
+        "1 of 2 weights differ, out.weight first",
+        "iteration 2 differs in mean_reward",
+        "summary.json differs in entropy",
+    ]
     (pair[1] / "summary.json").unlink()
     assert trials.differences(*pair) == ["there is no summary.json"]
 

@@ -5,34 +5,21 @@ import torch
 from common import first_patients
 from quality import sensitivity
 
-from hydrogel_gym import load_cohort, load_polymers
+from hydrogel_gym import load_cohort
 from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
 from hydrogel_gym.problem.fields import PATIENT_FIELDS, Design
-from hydrogel_gym.runs.environments import make_envs
-from hydrogel_gym.runs.evaluation import evaluate
-from hydrogel_gym.runs.options import ProblemOptions
 
 HOLDOUT = load_cohort("holdout")
 
 
-@pytest.fixture(scope="module")
-def agent(ppo):
-    torch.manual_seed(0)
-    agent = ppo.Agent(
-        obs_dim=13,
-        num_polymers=24,
-        num_coverages=4,
-        formulation_low=[5.0, 7.0, 0.0, 1.0],
-        formulation_high=[30.0, 180.0, 1.0, 5.0],
-        policy="autoregressive",
-        state_std=True,
-        hidden_dim=16,
-    )
-    # Away from the near-uniform initial policy, so that patients get different designs.
-    with torch.no_grad():
-        for parameter in agent.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    return agent
+class Agent:
+    """A policy that gives every patient of a cohort another polymer."""
+
+    def design(self, obs):
+        formulation = torch.tensor([10.0, 30.0, 0.1, 5.0]).expand(len(obs), 4)
+        polymer_id = torch.arange(len(obs))
+        design = Design(polymer_id, formulation, torch.ones_like(polymer_id))
+        return design._asdict(), torch.zeros(len(obs))
 
 
 def moved_constants(model):
@@ -41,14 +28,7 @@ def moved_constants(model):
     return [name for name in names if getattr(shipped, name) != getattr(model.params, name)]
 
 
-def test_every_index_of_the_polymers_is_an_assumption_that_is_moved():
-    windows = {"youngs_modulus_kpa", "half_life_days", "conductivity_s_per_m"}
-    polymers = load_polymers()
-    numeric = {f.name for f in fields(polymers) if torch.is_tensor(getattr(polymers, f.name))}
-    assert set(sensitivity.POLYMER_INDICES) == numeric - windows
-
-
-def test_moving_one_assumption_moves_no_other():
+def test_moving_one_assumption_moves_no_other_and_keeps_an_index_in_its_range():
     shipped = MechanisticModel()
     for name in sensitivity.assumptions():
         moved = sensitivity.perturbed({name: 0.8})
@@ -60,13 +40,9 @@ def test_moving_one_assumption_moves_no_other():
         else:
             assert (moved_constants(moved), int(columns.sum())) == ([name], 0), name
             assert getattr(moved.params, name) == 0.8 * getattr(shipped.params, name)
-
-
-@pytest.mark.parametrize("name", ["bioactivity", "foreign_body_tendency", "cohesion"])
-def test_index_from_zero_to_one_stays_there(name):
-    moved = sensitivity.perturbed({name: 100.0})
-    changed = (moved.polymer_table != MechanisticModel().polymer_table).any(0)
-    assert (moved.polymer_table[:, changed] == 1.0).all()
+    highest = sensitivity.perturbed({"cohesion": 100.0})
+    changed = (highest.polymer_table != shipped.polymer_table).any(0)
+    assert (highest.polymer_table[:, changed] == 1.0).all()
 
 
 def test_cases_are_the_shipped_model_both_ends_of_an_assumption_and_seeded_draws():
@@ -124,17 +100,9 @@ def test_figures_count_what_a_person_counts(three_patients, toy_model):
     )
 
 
-def test_nominal_figures_are_those_of_the_trainer(agent):
-    expected = evaluate(agent.design, make_envs(ProblemOptions(), HOLDOUT, torch.device("cpu")))
-    design = sensitivity.designs_of(agent, HOLDOUT.features)
-    result = sensitivity.figures(MechanisticModel(), HOLDOUT.features, design)
-    for name in ("mean_reward", "limit_breach_rate"):
-        assert result[name] == pytest.approx(expected[name], rel=1e-6)
-
-
-def test_no_designs_are_ahead_of_the_best_and_changes_are_from_the_model_as_shipped(agent):
+def test_no_designs_are_ahead_of_the_best_and_changes_are_from_the_model_as_shipped():
     few = first_patients(HOLDOUT, 3)
-    results = sensitivity.measure(few, agent, ["cohesion"], 1, 1, 2)
+    results = sensitivity.measure(few, Agent(), [], 1, 1, 2)
     regret, is_best = results["regret"].dropna(), results["designs"] == sensitivity.SHIPPED
     assert (regret > -1e-3).all()
     assert regret[is_best & results["kind"].isin(["holdout", "nominal"])].max() < 1e-3

@@ -54,37 +54,24 @@ def test_cleanrl_manner_has_the_network_of_the_source_preset(agent, ppo):
         layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
         return sum(layer.weight.numel() for layer in layers)
 
-    ours = ppo.Agent(
-        obs_dim=13,
-        num_polymers=24,
-        num_coverages=4,
-        formulation_low=[5.0, 7.0, 0.0, 1.0],
-        formulation_high=[30.0, 180.0, 1.0, 5.0],
-        policy="factored",
-        state_std=False,
-        hidden_dim=256,
-    )
+    box = {"formulation_low": [5.0, 7.0, 0.0, 1.0], "formulation_high": [30.0, 180.0, 1.0, 5.0]}
+    sizes = dict(obs_dim=13, num_polymers=24, num_coverages=4, hidden_dim=256, state_std=False)
+    ours = ppo.Agent(**sizes, **box, policy="factored")
     assert multiplications(agent[0]) == multiplications(ours)
 
 
 @torch.no_grad()
-def test_cleanrl_manner_evaluates_actions_as_the_squashed_distribution_of_torch(agent):
+def test_cleanrl_manner_evaluates_formulations_as_the_squashed_distribution_of_torch(agent):
     agent, obs = agent
-    action, logprob, _, _ = agent.get_action_and_value(obs)
-    features = agent.features(obs)
-    squashed = torch.distributions.TransformedDistribution(
-        torch.distributions.Normal(
-            agent.formulation_mean(features), agent.formulation_logstd.exp().expand(6, 4)
-        ),
-        torch.distributions.TanhTransform(cache_size=1),
-    )
-    categorical = torch.distributions.Categorical
-    expected = (
-        categorical(logits=agent.polymer(features)).log_prob(action.polymer_id)
-        + squashed.log_prob(action.presquash.tanh()).sum(-1)
-        + categorical(logits=agent.coverage(features)).log_prob(action.coverage)
-    )
-    torch.testing.assert_close(logprob, expected, rtol=1e-4, atol=1e-4)
+    mean, std = agent.formulation_mean(agent.features(obs)), agent.formulation_logstd.exp()
+    tanh = torch.distributions.TanhTransform(cache_size=1)
+    normal = torch.distributions.Normal(mean, std.expand(6, 4))
+    squashed = torch.distributions.TransformedDistribution(normal, tanh)
+    action, first, _, _ = agent.get_action_and_value(obs)
+    other = action._replace(presquash=torch.zeros(6, 4))
+    _, second, _, _ = agent.get_action_and_value(obs, other)
+    expected = [squashed.log_prob(x.presquash.tanh()).sum(-1) for x in (action, other)]
+    torch.testing.assert_close(first - second, expected[0] - expected[1], rtol=1e-4, atol=1e-4)
 
 
 def test_cleanrl_manner_stops_advantages_where_an_episode_ends():
@@ -95,15 +82,9 @@ def test_cleanrl_manner_stops_advantages_where_an_episode_ends():
 
 
 def test_throughput_scales_a_process_to_the_unit_without_its_first_iteration():
-    iterations = pd.DataFrame(
-        {
-            "samples": [40_000, 80_000, 120_000],
-            "seconds_iteration": [99.0, 2.0, 4.0],
-            "seconds_rollout": [9.0, 0.5, 0.5],
-            "seconds_update": [90.0, 1.5, 3.5],
-        }
-    )
-    figures = throughput.per_unit(iterations)
+    columns = {"samples": [40_000, 80_000, 120_000], "seconds_iteration": [99.0, 2.0, 4.0]}
+    columns |= {"seconds_rollout": [9.0, 0.5, 0.5], "seconds_update": [90.0, 1.5, 3.5]}
+    figures = throughput.per_unit(pd.DataFrame(columns))
     assert figures == {"iteration": 15.0, "rollout": 2.5, "update": 12.5, "first": 99.0}
 
 
