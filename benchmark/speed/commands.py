@@ -109,12 +109,15 @@ def main(argv: list[str] | None = None) -> None:
     flag("--rounds", type=common.count, default=7, help="a process of each kind in every one")
     flag("flags", nargs="*", help="more flags of the trainer, after `--`")
     args = parser.parse_args(argv)
-    lines = [common.made_by(), "", *imports(args.rounds)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines += ["", *logging(args.preset, args.rounds, args.flags, folder)]
-        lines += ["", *report(folder / "off-0", args.rounds)]
-    common.write(args.output_dir, "commands", lines)
+        tables = {
+            "imports": imports(args.rounds),
+            "tracking": logging(args.preset, args.rounds, args.flags, folder),
+            "report": report(folder / "off-0", args.rounds),
+        }
+    for name, lines in tables.items():
+        common.write(args.output_dir, name, [common.made_by(), "", *lines])
 
 
 if __name__ == "__main__":
