@@ -66,15 +66,10 @@ class Ended(NamedTuple):
 
 
 def run(command: Sequence[object], *, threads: int | None = None, **variables: str) -> Ended:
-    """Run a command to its end, from the root of the checkout.
+    """Run a command (`{python}` is this interpreter) to its end, from the root of the checkout.
 
-    Args:
-        command: the program and its arguments; `{python}` is this interpreter.
-        threads: of its numerical libraries; None leaves that to them.
-        variables: of its environment, besides this process's own.
-
-    Raises:
-        ChildProcessError: it failed; the message has the last line that it wrote.
+    Threads are those of its numerical libraries; variables are added to its environment. Raises a
+    `ChildProcessError` with the last line that it wrote if it failed.
     """
     words = [sys.executable if word == "{python}" else str(word) for word in command]
     if threads is not None:
@@ -110,15 +105,10 @@ def run(command: Sequence[object], *, threads: int | None = None, **variables: s
 def in_turn(
     names: Iterable[str], rounds: int, measure: Callable[[str, int], Measured]
 ) -> dict[str, list[Measured]]:
-    """What was measured of each name, a figure per round.
+    """What was measured of each name, a figure per round; rounds are counted from 0.
 
     In every round each name has its turn, another one first each time, so that whatever else the
     machine does meets them all.
-
-    Args:
-        names: of what is compared.
-        rounds: how many.
-        measure: takes a name and the number of the round, from 0.
     """
     names = list(names)
     measured: dict[str, list[Measured]] = {name: [] for name in names}
@@ -176,14 +166,7 @@ def made_by(threads: int | None = None, *packages: str) -> str:
 
 
 def write(folder: Path, name: str, lines: Sequence[str], picture: Any = None) -> None:
-    """Write a table, and a figure of Matplotlib or the bytes of a PNG beside it; print the table.
-
-    Args:
-        folder: where to.
-        name: of both files, without a suffix.
-        lines: of the table.
-        picture: none by default.
-    """
+    """Write and print a table, and a figure of Matplotlib, or the bytes of a PNG, beside it."""
     text = "\n".join(lines) + "\n"
     write_atomically(folder / f"{name}.md", text.encode())
     if picture is not None:

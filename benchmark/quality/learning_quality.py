@@ -65,14 +65,7 @@ HEADER = (
 
 
 def train(name: str, seed: int, flags: list[str], pictures: Path | None) -> dict[str, Any]:
-    """Figures of one run, in a process of its own.
-
-    Args:
-        name: of the variant.
-        seed: of the run.
-        flags: more of the trainer's.
-        pictures: folder for the pictures of the run; None for none.
-    """
+    """Figures of one run, in a process of its own; `pictures` is a folder for its pictures."""
     with tempfile.TemporaryDirectory() as folder:
         # The oracle's results lie beside a run; every run shares one folder of them.
         Path(folder, "oracle").symlink_to(ORACLE_CACHE)

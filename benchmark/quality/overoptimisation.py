@@ -8,8 +8,7 @@ mechanistic model: `whole`, formulations from all over the action space, and `ma
 rows that ask of a polymer what it can be made with, as a laboratory's table would. An ensemble is
 fitted to each; policies are trained on nothing else, with several values of `--pessimism`, and on
 one network in place of the ensemble; and every iteration is evaluated by the truth on the held-out
-patients. Long runs have three times the iterations of the quick preset. Fits and runs that
-`--folder` has are kept. Needs `pip install -e ".[train,stage1]"`.
+patients. Fits and runs that `--folder` has are kept. Needs `pip install -e ".[train,stage1]"`.
 """
 
 from __future__ import annotations
@@ -42,10 +41,10 @@ TRUE, PREDICTED = "true_holdout_deterministic_reward", "holdout_deterministic_re
 
 
 class Run(NamedTuple):
-    """A policy to train."""
+    """A policy to train; the reward is a value of --pessimism, or `ONE_NETWORK`."""
 
     table: str
-    reward: str  # a value of --pessimism, or `ONE_NETWORK`
+    reward: str
     seed: int
     iterations: int
 
@@ -107,32 +106,35 @@ def train(policy: Run, folder: Path) -> pd.DataFrame:
     return rows.reset_index().assign(**policy._asdict())
 
 
+def label_of(reward: str) -> str:
+    """What a policy learns from, in words."""
+    if reward == ONE_NETWORK:
+        return reward
+    return f"pessimism {reward}" + " (default)" * (reward == DEFAULT)
+
+
 def row(policy: Run, runs: list[pd.DataFrame]) -> list[str]:
     """How the last iteration is evaluated, mean over the seeds."""
-    last = pd.DataFrame([curve.iloc[-1] for curve in runs])
-    label = f"pessimism {policy.reward}" if policy.reward != ONE_NETWORK else ONE_NETWORK
+    last = pd.concat([curve.tail(1) for curve in runs])
     mean, true = last.mean(numeric_only=True), last[TRUE]
-    breach = pd.to_numeric(last["true_holdout_deterministic_limit_breach_rate"]).mean()
-    fraction = pd.to_numeric(last["true_holdout_fraction_of_oracle"]).mean()
     highest = [curve[TRUE].max() for curve in runs]
     return [
         policy.table,
-        f"{last['global_step'].max() / 1e6:.1f} M",
-        label + " (default)" * (policy.reward == DEFAULT),
+        f"{mean['global_step'] / 1e6:.1f} M",
+        label_of(policy.reward),
         str(len(runs)),
         f"{mean[PREDICTED]:.2f}",
         f"{true.mean():.2f} [{true.min():.2f}, {true.max():.2f}]",
-        f"{100 * fraction:.2f} %",
+        f"{100 * mean['true_holdout_fraction_of_oracle']:.2f} %",
         f"{sum(highest) / len(highest):.2f}",
-        f"{100 * breach:.1f} %",
+        f"{100 * mean['true_holdout_deterministic_limit_breach_rate']:.1f} %",
     ]
 
 
 def draw(axes: Any, name: str, long: dict[str, pd.DataFrame]) -> None:
     """Predicted and true reward of the long runs, over the samples."""
     for k, (reward, rows) in enumerate(long.items()):
-        label = f"pessimism {reward}" if reward != ONE_NETWORK else ONE_NETWORK
-        samples = rows["global_step"] / 1e6
+        samples, label = rows["global_step"] / 1e6, label_of(reward)
         axes.plot(samples, rows[TRUE], color=f"C{k}", label=label)
         axes.plot(samples, rows[PREDICTED], color=f"C{k}", linestyle=":")
         best = (rows[TRUE] / rows["true_holdout_fraction_of_oracle"]).median()
@@ -152,18 +154,18 @@ def main(argv: list[str] | None = None) -> None:
     flag("--fit-flags", default="", help="more flags of `train/fit_stage1.py`, in one word")
     flag("--folder", type=Path, default=ROOT / "runs" / "overoptimisation", help="of the runs")
     args = parser.parse_args(argv)
-    args.folder.mkdir(parents=True, exist_ok=True)
+    folder = args.folder.resolve()
+    folder.mkdir(parents=True, exist_ok=True)
     notes = []
     for name in args.only:
-        output = fit(name, args.folder, args.fit_flags.split())
+        output = fit(name, folder, args.fit_flags.split())
         fitted = json.loads((output / "metrics.json").read_text())
-        of = fitted["held_out"]
+        gain, optimal = (fitted["held_out"][name] for name in ("delta_ef_pct", "is_optimal"))
         notes.append(
-            f"- `{name}`, {TABLES[name]}: {fitted['rows']:,} rows of {fitted['patients']} "
-            f"virtual patients, fitted in {fitted['seconds']:.0f} s; on "
-            f"{fitted['held_out_patients']} patients that were not fitted, MAE of the change in "
-            f"LVEF {of['delta_ef_pct']['mae']:.3f}, R2 {of['delta_ef_pct']['r2']:.3f}; "
-            f"`optimal` AUROC {of['is_optimal']['auroc']:.3f}, F1 {of['is_optimal']['f1']:.3f}"
+            f"- `{name}`, {TABLES[name]}: {fitted['rows']:,} rows of {fitted['patients']} virtual "
+            f"patients; on {fitted['held_out_patients']} that were not fitted, MAE of the change "
+            f"in LVEF {gain['mae']:.3f}, R2 {gain['r2']:.3f}; `optimal` AUROC "
+            f"{optimal['auroc']:.3f}, F1 {optimal['f1']:.3f}"
         )
     first, long = args.seeds[0], 3 * args.iterations
     groups = []
@@ -172,7 +174,7 @@ def main(argv: list[str] | None = None) -> None:
         groups += [*short, *([Run(name, x, first, long)] for x in REWARDS[:3])]
     policies = [policy for group in groups for policy in group]
     with ThreadPoolExecutor(2) as pool:  # processes of one thread each
-        curves = pool.map(lambda policy: train(policy, args.folder), policies)
+        curves = pool.map(lambda policy: train(policy, folder), policies)
         curves = dict(zip(policies, tqdm(curves, total=len(policies), unit="run"), strict=True))
     picture = figure(6 * len(args.only), 4.5)
     for axes, name in zip(

@@ -11,7 +11,7 @@ are BoTorch's. Needs `pip install -e ".[bench]"`.
 from __future__ import annotations
 
 import functools
-import importlib
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -102,13 +102,7 @@ def call_grid(budget: int) -> np.ndarray:
 def compared(
     objectives: list[tuple[np.ndarray, np.ndarray]], oracle: np.ndarray, calls_before: float = 0.0
 ) -> Runs:
-    """What a method's searches come to.
-
-    Args:
-        objectives: best reward and cumulative overhead after each call, of every patient.
-        oracle: the oracle's reward for each patient.
-        calls_before: reward calls before the first new patient.
-    """
+    """Runs, given best reward and overhead after each call, and the oracle's reward, by patient."""
     at = call_grid(len(objectives[0][0])) - 1
     rewards, overhead = (np.stack(parts)[:, at] for parts in zip(*objectives, strict=True))
     regret = oracle[: len(rewards), None] - rewards
@@ -162,20 +156,17 @@ def search_all(
 
 @torch.no_grad()
 def policy_designs(agent: Agent, patient: Tensor, name: str, budget: int, seed: int) -> Design:
-    """Designs of a policy for one (11,) patient: deterministic, sampled, or the one, then samples.
+    """Designs of a policy for one (11,) patient: sampled, or the deterministic one and samples.
 
     The deterministic design comes first because it is what one would try first: the trace of the
     best so far then starts at the zero-shot policy.
     """
-    obs = torch.cat([patient.float(), torch.zeros(2)])
-    first = Design(**agent.design(obs[None], None)[0])
-    generator, samples = torch.Generator().manual_seed(seed), budget - (name != "policy_sample")
-    if not samples:
-        return first
-    drawn = Design(**agent.design(obs.expand(samples, -1), generator)[0])
-    if name == "policy_sample":
-        return drawn
-    return Design(*(torch.cat(parts) for parts in zip(first, drawn, strict=True)))
+    obs = torch.cat([patient.float(), torch.zeros(2)]).expand(budget, -1)
+    drawn = agent.design(obs, torch.Generator().manual_seed(seed))[0]
+    if name != "policy_sample":
+        for head, first in agent.design(obs[:1], None)[0].items():
+            drawn[head][:1] = first
+    return Design(**drawn)
 
 
 def transferred(
@@ -257,31 +248,19 @@ def report(every: dict[str, Runs]) -> list[str]:
 
 
 def draw(every: dict[str, Runs]) -> Any:
-    """Regret against calls, and beside it the methods that make one call."""
-    floor, names = 0.01, []
-    picture = figure(11, 5.5)
-    left, right = picture.subplots(1, 2, sharey=True, width_ratios=[1, 2.6])
+    """Regret against calls; methods that make one call as points."""
+    picture = figure(9, 5.5)
+    axes = picture.subplots()
     for name, runs in every.items():
-        method = METHODS[name]
-        low, middle, high = np.quantile(runs.regret, [0.25, 0.5, 0.75], axis=0).clip(floor / 2)
-        if method.budget == 1:
-            error = [middle - low, high - middle]
-            left.errorbar(len(names), middle, error, fmt="o", color=method.colour, capsize=4)
-            names.append(method.label)
-        else:
-            label = f"{method.label} ({len(runs.rewards)} patients)"
-            right.plot(runs.calls, middle, color=method.colour, label=label, lw=2)
-            right.fill_between(runs.calls, low, high, color=method.colour, alpha=0.13, lw=0)
-    for axes in (left, right):
-        dashed = max(np.median(every["policy"].regret), floor)
-        axes.axhline(dashed, color="#D55E00", linestyle="--")
-        axes.grid(alpha=0.3, which="major")
-    left.set(title="one call per patient", yscale="log", ylim=(floor, 30.0))
-    left.set_xticks(range(len(names)), names, rotation=35, ha="right")
-    left.set_ylabel("regret: oracle's reward − method's, median and IQR")
-    right.set(xscale="log", xlabel="reward calls per new patient")
-    right.set_title("searching for each patient; dashed: policy, zero-shot")
-    right.legend(loc="upper right", fontsize=9, ncols=2)
+        method, label = METHODS[name], f"{METHODS[name].label} ({len(runs.rewards)} patients)"
+        low, middle, high = np.quantile(runs.regret, [0.25, 0.5, 0.75], axis=0).clip(0.005)
+        marker = "o" if method.budget == 1 else None
+        axes.plot(runs.calls, middle, color=method.colour, label=label, marker=marker)
+        axes.fill_between(runs.calls, low, high, color=method.colour, alpha=0.13, lw=0)
+    axes.grid(alpha=0.3, which="major")
+    axes.set(xscale="log", xlabel="reward calls per new patient", yscale="log", ylim=(0.01, 30.0))
+    axes.set_ylabel("regret: oracle's reward − method's, median and IQR")
+    axes.legend(loc="upper right", fontsize=8, ncols=2)
     return picture
 
 
@@ -299,11 +278,9 @@ def main(argv: list[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes started below
     torch.set_num_threads(1)
     chosen = [name for name in METHODS if name.startswith("policy") or name in args.methods]
-    for library in filter(None, (METHODS[name].library for name in chosen)):
-        try:
-            importlib.import_module(library)
-        except ModuleNotFoundError as error:
-            raise UsageError(f"{library} is missing: pip install -e '.[bench]'") from error
+    for name in chosen:
+        if (library := METHODS[name].library) and not importlib.util.find_spec(library):
+            raise UsageError(f"{library} is missing: pip install -e '.[bench]'")
     agent, _ = load_policy(args.policy / POLICY_FILE, Agent, "cpu")
     summary = json.loads((args.policy / SUMMARY_FILE).read_text())
     holdout, cohort = load_cohort("holdout"), load_cohort("train")

@@ -72,12 +72,7 @@ def assumptions() -> tuple[str, ...]:
 
 
 def perturbed(factors: dict[str, float | Tensor]) -> MechanisticModel:
-    """Built-in model whose assumptions are multiplied.
-
-    Args:
-        factors: by name, one of `assumptions()`: a number, or for an index of the polymer table
-            also (24,), a number per polymer. What is not named stays as it is.
-    """
+    """Built-in model whose named assumptions are multiplied: an index also per polymer, (24,)."""
     params, polymers = MechanisticParams(), load_polymers()
     constants, indices = {}, {}
     for name, factor in factors.items():
@@ -145,16 +140,9 @@ def figures(
 ) -> dict[str, float]:
     """What a design per patient is worth under a reward model.
 
-    Args:
-        model: what evaluates.
-        features: (P, 11) of the patients as they are.
-        design: one per patient.
-        best_score: (Q,) score of the best design of each of the first Q <= P patients; none to
-            leave regret out.
-
-    Returns:
-        `mean_reward` and the shares of designs that break each safety limit and any, of all P;
-        `best_reward` and `regret`, means of the first Q.
+    `mean_reward` and the shares of designs that break each safety limit and any, of all P patients
+    with `features` (P, 11); `best_reward` and `regret`, means of the first Q <= P, for whom the
+    score of the best design is known.
     """
     terms = reward_terms(model(features.to(torch.float32), *design), True)
     score = sum_terms(terms)
@@ -169,9 +157,7 @@ def figures(
 
 def measure(
     cohort: Cohort,
-    training: Cohort,
     agent: Agent,
-    *,
     names: Iterable[str],
     num_draws: int,
     num_noise: int,
@@ -179,55 +165,40 @@ def measure(
 ) -> pd.DataFrame:
     """A row per case and set of designs.
 
-    Args:
-        cohort: P patients to design for.
-        training: those that the policy was trained on, for their share of unsafe designs.
-        agent: the policy.
-        names: of the assumptions to move one at a time.
-        num_draws: of all assumptions together.
-        num_noise: of the errors of measurement.
-        oracle_patients: Q <= P, those for whom the best designs are searched for in every case.
-
-    Returns:
-        `kind` ("training" and "holdout": model as shipped, all patients of the cohort; "noise"; or
-        that of a `Case`), `name` and `factor` of the case; `designs`, "policy" or `SHIPPED`; the
-        columns of `figures`; and `change`, of the mean reward from the nominal case. Regret is of
-        all patients in "holdout", of nobody in "training" and "joint-held", else of the first Q.
-        The noise rows of `SHIPPED` are designs for the first Q patients as measured, and evaluated
-        on them alone.
+    `kind` is "holdout" (model as shipped, all patients), "noise", or that of a `Case`; `designs`
+    are "policy" or `SHIPPED`; then come the columns of `figures`, and `change`, of the mean reward
+    from "holdout". Regret is of all patients there, of nobody in "joint-held", else of the first Q,
+    for whom best designs are searched for. The noise rows of `SHIPPED` are designs for these as
+    measured, and evaluated on them alone.
     """
     truth, shipped, rows = cohort.features, MechanisticModel(), []
 
-    def add(case: tuple, designs: str, *evaluated: Any, base: float = math.nan) -> float:
-        row = dict(zip(Case._fields, case, strict=False)) | {"designs": designs}
-        row |= figures(*evaluated)
+    def add(kind: str, designs: str, *evaluated: Any, base: float | None = None, **case) -> float:
+        row = {"kind": kind, "designs": designs} | case | figures(*evaluated)
+        base = row["mean_reward"] if base is None else base
         rows.append(row | {"change": row["mean_reward"] - base})
         return row["mean_reward"]
 
-    few = first_patients(cohort, oracle_patients)
     best = best_designs(cohort, shipped)
     frozen = {"policy": designs_of(agent, truth), SHIPPED: best.design}
-    ours = designs_of(agent, training.features)
-    add(("training", "", 1.0), "policy", shipped, training.features, ours)
-    nominal = {
-        name: add(("holdout", "", 1.0), name, shipped, truth, design, best.score)
+    usual = {
+        name: add("holdout", name, shipped, truth, design, best.score)
         for name, design in frozen.items()
     }
-    every = list(cases(names, num_draws))
-    for case in tqdm(every, "reward models", unit="model", disable=None):
-        best_score = best_designs(few, case.model).score if case.kind != "joint-held" else None
+    few, few_best = first_patients(cohort, oracle_patients), best.score[:oracle_patients]
+    for case in tqdm(list(cases(names, num_draws)), "reward models", disable=None):
+        score = best_designs(few, case.model).score if case.kind != "joint-held" else None
+        about = {"name": case.name, "factor": case.factor}
         for name, design in frozen.items():
-            evaluated = (case.model, truth, design, best_score)
-            add(case[:3], name, *evaluated, base=nominal[name])
-    few_best = best.score[:oracle_patients]
+            add(case.kind, name, case.model, truth, design, score, base=usual[name], **about)
     generator = torch.Generator().manual_seed(0)
-    for draw in tqdm(range(num_noise), "measurement errors", unit="draw", disable=None):
-        case, seen = ("noise", str(draw), math.nan), measured(truth, generator)
-        evaluated = (shipped, truth, designs_of(agent, seen), few_best)
-        add(case, "policy", *evaluated, base=nominal["policy"])
+    for _ in tqdm(range(num_noise), "measurement errors", disable=None):
+        seen = measured(truth, generator)
+        ours = designs_of(agent, seen)
+        add("noise", "policy", shipped, truth, ours, few_best, base=usual["policy"])
         misled = best_designs(first_patients(cohort, oracle_patients, seen), shipped).design
-        evaluated = (shipped, few.features, misled, few_best)
-        add(case, SHIPPED, *evaluated, base=few_best.mean().item())
+        base = few_best.mean().item()
+        add("noise", SHIPPED, shipped, few.features, misled, few_best, base=base)
     return pd.DataFrame(rows)
 
 
@@ -239,14 +210,6 @@ def ranked(results: pd.DataFrame, column: str) -> pd.DataFrame:
     chosen = results[(results["kind"] == "constant") & (results["designs"] == "policy")]
     wide = chosen.pivot(index="name", columns="factor", values=["regret", "limit_breach_rate"])
     return wide.loc[wide[column].max(axis=1).sort_values(ascending=False, kind="stable").index]
-
-
-def value_shipped(name: str) -> str:
-    """Value of an assumption in the model as shipped."""
-    if name not in POLYMER_INDICES:
-        return f"{getattr(MechanisticParams(), name):g}"
-    column = getattr(load_polymers(), name)
-    return f"{column.min():g} to {column.max():g}"
 
 
 def percentiles(values: pd.Series, digits: int) -> str:
@@ -288,37 +251,25 @@ def report(results: pd.DataFrame) -> list[str]:
         for name, values in ranked(results, column).head(10).iterrows():
             cells = [f"{x:.2f}" for x in values["regret"]]
             cells += [f"{100 * x:.1f} %" for x in values["limit_breach_rate"]]
-            rows.append([f"`{name}`", value_shipped(name), *cells])
-        columns = ["assumption", "as shipped", "regret, × 0.8", "× 1.2", "unsafe, × 0.8", "× 1.2"]
+            rows.append([f"`{name}`", *cells])
+        columns = ["assumption", "regret, × 0.8", "× 1.2", "unsafe, × 0.8", "× 1.2"]
         nominally = f"regret {nominal['regret']:.2f}, unsafe {100 * nominal[BREACHES[-1]]:.1f} %"
         lines += ["", f"{title}, moved alone (as shipped: {nominally}):", "", *table(columns, rows)]
     return lines
 
 
 def draw(results: pd.DataFrame) -> Any:
-    """Regret and share of unsafe designs of the policy with each assumption at both ends.
-
-    Shows the fifteen that cost most regret and the ten that make most designs unsafe.
-    """
-    by_regret = ranked(results, "regret")
-    shown = {*by_regret.index[:15], *ranked(results, "limit_breach_rate").index[:10]}
-    shown = by_regret[by_regret.index.isin(shown)][::-1]  # a chart is read from its bottom up
-    chosen = (results["kind"] == "nominal") & (results["designs"] == "policy")
-    nominal = results[chosen].iloc[0]
-    picture = figure(9, 1.6 + 0.27 * len(shown))
-    left, right = picture.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-    ends = zip(shown["regret"].columns, ("#0072B2", "#D55E00"), (0.2, -0.2), strict=True)
-    for factor, color, offset in ends:
-        rows = [i + offset for i in range(len(shown))]
-        rise = shown["regret", factor] - nominal["regret"]
-        left.barh(rows, rise, 0.4, left=nominal["regret"], color=color, label=f"× {factor:g}")
-        right.plot(100.0 * shown["limit_breach_rate", factor], rows, "o", color=color, ms=4)
-    left.axvline(nominal["regret"], color="k", lw=0.8)
-    right.axvline(100.0 * nominal["limit_breach_rate"], color="k", lw=0.8)
-    left.set_yticks(range(len(shown)), shown.index, fontsize="small")
-    left.set_xlabel("mean regret of the policy's designs; line: as shipped")
-    right.set_xlabel("those that break a safety limit, %")
-    left.legend(loc="lower right", fontsize="small", title="assumption")
+    """The policy's regret and share of unsafe designs with the gravest assumptions at both ends."""
+    picture = figure(10, 5.5)
+    panels = picture.subplots(1, 2)
+    for axes, column in zip(panels, ("regret", "limit_breach_rate"), strict=True):
+        shown = ranked(results, column)[column].head(15)[::-1]  # a chart is read from its bottom up
+        for factor, colour in zip(shown, ("#0072B2", "#D55E00"), strict=True):
+            axes.plot(shown[factor], shown.index, "o", color=colour, label=f"× {factor:g}")
+        shipped = (results["kind"] == "nominal") & (results["designs"] == "policy")
+        axes.axvline(results.loc[shipped, column].iloc[0], color="k", lw=0.8)
+        axes.set_xlabel(f"{column.replace('_', ' ')} of the policy's designs; line: as shipped")
+    panels[0].legend(loc="lower right", title="assumption")
     return picture
 
 
@@ -335,45 +286,28 @@ def main(argv: list[str] | None = None) -> None:
     agent, saved = load_policy(policy_path(args.policy), Agent, "cpu")
     if (horizon := saved["training_config"]["horizon"]) != 1:
         raise UsageError(f"--policy {args.policy}: trained with horizon {horizon}; expected 1")
-    cohort, training = load_cohort("holdout"), load_cohort("train")
-    results = measure(
-        cohort,
-        training,
-        agent,
-        names=args.assumptions,
-        num_draws=args.draws,
-        num_noise=args.noise_draws,
-        oracle_patients=args.oracle_patients,
-    )
-    by_policy = results[results["designs"] == "policy"].set_index("kind")
-    holdout, unsafe = by_policy.loc["holdout"], 100 * by_policy["limit_breach_rate"]
+    cohort, sizes = load_cohort("holdout"), (args.draws, args.noise_draws, args.oracle_patients)
+    results = measure(cohort, agent, args.assumptions, *sizes)
+    nominal = results[(results["kind"] == "holdout") & (results["designs"] == "policy")].iloc[0]
     lines = [
         made_by(),
         "",
-        f"**Under the reward model as shipped {unsafe['holdout']:.1f} % of the deterministic "
-        f"designs of the policy {args.policy.name} for the {len(cohort)} held-out virtual patients "
-        f"break a safety limit, and {unsafe['training']:.1f} % of those for the {len(training):,} "
-        f"of the training cohort; the mean regret on the held-out ones is {holdout['regret']:.2f} "
-        f"of a best reward of {holdout['best_reward']:.2f}.**",
+        f"Under the reward model as shipped {100 * nominal['limit_breach_rate']:.1f} % of the "
+        f"deterministic designs of the policy {args.policy.name} for the {len(cohort)} held-out "
+        "virtual patients break a safety limit; their mean regret is "
+        f"{nominal['regret']:.2f} of a best reward of {nominal['best_reward']:.2f}.",
         "",
-        "The designs are frozen; the model that evaluates them is not. Each of "
-        f"{len(args.assumptions)} assumptions (constants of grade D and the polymer indices) is "
-        f"moved by {100 * SPREAD:.0f} % alone, and {args.draws} times all are moved together at "
-        "random by up to that, the indices of each polymer on their own. In "
-        f"{args.noise_draws} draws the model stays and every feature of a patient is measured "
-        f"with an error of up to {100 * NOISE:.0f} %. Regret is what the designs lose to the best "
-        "ones under the model that evaluates them; it and the best reward are of the first "
-        f"{args.oracle_patients} patients. *Best as shipped* are the best designs under the "
-        "unmoved model; under measurement error, those for the patients as measured (the first "
-        f"{args.oracle_patients} only). Median and 5th to 95th percentile over the draws.",
+        f"Each of {len(args.assumptions)} assumptions is moved by {100 * SPREAD:.0f} % alone, and "
+        f"{args.draws} times all are moved together at random by up to that, the indices of each "
+        f"polymer on their own. In {args.noise_draws} draws the model stays and every feature of a "
+        f"patient is measured with an error of up to {100 * NOISE:.0f} %. Regret is what the "
+        "designs lose to the best ones under the model that evaluates them; it and the best reward "
+        f"are of the first {args.oracle_patients} patients. *Best as shipped* are the best designs "
+        "under the unmoved model, or for these patients as measured. Median and 5th to 95th "
+        "percentile over the draws. Unsafe means past a limit of the reward, in a model that was "
+        "fitted to nobody: neither the shares nor the rewards are clinical facts.",
         "",
         *report(results),
-        "",
-        "Unsafe means past a limit of the reward, in a model that was fitted to nobody: neither "
-        "the shares nor the rewards are clinical facts. The ranges are not confidence intervals, "
-        f"for nobody knows how wrong the assumptions are; {100 * SPREAD:.0f} % is as far as they "
-        "were moved. The polymers' windows, the form of the equations and the safety limits were "
-        "not moved.",
     ]
     write(args.output_dir, "sensitivity", lines, draw(results))
 

@@ -21,12 +21,11 @@ import torch
 from common import ROOT
 
 from hydrogel_gym.runs.directory import (
-    CONFIG_FILE,
-    CURVE_FILE,
     METRICS_FILE,
     POLICY_FILE,
-    SELECTION_FILE,
+    RUN_FILES,
     SUMMARY_FILE,
+    WANDB_FILE,
 )
 from hydrogel_gym.runs.metrics import METRICS
 
@@ -38,52 +37,29 @@ SETTINGS = (
 TIMINGS = {metric.name for metric in METRICS if metric.namespace == "perf"}
 # Of the summary; that a run was continued is in it too.
 NOT_COMPARED = TIMINGS | {"training_began", "compile_seconds", "resumed_at_iteration"}
-FINISHED_FILES = {
-    *(CONFIG_FILE, METRICS_FILE, SUMMARY_FILE, POLICY_FILE, CURVE_FILE, SELECTION_FILE)
-}
+FINISHED_FILES = set(RUN_FILES) - {WANDB_FILE}
 PATIENCE_SECONDS = 300
 
 
 class FaultError(RuntimeError):
-    """A run did something that keeps its fault from being inflicted; the message is one line."""
+    """A run did something that keeps its fault from being inflicted."""
 
 
 @dataclass
 class Trial:
-    """One fault, inflicted once.
+    """One fault, inflicted once."""
 
-    Attributes:
-        fault: what is done to the run; trials of one fault are one row of the report.
-        did: the particulars of this trial.
-        saw: what came of it, in words that other trials of this fault may share.
-        same: whether the run, once continued, ended as the undisturbed one did; None where it was
-            not continued.
-        problems: expectations that failed.
-        seconds: what the report gives the median of, where the fault has such a thing.
-        redrawn: times that the fault came too late for the run, and was inflicted anew.
-    """
+    fault: str = ""  # what is done to the run; trials of one fault are one row of the report
+    did: str = ""  # the particulars of this trial
+    saw: str = ""  # what came of it, in words that other trials of this fault may share
+    same: bool | None = None  # whether it ended, once continued, as the undisturbed run did
+    problems: list[str] = field(default_factory=list)  # expectations that failed
+    seconds: float | None = None  # what the report gives the median of, where there is such a thing
 
-    fault: str
-    did: str = ""
-    saw: str = ""
-    same: bool | None = None
-    problems: list[str] = field(default_factory=list)
-    seconds: float | None = None
-    redrawn: int = 0
-
-    def expect(self, holds: bool, problem: str) -> None:
-        """Note a problem unless something holds."""
-        if not holds:
+    def expect(self, is_so: bool, problem: str) -> None:
+        """Note a problem unless something is so."""
+        if not is_so:
             self.problems.append(problem)
-
-    @contextlib.contextmanager
-    def noting(self) -> Iterator[None]:
-        """Note that the fault could not be inflicted."""
-        try:
-            yield
-        except FaultError as error:
-            self.same = False
-            self.problems.append(str(error))
 
     def resume(self, command: list[str], run_dir: Path, undisturbed: Path) -> Ended:
         """Run a command again; note whether it ends as the undisturbed run did."""
@@ -111,11 +87,8 @@ class Ended(NamedTuple):
 def command(output_dir: Path, *, interval: int = 1, keep: int = 3, ranks: int = 1) -> list[str]:
     """The command of a run, which begins it as well as it continues it.
 
-    Args:
-        output_dir: run directory.
-        interval: iterations from one checkpoint to the next.
-        keep: how many of them stay.
-        ranks: processes; several are started by `torchrun` and may be restarted once.
+    Several ranks are started by `torchrun` and may be restarted once; `interval` and `keep` are of
+    the checkpoints.
     """
     # A port of its own, so that a launcher of somebody else on this machine is not met.
     launcher = f"-m torch.distributed.run --standalone --nproc-per-node={ranks} --max-restarts=1"
@@ -152,11 +125,7 @@ def started(command: list[str]) -> Iterator[subprocess.Popen]:
 
 
 def end(process: subprocess.Popen) -> Ended:
-    """Wait for a process.
-
-    Raises:
-        FaultError: it does not end.
-    """
+    """Wait for a process, or raise a `FaultError` if it does not end."""
     try:
         _, errors = process.communicate(timeout=PATIENCE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -172,11 +141,7 @@ def complete(command: list[str]) -> Ended:
 
 
 def wait_until(process: subprocess.Popen, condition: Callable[[], bool], what: str) -> None:
-    """Return once something is the case.
-
-    Raises:
-        FaultError: the process ended before, or it takes too long.
-    """
+    """Return once something is so, or raise a `FaultError` if it ends before or takes too long."""
     give_up = time.perf_counter() + PATIENCE_SECONDS
     while not condition():
         if process.poll() is not None:
@@ -188,10 +153,8 @@ def wait_until(process: subprocess.Popen, condition: Callable[[], bool], what: s
 
 def rows_written(run_dir: Path) -> int:
     """Iterations that the table of metrics tells of."""
-    try:
-        return (run_dir / METRICS_FILE).read_bytes().count(b"\n") - 1
-    except FileNotFoundError:
-        return 0
+    path = run_dir / METRICS_FILE
+    return path.read_bytes().count(b"\n") - 1 if path.exists() else 0
 
 
 def wait_for_rows(process: subprocess.Popen, run_dir: Path, count: int) -> None:
@@ -243,7 +206,7 @@ def differing_weights(*paths: Path) -> list[str]:
 
 def differing_metrics(*paths: Path) -> list[str]:
     """Rows of a metrics.csv that are missing, repeated, out of order or, but for times, other."""
-    old, new = (list(csv.DictReader(path.open(newline=""))) for path in paths)
+    old, new = (list(csv.DictReader(path.read_text().splitlines())) for path in paths)
     if list(old[0]) != list(new[0]):
         return ["metrics.csv has other columns"]
     numbers, others = ([row["iteration"] for row in rows] for rows in (old, new))

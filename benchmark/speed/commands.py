@@ -18,20 +18,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    ORACLE_CACHE,
-    Ended,
-    Parser,
-    count,
-    in_turn,
-    made_by,
-    ratio,
-    run,
-    spread,
-    table,
-    verdict,
-    write,
-)
+import common
+from common import ORACLE_CACHE, Ended, run, spread, table, verdict
 
 from hydrogel_gym.runs.command_line import run_script
 
@@ -63,17 +51,15 @@ def imports(rounds: int) -> list[str]:
     ]
 
 
-def percent_more(runs: list[Ended], off: list[Ended], part: str) -> tuple[float, str]:
-    """By how many percent runs take more than others, and a cell that says so with the range."""
-    values = [[getattr(each, part) for each in some] for some in (runs, off)]
-    more = [100 * (a / b - 1) for a, b in zip(*values, strict=True)]
-    return 100 * (ratio(*values) - 1), spread(more, "+.1f", " %")
+def percent_more(values: list[float], off: list[float]) -> list[float]:
+    """By how many percent something takes more, in each round."""
+    return [100 * (a / b - 1) for a, b in zip(values, off, strict=True)]
 
 
 def logging(preset: str, rounds: int, flags: list[str], folder: Path) -> list[str]:
     """Whole runs of the trainer with a log against without."""
-    (folder / "oracle").symlink_to(ORACLE_CACHE)  # searched once
     ORACLE_CACHE.mkdir(parents=True, exist_ok=True)
+    (folder / "oracle").symlink_to(ORACLE_CACHE)  # searched once
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
 
@@ -82,17 +68,13 @@ def logging(preset: str, rounds: int, flags: list[str], folder: Path) -> list[st
         return run([*command, "--output-dir", folder / f"{name}-{k}"], WANDB_MODE="offline")
 
     measure("offline W&B", -1)  # oracle and imports
-    measured = in_turn(LOGS, rounds, measure)
-    rows = []
-    for name, runs in measured.items():
-        seconds, cells = 0.0, []
-        for part in ("seconds", "processor_seconds"):
-            more, cell = percent_more(runs, measured["off"], part)
-            seconds = max(seconds, more) if part == "seconds" else seconds
-            off = f"{statistics.median(getattr(each, part) for each in runs):.1f} s"
-            cells.append(off if name == "off" else cell)
-        bar = f"{MAX_LOG_PERCENT:g} %, {verdict(seconds <= MAX_LOG_PERCENT)}"
-        rows.append([preset, name, *cells, "–" if name == "off" else bar])
+    every = common.in_turn(LOGS, rounds, measure)
+    off = [[each[part] for each in every["off"]] for part in range(2)]
+    rows = [[preset, "off", *(f"{statistics.median(values):.1f} s" for values in off), "–"]]
+    for name in list(LOGS)[1:]:
+        more = [percent_more([each[part] for each in every[name]], off[part]) for part in range(2)]
+        bar = f"{MAX_LOG_PERCENT:g} %, {verdict(statistics.median(more[0]) <= MAX_LOG_PERCENT)}"
+        rows.append([preset, name, *(spread(values, "+.1f", " %") for values in more), bar])
     return [
         f"Whole runs of the trainer with a log against without; {rounds} rounds, median of the "
         "ratio within a round, and range:",
@@ -121,18 +103,21 @@ def report(run_dir: Path, rounds: int) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write the tables."""
-    parser = Parser(__doc__)
+    parser = common.Parser(__doc__)
     flag = parser.add_argument
     flag("--preset", default="quick", help="of the runs")
-    flag("--rounds", type=count, default=7, help="a process of each kind in every one")
+    flag("--rounds", type=common.count, default=7, help="a process of each kind in every one")
     flag("flags", nargs="*", help="more flags of the trainer, after `--`")
     args = parser.parse_args(argv)
-    lines = [made_by(), "", *imports(args.rounds)]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        lines += ["", *logging(args.preset, args.rounds, args.flags, folder)]
-        lines += ["", *report(folder / "off-0", args.rounds)]
-    write(args.output_dir, "commands", lines)
+        tables = {
+            "imports": imports(args.rounds),
+            "tracking": logging(args.preset, args.rounds, args.flags, folder),
+            "report": report(folder / "off-0", args.rounds),
+        }
+    for name, lines in tables.items():
+        common.write(args.output_dir, name, [common.made_by(), "", *lines])
 
 
 if __name__ == "__main__":

@@ -53,23 +53,18 @@ def stepper(variant: str, num_envs: int, device: str) -> Callable[[], Any]:
 def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Of each call, the median of every round."""
 
-    def once(name: str) -> float:
-        start = time.perf_counter()
-        calls[name]()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return 1e3 * (time.perf_counter() - start)
-
     def measure(name: str, _: int) -> float:
         timings, end = [], time.perf_counter() + ROUND_SECONDS
         while not timings or time.perf_counter() < end:
-            timings.append(once(name))
+            start = time.perf_counter()
+            calls[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            timings.append(1e3 * (time.perf_counter() - start))
         return statistics.median(timings)
 
-    for name in calls:
-        for _ in range(3):
-            once(name)  # warm up
-    return in_turn(calls, rounds, measure)
+    # The first round warms up.
+    return {name: values[1:] for name, values in in_turn(calls, 1 + rounds, measure).items()}
 
 
 def peak_bytes(variant: str, num_envs: int, device: str) -> int:
@@ -95,14 +90,6 @@ def bytes_per_env(variant: str, num_envs: int, device: str) -> float:
     return (peaks[1] - peaks[0]) / (num_envs - 1)
 
 
-def sync_milliseconds(rounds: int) -> float:
-    """Of a step of Gymnasium's vector environment over the single one."""
-    env = SyncVectorEnv([HydrogelEnv] * SYNC_ENVS, autoreset_mode="SameStep")
-    env.reset(seed=0)
-    action = env.action_space.sample()
-    return statistics.median(milliseconds({"sync": lambda: env.step(action)}, rounds)["sync"])
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure every size and write tables and picture."""
     parser = Parser(__doc__)
@@ -112,7 +99,11 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
     sizes = sorted({DEFAULT_ENVS, *(2**power for power in range(0, args.max_power + 1, 2))})
-    sync = sync_milliseconds(args.rounds) / SYNC_ENVS  # per environment
+    env = SyncVectorEnv([HydrogelEnv] * SYNC_ENVS, autoreset_mode="SameStep")
+    env.reset(seed=0)
+    action = env.action_space.sample()
+    timings = milliseconds({"sync": lambda: env.step(action)}, args.rounds)["sync"]
+    sync = statistics.median(timings) / SYNC_ENVS  # per environment
     default, every = [], []
     picture = figure(9, 3.8)
     left, right = picture.subplots(1, 2)

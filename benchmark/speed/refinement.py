@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     def best_found(folder: Path) -> list[float]:
         return list(load_designs(folder).groupby("patient_id")["reward"].max().loc[ids])
 
-    flags = ["--policy", args.policy, "--patient", *ids]
+    flags = ["--policy", args.policy.resolve(), "--patient", *ids]
     with tempfile.TemporaryDirectory() as folder:
         refined, drawn = Path(folder, "refined"), Path(folder, "drawn")
         sizes = ["--num-copies", COPIES, "--num-iterations", ITERATIONS]
@@ -77,17 +77,15 @@ def main(argv: list[str] | None = None) -> None:
         plain = ["--num-candidates", COPIES * ITERATIONS, "--top-only", "--explore", "0"]
         script = ["{python}", "train/generate_candidates.py", *flags, *plain]
         run([*script, "--output-dir", drawn])
-        own = [
-            load_policy(refined / "patient_policies" / f"{patient_id}.pt", Agent, "cpu")[0]
-            for patient_id in ids
-        ]
+        paths = [refined / "patient_policies" / f"{patient_id}.pt" for patient_id in ids]
+        own = [load_policy(path, Agent, "cpu")[0] for path in paths]
+        all_alike, each_its_own = (
+            [deterministic(row, policy) for row, policy in enumerate(policies)]
+            for policies in ([agent] * len(ids), own)
+        )
         rewards = {
-            "policy for all, its deterministic design": [
-                deterministic(row, agent) for row in range(len(ids))
-            ],
-            "own policy, its deterministic design": [
-                deterministic(row, policy) for row, policy in enumerate(own)
-            ],
+            "policy for all, its deterministic design": all_alike,
+            "own policy, its deterministic design": each_its_own,
             f"best of {COPIES * ITERATIONS:,} drawn from the policy for all": best_found(drawn),
             "best design of the refinement": best_found(refined),
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -120,19 +121,18 @@ def test_pareto_ranks_peel_fronts_one_by_one(rows):
 
 
 @pytest.fixture(scope="module")
-def ranked(small_run, tmp_path_factory):
+def ranked(finished_run, tmp_path_factory):
     """A run directory with the ranked designs of two patients."""
-    args = small_run(tmp_path_factory.mktemp("ranked") / "run", num_iterations=2)
-    ppo_hybrid.train(args)
+    run = shutil.copytree(finished_run[0].output_dir, tmp_path_factory.mktemp("ranked") / "run")
+    settings = dict(policy=run, patient=("P0002", "P0001"), top_k=15)
+    settings |= dict(num_candidates=4000, top_only=True)
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "BLOCK", 2048)
-        settings = dict(policy=args.output_dir, patient=("P0002", "P0001"), top_k=15)
-        settings |= dict(num_candidates=4000, top_only=True)
         folder = generate_candidates.run(generate_candidates.Args(**settings))
     torch.set_num_threads(threads)
     rank_designs.rank(rank_designs.Args(folder))
-    return args, folder
+    return run, folder
 
 
 def test_ranked_designs_are_those_kept_the_best_of_each_patient_first(ranked):
@@ -158,15 +158,15 @@ def test_ranked_designs_are_those_kept_the_best_of_each_patient_first(ranked):
 
 
 def test_all_of_stage_2_is_one_file_of_plain_types(ranked):
-    args, folder = ranked
+    run, folder = ranked
     saved = torch.load(folder / "stage2_complete.pt", weights_only=True)
     source = "policy_state_dict optimizer_state_dict training_config final_metrics"
     assert set(source.split()) | {"per_patient_designs"} <= set(saved)
-    agent, _ = load_policy(args.output_dir / "stage2_policy.pt", ppo_hybrid.Agent, "cpu")
+    agent, _ = load_policy(run / "stage2_policy.pt", ppo_hybrid.Agent, "cpu")
     agent.load_state_dict(saved["policy_state_dict"])
-    summary = json.loads((args.output_dir / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     assert saved["final_metrics"] == summary
-    assert saved["training_config"]["num_iterations"] == args.num_iterations
+    assert saved["training_config"]["num_iterations"] == 6
     designs = saved["per_patient_designs"]
     assert {patient: len(rows) for patient, rows in designs.items()} == {"P0001": 15, "P0002": 15}
     table = pd.read_csv(folder / "ranked_designs.csv")
@@ -177,8 +177,8 @@ def test_all_of_stage_2_is_one_file_of_plain_types(ranked):
 
 
 def test_designs_of_another_policy_are_refused(ranked, tmp_path, capsys):
-    args, folder = ranked
-    other = torch.load(args.output_dir / "stage2_policy.pt", weights_only=True)
+    run, folder = ranked
+    other = torch.load(run / "stage2_policy.pt", weights_only=True)
     next(iter(other["policy_state_dict"].values())).add_(1.0)
     torch.save(other, tmp_path / "stage2_policy.pt")
     assert rank_designs.main([str(folder), "--policy", str(tmp_path)]) == 2
@@ -189,7 +189,6 @@ def test_designs_of_another_policy_are_refused(ranked, tmp_path, capsys):
 @pytest.mark.parametrize("what", ["nowhere", "empty"])
 def test_a_folder_without_designs_is_one_line(ranked, tmp_path, capsys, what):
     (tmp_path / "empty").mkdir()
-    policy = str(ranked[0].output_dir)
-    assert rank_designs.main([str(tmp_path / what), "--policy", policy]) == 2
+    assert rank_designs.main([str(tmp_path / what), "--policy", str(ranked[0])]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith(f"error: {tmp_path / what}: ")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from torch.utils._pytree import tree_map
 
 from hydrogel_gym.envs.codec import ActionCodec
 from hydrogel_gym.envs.spaces import FLAT_ACTION_DIM, action_space
@@ -45,22 +47,13 @@ GOOD["tuple"] = tuple(GOOD["dict"].values())
 GOOD["rescaled dict"] = GOOD["dict"]
 
 
-def each(function, value):
-    """Apply a function to every array of a nest of dicts, tuples and lists."""
-    if isinstance(value, dict):
-        return {key: each(function, item) for key, item in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(each(function, item) for item in value)
-    return function(value)
-
-
 def to_torch(action):
-    return each(lambda x: torch.from_numpy(np.array(x)), action)
+    return tree_map(lambda x: torch.from_numpy(np.array(x)), action)
 
 
 def of_shape(action, batch_shape: tuple[int, ...]):
     """All three actions, or the middle one without its batch dimension."""
-    return action if batch_shape else each(lambda x: x[1], action)
+    return action if batch_shape else tree_map(lambda x: x[1] if np.ndim(x) else x, action)
 
 
 def put(value, *column):
@@ -72,6 +65,18 @@ def put(value, *column):
         return array
 
     return spoil
+
+
+def cast(dtype):
+    return lambda array: array.astype(dtype)
+
+
+def first(size: int):
+    return lambda array: array[:, :size]
+
+
+def twice(array: np.ndarray) -> np.ndarray:
+    return np.stack([array, array], -1)
 
 
 def head(name: str, spoil):
@@ -86,123 +91,58 @@ def head(name: str, spoil):
     return spoil_head
 
 
+polymer, formulation, coverage = (functools.partial(head, name) for name in Design._fields)
+DICT, TUPLE, BOX, LEVEL = ("dict",), ("tuple",), ("box",), ("multidiscrete",)
 KEYS = "('polymer_id', 'formulation', 'coverage')"
 CLIPPED = "allowed: a finite number, clipped to"
-# Formats, what is done to three good actions, and the message. There B is the shape of the batch,
-# before which comes the first bad environment.
-FAULTS = {
-    "polymer 24": (
+# Formats, what is done to three good actions, and the message, with B for the shape of the batch.
+FAULTS = [
+    (HYBRID, polymer(put(24)), "env {env}: polymer_id is 24; allowed: whole numbers 0 to 23"),
+    (HYBRID, polymer(put(-1)), "env {env}: polymer_id is -1; allowed: whole numbers 0 to 23"),
+    (HYBRID, polymer(cast(np.float32)), "polymer_id has dtype torch.float32; expected an integer"),
+    (HYBRID, coverage(put(4)), "env {env}: coverage is 4; allowed: whole numbers 0 to 3"),
+    (HYBRID, coverage(put(-2)), "env {env}: coverage is -2; allowed: whole numbers 0 to 3"),
+    (HYBRID, coverage(cast(bool)), "coverage has dtype torch.bool; expected an integer dtype"),
+    (HYBRID, coverage(twice), "coverage has shape {B2}; expected {B} or {B1}"),
+    (
         HYBRID,
-        head("polymer_id", put(24)),
-        "env {env}: polymer_id is 24; allowed: whole numbers 0 to 23",
-    ),
-    "polymer -1": (HYBRID, head("polymer_id", put(-1)), "env {env}: polymer_id is -1; allowed"),
-    "polymer float": (
-        HYBRID,
-        head("polymer_id", lambda x: x.astype(np.float32)),
-        "polymer_id has dtype torch.float32; expected an integer dtype",
-    ),
-    "coverage 4": (
-        HYBRID,
-        head("coverage", put(4)),
-        "env {env}: coverage is 4; allowed: whole numbers 0 to 3",
-    ),
-    "coverage -2": (HYBRID, head("coverage", put(-2)), "env {env}: coverage is -2; allowed"),
-    "coverage bool": (
-        HYBRID,
-        head("coverage", lambda x: x.astype(bool)),
-        "coverage has dtype torch.bool; expected an integer dtype",
-    ),
-    "coverage shape": (
-        HYBRID,
-        head("coverage", lambda x: np.stack([x, x], -1)),
-        "coverage has shape {B2}; expected {B} or {B1}",
-    ),
-    "formulation nan": (
-        HYBRID,
-        head("formulation", put(NAN, 1)),
-        f"env {{env}}: formulation[1] is nan; {CLIPPED} [7, 180] (half_life_days)",
-    ),
-    "formulation inf": (
-        HYBRID,
-        head("formulation", put(-INF, 3)),
+        formulation(put(-INF, 3)),
         f"env {{env}}: formulation[3] is -inf; {CLIPPED} [1, 5] (thickness_mm)",
     ),
-    "rescaled nan": (
+    (
         ("rescaled dict",),
-        head("formulation", put(NAN, 1)),
+        formulation(put(NAN, 1)),
         f"env {{env}}: formulation[1] is nan; {CLIPPED} [-1, 1]",
     ),
-    "formulation shape": (
+    (HYBRID, formulation(first(3)), "formulation has shape {B3}; expected {B4}"),
+    (
         HYBRID,
-        head("formulation", lambda x: x[:, :3]),
-        "formulation has shape {B3}; expected {B4}",
+        formulation(cast(np.complex64)),
+        "dtype torch.complex64; expected a real number dtype",
     ),
-    "formulation complex": (
-        HYBRID,
-        head("formulation", lambda x: x.astype(np.complex64)),
-        "formulation has dtype torch.complex64; expected a real number dtype",
-    ),
-    "key missing": (
-        ("dict",),
-        lambda action: {key: action[key] for key in ("coverage", "polymer_id")},
-        f"action has the keys ('coverage', 'polymer_id'); expected {KEYS}",
-    ),
-    "key too many": (
-        ("dict",),
-        lambda action: action | {"dose": action["coverage"]},
-        f"'coverage', 'dose'); expected {KEYS}",
-    ),
-    "tuple for dict": (
-        ("dict",),
-        lambda action: tuple(action.values()),
-        f"action is a tuple; expected a dict of {KEYS}",
-    ),
-    "dict for tuple": (
-        ("tuple",),
-        lambda _: GOOD["dict"],
-        f"action is a dict; expected a tuple of {KEYS}",
-    ),
-    "two of three": (
-        ("tuple",),
-        lambda action: action[:2],
-        f"action has 2 entries; expected a tuple of {KEYS}",
-    ),
-    "dict for flat": (FLAT, lambda action: {"action": action}, "; expected numbers"),
-    "flat nan": (("box",), put(NAN, 1), f"env {{env}}: action[1] is nan; {CLIPPED} [-1, 1]"),
-    "score inf": (("box",), put(INF, 9), "env {env}: action[9] is inf; allowed: a finite number"),
-    "flat bool": (
-        ("box",),
-        lambda x: x.astype(bool),
-        "action has dtype torch.bool; expected a real number dtype",
-    ),
-    "flat shape": (("box",), lambda x: x[:, :31], "action has shape {B31}; expected {B32}"),
-    "level 11": (
-        ("multidiscrete",),
-        put(11, 2),
-        "env {env}: action[2] is 11; allowed: whole numbers 0 to 10",
-    ),
-    "level -1": (
-        ("multidiscrete",),
-        put(-1, 5),
-        "env {env}: action[5] is -1; allowed: whole numbers 0 to 3",
-    ),
-    "level float": (
-        ("multidiscrete",),
-        lambda x: x / 2,
-        "action has dtype torch.float64; expected an integer dtype",
-    ),
-    "level shape": (("multidiscrete",), lambda x: x[:, :5], "action has shape {B5}; expected {B6}"),
-}
+    (DICT, lambda action: action | {"dose": 1}, f"'coverage', 'dose'); expected {KEYS}"),
+    (DICT, lambda action: {"coverage": 1}, f"action has the keys ('coverage',); expected {KEYS}"),
+    (DICT, lambda _: GOOD["tuple"], f"action is a tuple; expected a dict of {KEYS}"),
+    (TUPLE, lambda _: GOOD["dict"], f"action is a dict; expected a tuple of {KEYS}"),
+    (TUPLE, lambda action: action[:2], f"action has 2 entries; expected a tuple of {KEYS}"),
+    (BOX + LEVEL, lambda action: {"action": action}, "; expected numbers"),
+    (BOX, put(NAN, 1), f"env {{env}}: action[1] is nan; {CLIPPED} [-1, 1]"),
+    (BOX, put(INF, 9), "env {env}: action[9] is inf; allowed: a finite number"),
+    (BOX, cast(bool), "action has dtype torch.bool; expected a real number dtype"),
+    (BOX, first(31), "action has shape {B31}; expected {B32}"),
+    (LEVEL, put(11, 2), "env {env}: action[2] is 11; allowed: whole numbers 0 to 10"),
+    (LEVEL, put(-1, 5), "env {env}: action[5] is -1; allowed: whole numbers 0 to 3"),
+    (LEVEL, first(5), "action has shape {B5}; expected {B6}"),
+]
 
 
 @pytest.mark.parametrize(
-    ("action_format", "fault"),
-    [(action_format, name) for name, (formats, *_) in FAULTS.items() for action_format in formats],
+    ("action_format", "spoil", "message"),
+    [(name, *fault) for formats, *fault in FAULTS for name in formats],
+    ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_bad_action_is_refused_with_field_value_and_range(action_format, fault):
-    codec, (_, spoil, message) = CODECS[action_format], FAULTS[fault]
-    bad = spoil(GOOD[action_format])
+def test_bad_action_is_refused_with_field_value_and_range(action_format, spoil, message):
+    codec, bad = CODECS[action_format], spoil(GOOD[action_format])
     for shape, action in (((), of_shape(bad, ())), ((3,), bad), ((3,), to_torch(bad))):
         shapes = {f"B{size}": (*shape, size) for size in range(1, 33)}
         expected = message.format(env=len(shape), B=shape, **shapes)
@@ -230,8 +170,11 @@ VARIANTS = {
     "float64": lambda a: a | {"formulation": a["formulation"].astype(np.float64)},
     "torch": to_torch,
     "torch int32": lambda a: to_torch(a) | {"coverage": torch.tensor(a["coverage"]).int()},
-    "read-only": lambda a: each(lambda x: np.broadcast_to(x, x.shape), a),
-    "python": lambda a: each(lambda x: x.tolist(), a),
+    "with a gradient": lambda a: (
+        to_torch(a) | {"formulation": torch.tensor(a["formulation"], requires_grad=True)}
+    ),
+    "read-only": lambda a: tree_map(lambda x: np.broadcast_to(x, x.shape), a),
+    "python": lambda a: tree_map(lambda x: x.tolist(), a),
     "tuple": lambda a: tuple(a.values()),
     "list": lambda a: list(a.values()),
 }
@@ -243,6 +186,7 @@ def test_action_may_come_in_any_container_library_and_integer_dtype(batch_shape,
     action = VARIANTS[variant](of_shape(GOOD["dict"], batch_shape))
     codec = CODECS["tuple" if variant in ("tuple", "list") else "dict"]
     design = codec.decode(codec.read(action, batch_shape))
+    assert not design.formulation.requires_grad
     assert [value.dtype for value in design] == [torch.int64, torch.float32, torch.int64]
     rows = slice(None) if batch_shape else slice(1, 2)
     for value, expected in zip(design, GOOD["tuple"], strict=True):
@@ -269,7 +213,7 @@ TOLERANCES = dict.fromkeys(CODECS, ROUNDING) | {
 def test_every_design_survives_the_way_there_and_back_or_comes_to_the_nearest_level(design):
     for name, codec in CODECS.items():
         action = codec.encode(design)
-        assert codec.space.contains(each(lambda x: x[0].numpy()[()], action)), name
+        assert codec.space.contains(tree_map(lambda x: x[0].numpy()[()], action)), name
         again = codec.decode(codec.read(action, (1,)))
         assert (again.polymer_id, again.coverage) == (design.polymer_id, design.coverage), name
         assert ((again.formulation - design.formulation).abs() <= TOLERANCES[name]).all(), name

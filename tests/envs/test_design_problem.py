@@ -9,7 +9,6 @@ import torch
 from hydrogel_gym import HydrogelVectorEnv
 from hydrogel_gym.envs.design_problem import DesignProblem
 from hydrogel_gym.problem import dynamics
-from hydrogel_gym.problem.fields import Design
 
 ACTION = {
     "polymer_id": np.array([3, 6, 9]),
@@ -25,16 +24,6 @@ def make_problem(three_patients, toy_model):
         return HydrogelVectorEnv(3, **kwargs).problem
 
     return make
-
-
-def test_skipped_rows_are_neither_checked_nor_passed_on(make_problem):
-    problem, bad = make_problem(), ACTION | {"polymer_id": np.array([3, -99, 9])}
-    design = problem.design(bad, (3,), skip=torch.tensor([False, True, False]))
-    for head, expected in zip(Design(*design), ACTION.values(), strict=True):
-        np.testing.assert_array_equal(head[[0, 2]], expected[[0, 2]])
-        assert (head[1] == 0).all()
-    with pytest.raises(ValueError, match=r"^env 1: polymer_id is -99"):
-        problem.design(bad, (3,), skip=torch.tensor([True, False, True]))
 
 
 def test_unvalidated_problem_looks_at_shapes_but_at_no_value(make_problem):

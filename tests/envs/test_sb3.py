@@ -47,8 +47,7 @@ def counters(**kwargs):
     return SyncVectorEnv(makers, autoreset_mode=AutoresetMode.SAME_STEP, **kwargs)
 
 
-@pytest.mark.parametrize("output", ["numpy", "torch"])
-@pytest.mark.parametrize("env_id", [FLAT, DISCRETE])
+@pytest.mark.parametrize(("env_id", "output"), [(FLAT, "numpy"), (DISCRETE, "torch")])
 def test_batch_gives_what_single_environments_in_a_dummy_vector_give(env_id, output):
     kwargs = {"horizon": 2, "patient_assignment": "random"}
     ours = BatchedVecEnv(gym.make_vec(env_id, num_envs=3, output=output, **kwargs))
@@ -68,43 +67,31 @@ def test_batch_gives_what_single_environments_in_a_dummy_vector_give(env_id, out
         assert found == [info["TimeLimit.truncated"] for info in expected_infos]
 
 
-def test_truncated_episode_tells_its_last_observation_and_a_terminated_one_that_it_was_not():
-    envs = BatchedVecEnv(counters())
+@pytest.mark.parametrize("all_of_them", [False, True])
+def test_last_observation_is_told_of_truncated_episodes_and_of_all_when_requested(all_of_them):
+    envs = BatchedVecEnv(counters(), all_terminal_observations=all_of_them)
     envs.reset()
     _, _, done, infos = envs.step(np.array([0, 0]))
     assert not done.any()
     obs, _, done, infos = envs.step(np.array([0, 0]))
     assert done.all()
     assert obs.ravel().tolist() == [0, 10]
-    assert infos[0]["TimeLimit.truncated"] is True
-    assert infos[0]["terminal_observation"].tolist() == [2]
-    assert infos[1] == {"TimeLimit.truncated": False}
-
-
-def test_last_observation_of_a_terminated_episode_is_given_when_requested():
-    envs = BatchedVecEnv(counters(), all_terminal_observations=True)
-    envs.reset()
-    envs.step(np.array([0, 0]))
-    infos = envs.step(np.array([0, 0]))[3]
-    assert infos[1]["terminal_observation"].tolist() == [12]
-    assert infos[1]["TimeLimit.truncated"] is False
+    assert [info.pop("TimeLimit.truncated") for info in infos] == [True, False]
+    last = [{name: x.tolist() for name, x in info.items()} for info in infos]
+    of_terminated = {"terminal_observation": [12]} if all_of_them else {}
+    assert last == [{"terminal_observation": [2]}, of_terminated]
 
 
 @pytest.mark.parametrize("output", ["numpy", "torch"])
-@pytest.mark.parametrize("obs_format", ["box", "dict"])
-def test_last_observation_has_the_form_of_an_observation(output, obs_format):
-    envs = BatchedVecEnv(
-        gym.make_vec(FLAT, num_envs=3, output=output, obs_format=obs_format),
-        all_terminal_observations=True,
-    )
-    first = envs.reset()
+def test_last_observation_has_the_form_of_an_observation(output):
+    envs = gym.make_vec(FLAT, num_envs=3, output=output, obs_format="dict")
+    envs = BatchedVecEnv(envs, all_terminal_observations=True)
+    begun = envs.reset()["patient_features"]
     infos = envs.step(np.zeros((3, 32), np.float32))[3]
     for row, info in enumerate(infos):
         assert info["terminal_observation"] in envs.observation_space
-        last, begun = info["terminal_observation"], first
-        if obs_format == "dict":
-            last, begun = last["patient_features"], first["patient_features"]
-        assert last[:6].tolist() == begun[row][:6].tolist()
+        last = info["terminal_observation"]["patient_features"]
+        assert last.tolist() == begun[row].tolist()
 
 
 def test_normalisation_changes_no_observation_of_another_environment():
@@ -185,26 +172,26 @@ def test_options_reach_the_environments_if_all_have_the_same():
     np.testing.assert_allclose(envs.reset()[:, :11], expected, rtol=1e-6)
 
 
+def test_bad_action_is_refused_and_nothing_is_lost():
+    envs = BatchedVecEnv(gym.make_vec(DISCRETE, num_envs=2, horizon=2))
+    envs.reset()
+    actions = np.zeros((2, 6), int)
+    with pytest.raises(ValueError, match=r"env 1: action\[0\] is 24; allowed: whole numbers 0 to"):
+        envs.step(actions + [[0], [24]])
+    assert envs.step(actions)[0][:, 12].tolist() == [1, 1]
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
-    {
-        "single": (lambda: gym.make(FLAT), "expected a gymnasium.vector.VectorEnv"),
-        "composite": (
-            lambda: gym.make_vec("HydrogelDesign-v0", num_envs=2),
-            "the single action space is a Dict",
-        ),
-        "next step": (
-            lambda: gym.make_vec(FLAT, num_envs=2, autoreset_mode="NextStep"),
-            "autoreset mode NextStep",
-        ),
-        "disabled": (
-            lambda: gym.make_vec(FLAT, num_envs=2, autoreset_mode="Disabled"),
-            "autoreset mode Disabled",
-        ),
-    }.values(),
+    ("make", "env_id", "kwargs", "message"),
+    [
+        (gym.make, FLAT, {}, "expected a gymnasium.vector.VectorEnv"),
+        (gym.make_vec, "HydrogelDesign-v0", {}, "the single action space is a Dict"),
+        (gym.make_vec, FLAT, {"autoreset_mode": "NextStep"}, "autoreset mode NextStep"),
+        (gym.make_vec, FLAT, {"autoreset_mode": "Disabled"}, "autoreset mode Disabled"),
+    ],
     ids=["single", "composite", "next step", "disabled"],
 )
-def test_environments_that_cannot_be_used_are_refused_in_one_line(make, message):
+def test_environments_that_cannot_be_used_are_refused_in_one_line(make, env_id, kwargs, message):
     with pytest.raises(ValueError, match=message) as error:
-        BatchedVecEnv(make())
+        BatchedVecEnv(make(env_id, **kwargs))
     assert "\n" not in str(error.value)

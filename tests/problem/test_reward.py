@@ -40,23 +40,6 @@ def test_config_refuses_what_is_not_a_finite_number(value):
         RewardConfig(toxicity_limit=value)
 
 
-def test_reward_is_by_default_that_of_the_source():
-    assert RewardConfig() == RewardConfig(
-        delta_ef_weight=3.0,
-        stress_reduction_weight=1.5,
-        optimal_prob_weight=1.0,
-        toxicity_limit=0.15,
-        toxicity_penalty=2.0,
-        integrity_limit=0.80,
-        integrity_penalty=1.0,
-        fibrosis_limit=0.20,
-        fibrosis_penalty=0.5,
-        novelty_bonus=0.1,
-        optimal_delta_ef_pct=3.0,
-        optimal_stress_reduction_pct=15.0,
-    )
-
-
 def test_config_takes_numpy_numbers_and_cannot_be_reassigned():
     config = RewardConfig(novelty_bonus=np.float32(0.25))
     assert config.novelty_bonus == 0.25

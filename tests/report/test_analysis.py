@@ -15,7 +15,7 @@ from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.report.analysis import SLICE_POINTS, design_patients, slices_of
 from hydrogel_gym.report.patient_view import patient_columns, patient_data
 from hydrogel_gym.report.plots import tertile_map
-from hydrogel_gym.report.sections import safety_section
+from hydrogel_gym.report.sections import formulation_section, safety_section
 from hydrogel_gym.train import ppo_hybrid
 
 ALONG = SLICE_POINTS * len(FORMULATION_FIELDS)
@@ -109,10 +109,13 @@ def test_margins_are_distances_to_the_limits_on_the_safe_side(patients):
     ]
 
 
-def test_tertiles_count_every_patient_once():
+def test_figures_count_every_patient_once(patients):
     (heat,) = tertile_map(np.arange(9.0), np.array([0] * 4 + [1] * 5), "axis").data
     assert heat.y == ("GelMA_3pct", "GelMA_5pct")
     np.testing.assert_allclose(heat.z, [[100, 100 / 3, 0], [0, 200 / 3, 100]])
+    mixed = patients._replace(polymer_id=np.arange(12) // 5)
+    for plot in formulation_section(mixed).plots:
+        assert [sum(trace.y) for trace in plot.figure.data] == [5, 5, 2]
 
 
 def test_model_of_the_user_is_found_by_the_id_of_the_environment_and_kept_in_float64(

@@ -13,6 +13,7 @@ from hydrogel_gym.report.page import about, run_page
 from hydrogel_gym.report.patient_view import patient_data
 from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.report.sections import beside_the_source
+from hydrogel_gym.runs.pictures import SOURCE_MEAN_REWARD
 from hydrogel_gym.train import report
 
 HOSTILE = "</script><script>alert(1)</script>"
@@ -70,6 +71,10 @@ def test_run_without_an_oracle_lacks_what_it_would_show_and_says_so(copy, conten
     assert "regret by patient is left out" in gaps[2]
 
 
+def test_same_run_gives_the_same_page(trained, read_run, html):
+    assert run_page(read_run(trained)).decode() == html
+
+
 def test_page_fetches_nothing(html):
     loading = [
         value
@@ -122,7 +127,7 @@ def test_table_beside_the_source_says_what_was_not_reached(trained, read_run):
     table = beside_the_source(run)
     first = run.metrics["mean_reward"].iloc[0]
     assert table.rows[0] == ["0", "0 M", "12.4", f"{first:.1f}", "–", "–"]
-    assert table.rows[1][3:] == ["not reached"] * 3
+    assert table.rows[1] == ["20", "4 M", f"{SOURCE_MEAN_REWARD[20]:.1f}", *["not reached"] * 3]
     long = SavedRun(run.path, metrics=run.metrics.assign(global_step=5e6))
     assert beside_the_source(long).rows[1][3] == f"{first:.1f}"
 

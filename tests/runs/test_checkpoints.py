@@ -104,6 +104,13 @@ def test_resuming_a_finished_run_repeats_its_figures_without_training(
     of_runs.assert_same(args.output_dir, finished_run[0].output_dir)
 
 
+def test_auto_takes_the_newest_checkpoint_unless_the_run_is_replaced(cut, of_runs):
+    newest = of_runs.checkpoint(cut.output_dir, 4).read_bytes()
+    for overwrite, expected in ((False, newest), (True, None)):
+        options = dataclasses.replace(cut, overwrite=overwrite)
+        assert checkpoints.checkpoint_to_resume(options, cut.output_dir) == expected
+
+
 # --- what is kept
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +13,11 @@ import torch
 import hydrogel_gym
 from hydrogel_gym import errors
 from hydrogel_gym.oracle import best_designs
+from hydrogel_gym.problem.reward import SAFETY_LIMITS
 from hydrogel_gym.runs import environments, evaluation, metrics, policies
 from hydrogel_gym.train.ppo_hybrid import Agent
+
+LIMITS = [f"reward_{name}" for name in SAFETY_LIMITS]
 
 
 @pytest.fixture
@@ -70,6 +74,38 @@ def breach_rate(outcomes) -> float:
     breached |= outcomes.structural_integrity < limits.integrity_limit
     breached |= outcomes.fibrosis_risk > limits.fibrosis_limit
     return breached.float().mean().item()
+
+
+class TwoPatients:
+    """Pays known rewards over two episodes of one step; the second breaks a limit for one."""
+
+    single_action_space = {"polymer_id": SimpleNamespace(n=3)}
+    nothing = {"is_optimal": torch.zeros(2), **dict.fromkeys(LIMITS, torch.zeros(2))}
+    breach = {"is_optimal": torch.ones(2), LIMITS[0]: torch.tensor([-1.0, 0.0])}
+
+    def reset(self):
+        self.steps = iter([([1.0, 5.0], {}), ([3.0, 7.0], self.breach)])
+        return torch.zeros(2, 13), {}
+
+    def step(self, design):
+        reward, changes = next(self.steps)
+        info = self.nothing | changes | {"final_info": self.nothing}
+        return torch.zeros(2, 13), torch.tensor(reward), None, None, info
+
+
+def test_figures_of_several_episodes_by_hand():
+    polymers = iter([torch.tensor([0, 2]), torch.tensor([2, 2])])
+
+    def policy(obs, generator):
+        return {"polymer_id": next(polymers)}, torch.tensor([1.0, 2.0])
+
+    best = torch.tensor([4.0, 6.0])
+    found = evaluation.evaluate(policy, TwoPatients(), best_score=best, num_episodes=2)
+    assert found.pop("polymer_share") == [0.25, 0.0, 0.75]
+    expected = dict(mean_reward=4.0, max_reward=7.0, optimal_rate=0.5, limit_breach_rate=0.25)
+    # The patients' mean rewards are 2 and 6, so that regrets are 2 and 0.
+    expected |= dict(regret=1.0, regret_p95=1.9, fraction_of_oracle=0.8, entropy=1.5)
+    assert found == pytest.approx(expected)
 
 
 def test_a_reward_model_that_the_oracle_cannot_use_is_a_bad_request(

@@ -44,6 +44,14 @@ def earlier(saved, **settings) -> None:
     saved["args"] |= settings | of_training
 
 
+def test_patients_are_the_same_by_name_and_by_every_feature(three_patients):
+    features = three_patients.features.clone()
+    features[2, 7] += 1e-6
+    others = dict(patient_ids=("ann", "bo", "di")), dict(features=features)
+    digests = {identity.digest(dataclasses.replace(three_patients, **other)) for other in others}
+    assert len(digests | {identity.digest(three_patients)}) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

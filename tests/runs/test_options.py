@@ -45,10 +45,10 @@ def test_auto_compiles_long_runs_only():
     assert not compiled.worth_compiling(short.num_updates)
 
 
-def test_a_checkpoint_alone_says_what_run_it_is_of(finished_run, of_runs):
-    args, _ = finished_run
-    for given in (args.output_dir, of_runs.checkpoint(args.output_dir, 2)):
-        expected = dataclasses.replace(args, resume=str(given), gamma=0.5)
+def test_a_checkpoint_alone_says_what_run_it_is_of(finished_run, cut, of_runs):
+    args = dataclasses.replace(finished_run[0], output_dir=cut.output_dir, gamma=0.5)
+    for given in (cut.output_dir, of_runs.checkpoint(cut.output_dir, 2)):
+        expected = dataclasses.replace(args, resume=str(given))
         assert read("--resume", str(given), "--gamma", "0.5") == expected
 
 

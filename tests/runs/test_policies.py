@@ -39,8 +39,9 @@ def test_a_policy_file_that_is_cut_off_is_refused_in_words(policy, tmp_path, siz
         (lambda saved: _Payload(), "cannot be used: Weights only load failed"),
         (lambda saved: saved | {"polymers": saved["polymers"][::-1]}, "another polymer table"),
         (lambda saved: saved | {"format": "policy.v1"}, "format 'policy.v1'"),
+        (lambda saved: saved["architecture"].update(obs_dim=12) or saved, "cannot be used: Error"),
     ],
-    ids=["malicious", "polymers", "format"],
+    ids=["malicious", "polymers", "format", "shape"],
 )
 def test_a_file_of_something_else_is_refused_and_executes_nothing(
     policy, tmp_path, change, message

@@ -115,7 +115,7 @@ def test_several_ranks_learn_what_one_learns_and_the_first_alone_says_so(
     printed = train(size, dataclasses.replace(args, output_dir=tmp_path / "several"))
     of_runs.assert_same(tmp_path / "several", tmp_path / "one", tolerance)
     summary = json.loads((tmp_path / "several" / "summary.json").read_text())
-    assert (summary["world_size"], summary["samples"]) == (size, 4 * 192)
+    assert (summary["world_size"], summary["samples"]) == (size, 16 * args.num_envs)
     assert "holdout_deterministic_reward" in printed[0]
     assert f"written to  {tmp_path / 'several'}" in printed[0]
     assert printed[1:] == [""] * (size - 1)

@@ -9,6 +9,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -122,7 +123,8 @@ def clean_environment() -> Iterator[None]:
 def tracked(ppo, finished_run, clean_environment):
     """Directory and messages of the shared run, logged everywhere, without an account."""
     args, said = finished_run[0], []
-    output_dir = args.output_dir.parent / "tracked"
+    # Beside the shared run, so that its oracle is found.
+    output_dir = Path(tempfile.mkdtemp(prefix="tracked-", dir=args.output_dir.parent))
     logged = dataclasses.replace(args, output_dir=output_dir, track=True, tensorboard=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tracking, "say", said.append)
@@ -172,7 +174,10 @@ def test_config_and_labels_say_what_the_run_is_and_depends_on(tracked, offline):
     config |= {"torch": torch.__version__, "hydrogel_gym": hydrogel_gym.__version__, "ranks": 1}
     assert {name: offline.config[name] for name in config} == config
     assert len(offline.config["train_cohort_digest"]) == 16
-    assert (offline.run.project, offline.run.display_name) == ("hydrogel_gym", "tracked")
+    assert (offline.run.project, offline.run.display_name) == (
+        "hydrogel_gym",
+        tracked[0].output_dir.name,
+    )
     assert offline.run.job_type == "train"
     assert set(offline.run.tags) == {"quick", "autoregressive", "HydrogelDesign-v0", "1 ranks"}
 
@@ -393,7 +398,7 @@ def test_training_begins_when_every_log_has_or_none_is_waited_for_any_longer(mon
     with tracking.Logs(makers):
         assert len(begun) == 2
     monkeypatch.setattr(tracking, "FIRST_WAIT_SECONDS", 0.01)
-    with tracking.Logs({name: lambda: slow(gate.wait) for name in "ab"}):
+    with tracking.Logs({name: lambda: slow(lambda: gate.wait(10)) for name in "ab"}):
         assert len(begun) == 2
         gate.set()
     assert len(begun) == 4

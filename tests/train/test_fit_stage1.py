@@ -15,7 +15,6 @@ from hydrogel_gym import load_polymers
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.models import outcome_table
 from hydrogel_gym.models.ensemble import load_stage1
-from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.models.polymer_embedding import polymer_embedding
 from hydrogel_gym.models.quality import quality
 from hydrogel_gym.train import fit_stage1
@@ -330,16 +329,3 @@ def test_fitted_model_is_not_overwritten_unasked(fitted, capsys):
     assert fit_stage1.main([str(run.parent / "outcomes.parquet"), "--output-dir", str(run)]) == 2
     assert "exists; pass --overwrite" in capsys.readouterr().err
     assert (run / "stage1.pt").read_bytes() == before
-
-
-def test_frozen_model_agrees_with_the_truth_better_than_a_constant(fitted, made_up):
-    """By the public contract alone, as the environment calls it."""
-    run, _ = fitted
-    model = load_stage1(run / "stage1.pt", pessimism=0.0)
-    patient = torch.tensor(made_up.iloc[:500, 1:12].to_numpy(np.float32))
-    polymer = torch.randint(24, (500,), generator=torch.Generator().manual_seed(0))
-    formulation = torch.tensor(made_up.iloc[:500, 13:17].to_numpy(np.float32))
-    coverage = torch.arange(500) % 4
-    truth = MechanisticModel()(patient, polymer, formulation, coverage).delta_ef_pct
-    error = model(patient, polymer, formulation, coverage).delta_ef_pct - truth
-    assert error.square().mean() < 0.5 * truth.var()

@@ -352,21 +352,13 @@ def test_bad_input_is_one_line(trained, tmp_path, capsys, flags, message):
     assert message in line
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda saved: saved["polymers"].reverse(), "trained on another polymer table"),
-        (lambda saved: saved["architecture"].update(obs_dim=12), "cannot be used"),
-        (lambda saved: saved["training_config"].update(env_id="Other-v0"), "Other"),
-    ],
-)
-def test_a_policy_for_something_else_is_refused(trained, tmp_path, capsys, change, message):
+def test_a_policy_for_other_environments_is_refused(trained, tmp_path, capsys):
     saved = torch.load(trained / "stage2_policy.pt", weights_only=True)
-    change(saved)
+    saved["training_config"]["env_id"] = "Other-v0"
     torch.save(saved, tmp_path / "stage2_policy.pt")
     assert generate_candidates.main(["--policy", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert message in line
+    assert "Other" in line
     assert not (tmp_path / "designs").exists()
 
 

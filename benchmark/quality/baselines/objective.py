@@ -18,13 +18,7 @@ LOW, HIGH = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH
 
 
 def design_at(share: Tensor, polymer_id: Tensor, coverage: Tensor) -> Design:
-    """Designs whose formulation is given as the share of the way through its box.
-
-    Args:
-        share: (B, 4) in [0, 1].
-        polymer_id: (B,) integer row of the polymer table.
-        coverage: (B,) integer coverage level.
-    """
+    """Designs whose formulation is given as the share (B, 4) of the way through its box."""
     # lerp is exact at both ends, so that no formulation leaves its box by a rounding error.
     formulation = torch.lerp(LOW, HIGH, share.to(LOW.dtype))
     return Design(polymer_id.long(), formulation, coverage.long())
@@ -53,13 +47,7 @@ class CountingModel:
 
 
 class PatientObjective:
-    """Reward of designs for one patient, with a budget that cannot be overrun.
-
-    Args:
-        patient: (11,) features in the order and units of `PATIENT_FIELDS`.
-        model: the Stage-1 model.
-        budget: calls allowed, at least 1.
-    """
+    """Reward of designs for one (11,) patient, with a budget of calls that cannot be overrun."""
 
     def __init__(self, patient: Tensor, model: RewardModel, budget: int) -> None:
         self.budget = budget
@@ -70,14 +58,9 @@ class PatientObjective:
         self._start = time.process_time()
 
     @property
-    def calls(self) -> int:
-        """Designs evaluated so far."""
-        return self._model.calls
-
-    @property
     def remaining(self) -> int:
         """Calls left of the budget."""
-        return self.budget - self.calls
+        return self.budget - self._model.calls
 
     @property
     def trace(self) -> np.ndarray:
@@ -91,11 +74,7 @@ class PatientObjective:
 
     @torch.no_grad()
     def __call__(self, design: Design) -> Tensor:
-        """(B,) float32 rewards of B designs.
-
-        Raises:
-            RuntimeError: B is more than `remaining`; nothing was evaluated.
-        """
+        """(B,) float32 rewards of B designs, unless B is more than `remaining`."""
         count = len(design.polymer_id)
         if count > self.remaining:
             raise RuntimeError(

@@ -3,6 +3,13 @@
 A search is a function of an objective and a seed. The design space is six-dimensional and mixed: 24
 polymers without an order, four coverage levels with one, four formulation parameters in a box.
 Libraries beyond torch are imported where they are used, so that a method needs only its own.
+
+References:
+    [Hansen2001] Hansen, Ostermeier. Completely derandomized self-adaptation in evolution
+    strategies. Evol Comput 9:159. Implementation: the `cma` package.
+    [Bergstra2011] Bergstra et al. Algorithms for hyper-parameter optimization. NeurIPS 2011.
+    [Balandat2020] Balandat et al. BoTorch. NeurIPS 2020.
+    [Ament2023] Ament et al. Unexpected improvements to expected improvement. NeurIPS 2023.
 """
 
 from __future__ import annotations
@@ -25,21 +32,13 @@ NUM_COVERAGES = len(COVERAGES)
 def random_search(objective: PatientObjective, seed: int) -> None:
     """Uniform over polymers, coverages and the formulation box."""
     generator = torch.Generator().manual_seed(seed)
-    count = objective.remaining
-    share = torch.rand(count, DIM, generator=generator)
-    polymer_id = torch.randint(NUM_POLYMERS, (count,), generator=generator)
-    coverage = torch.randint(NUM_COVERAGES, (count,), generator=generator)
-    objective(design_at(share, polymer_id, coverage))
+    objective(design_of_unit(torch.rand(objective.remaining, DIM + 2, generator=generator)))
 
 
 def sobol_search(objective: PatientObjective, seed: int) -> None:
     """Scrambled Sobol sequence in six dimensions, the first two cut into equal categories."""
-    objective(design_of_unit(sobol_points(DIM + 2, objective.remaining, seed)))
-
-
-def sobol_points(dim: int, count: int, seed: int) -> Tensor:
-    """(count, dim) float32 points of a scrambled Sobol sequence in [0, 1]."""
-    return torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed).draw(count)
+    engine = torch.quasirandom.SobolEngine(DIM + 2, scramble=True, seed=seed)
+    objective(design_of_unit(engine.draw(objective.remaining)))
 
 
 def design_of_unit(unit: Tensor) -> Design:
@@ -62,30 +61,18 @@ def cma_es(objective: PatientObjective, seed: int) -> None:
     """CMA-ES [Hansen2001] on 29 variables, restarted at random when it stagnates.
 
     The variables are the formulation, the coverage (an ordered level, rounded) and a score per
-    polymer, the largest of which is chosen. Chosen on patients of the training cohort: up to 500
-    calls this was ahead of the package's integer variables for polymer and coverage, which take the
-    polymers' arbitrary order for a scale, and of a run per polymer with successive halving, which
-    spends hundreds of calls before it has compared them. The package's own criteria end a run late
-    here, since the penalties keep the rewards of a generation apart.
-
-    References:
-        [Hansen2001] Hansen, Ostermeier. Completely derandomized self-adaptation in evolution
-        strategies. Evol Comput 9:159. Implementation: the `cma` package.
+    polymer, the largest of which is chosen. On patients of the training cohort this was ahead of
+    the package's integer variables, which take the polymers' arbitrary order for a scale, and of a
+    run per polymer with successive halving. The package's own criteria end a run late here, since
+    the penalties keep the rewards of a generation apart.
     """
     import cma
 
     rng = np.random.default_rng(seed)
-    num_variables = DIM + 1 + NUM_POLYMERS
-    start = np.full(num_variables, 0.5)
+    start = np.full(DIM + 1 + NUM_POLYMERS, 0.5)
     while objective.remaining:
-        options = {
-            "bounds": [0, 1],
-            "tolfun": 1e-3,
-            "tolfunhist": 1e-3,
-            "seed": int(rng.integers(1, 2**31)),
-            "verbose": -9,
-            "verb_log": 0,
-        }
+        options = {"bounds": [0, 1], "tolfun": 1e-3, "tolfunhist": 1e-3}
+        options |= {"seed": int(rng.integers(1, 2**31)), "verbose": -9, "verb_log": 0}
         best, stagnant = -np.inf, 0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on options and on the end of a run
@@ -93,50 +80,35 @@ def cma_es(objective: PatientObjective, seed: int) -> None:
             while objective.remaining and stagnant < STAGNANT_GENERATIONS and not strategy.stop():
                 proposed = strategy.ask()
                 unit = torch.from_numpy(np.asarray(proposed[: objective.remaining])).float()
-                design = design_at(
-                    unit[:, :DIM],
-                    unit[:, DIM + 1 :].argmax(-1),
-                    category(unit[:, DIM], NUM_COVERAGES),
+                polymer_id, level = unit[:, DIM + 1 :].argmax(-1), unit[:, DIM]
+                rewards = objective(
+                    design_at(unit[:, :DIM], polymer_id, category(level, NUM_COVERAGES))
                 )
-                rewards = objective(design)
                 if len(rewards) < len(proposed):  # the budget cut the generation short
                     break
                 strategy.tell(proposed, (-rewards).tolist())
                 top = float(rewards.max())
                 stagnant = 0 if top > best + LEAST_GAIN else stagnant + 1
                 best = max(best, top)
-        start = rng.random(num_variables)
+        start = rng.random(len(start))
 
 
 def tpe(objective: PatientObjective, seed: int) -> None:
-    """Tree-structured Parzen estimator of Optuna, multivariate, polymer and coverage categorical.
-
-    Grouping is left out: it splits conditional search spaces, and this one has no conditions.
-
-    References:
-        [Bergstra2011] Bergstra et al. Algorithms for hyper-parameter optimization. NeurIPS 2011.
-        [Falkner2018] Falkner et al. BOHB. ICML 2018 (the multivariate form).
-    """
+    """Multivariate tree-structured Parzen estimator of Optuna [Bergstra2011]."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    space = {
-        "polymer_id": optuna.distributions.CategoricalDistribution(range(NUM_POLYMERS)),
-        "coverage": optuna.distributions.CategoricalDistribution(range(NUM_COVERAGES)),
-    } | {
-        field.name: optuna.distributions.FloatDistribution(0.0, 1.0) for field in FORMULATION_FIELDS
-    }
+    sizes = {"polymer_id": NUM_POLYMERS, "coverage": NUM_COVERAGES}
+    kind, shares = optuna.distributions, [field.name for field in FORMULATION_FIELDS]
+    space = {name: kind.CategoricalDistribution(range(size)) for name, size in sizes.items()}
+    space |= {name: kind.FloatDistribution(0.0, 1.0) for name in shares}
     sampler = optuna.samplers.TPESampler(multivariate=True, seed=seed)
     study = optuna.create_study(direction="maximize", sampler=sampler)
     while objective.remaining:
         trial = study.ask(space)
-        share = torch.tensor([[trial.params[field.name] for field in FORMULATION_FIELDS]])
-        design = design_at(
-            share,
-            torch.tensor([trial.params["polymer_id"]]),
-            torch.tensor([trial.params["coverage"]]),
-        )
-        study.tell(trial, objective(design).item())
+        share = torch.tensor([[trial.params[name] for name in shares]])
+        chosen = (torch.tensor([trial.params[name]]) for name in sizes)
+        study.tell(trial, objective(design_at(share, *chosen)).item())
 
 
 NUM_INITIAL = 20  # Sobol designs before the first model
@@ -145,24 +117,26 @@ NUM_POLISHED = 3  # pairs whose acquisition is maximised by gradient
 
 
 def botorch_bo(objective: PatientObjective, seed: int) -> None:
-    """Bayesian optimisation with BoTorch: Gaussian process, LogEI, `optimize_acqf_mixed`.
+    """Bayesian optimisation with BoTorch [Balandat2020]: Gaussian process and LogEI [Ament2023].
 
     The process (`MixedSingleTaskGP`) sees the formulation, the coverage as a number, since its
     levels are ordered, and the polymer as a category. Two departures from the plain loop keep a
     call below a second on one core: `optimize_acqf_mixed` polishes only the pairs of polymer and
     coverage that lead on raw samples of all 96, scored in one batch; and each fit starts from the
     last one and takes few steps.
-
-    References:
-        [Balandat2020] Balandat et al. BoTorch. NeurIPS 2020.
-        [Ament2023] Ament et al. Unexpected improvements to expected improvement. NeurIPS 2023.
     """
+    from botorch.acquisition import LogExpectedImprovement
+    from botorch.fit import fit_gpytorch_mll
+    from botorch.models import MixedSingleTaskGP
+    from botorch.models.transforms import Standardize
+    from gpytorch.mlls import ExactMarginalLogLikelihood
 
     def rewards(x: Tensor) -> Tensor:
         coverage = (x[:, DIM] * (NUM_COVERAGES - 1)).round()
         return objective(design_at(x[:, :DIM], x[:, DIM + 1].round(), coverage)).double()[:, None]
 
-    unit = sobol_points(DIM + 2, min(NUM_INITIAL, objective.remaining), seed)
+    engine = torch.quasirandom.SobolEngine(DIM + 2, scramble=True, seed=seed)
+    unit = engine.draw(min(NUM_INITIAL, objective.remaining))
     polymer_id, coverage = category(unit[:, 0], NUM_POLYMERS), category(unit[:, 1], NUM_COVERAGES)
     chosen = torch.stack([coverage / (NUM_COVERAGES - 1), polymer_id], -1)
     x = torch.cat([unit[:, 2:], chosen], -1).double()
@@ -173,41 +147,23 @@ def botorch_bo(objective: PatientObjective, seed: int) -> None:
         warnings.simplefilter("ignore")  # a fit or a line search that had to try again
         torch.manual_seed(seed)  # a second attempt at a fit draws its start
         while objective.remaining:
-            acquisition, fitted = _expected_improvement(x, y, fitted)
+            model = MixedSingleTaskGP(x, y, [DIM + 1], outcome_transform=Standardize(m=1))
+            model.load_state_dict(fitted, strict=False)
+            mll = ExactMarginalLogLikelihood(model.likelihood, model)
+            fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 30}})
+            # The scale of the rewards is that of the data, not to be carried over.
+            state = model.state_dict().items()
+            fitted = {name: value for name, value in state if "outcome" not in name}
+            acquisition = LogExpectedImprovement(model, best_f=y.max())
             best = _most_promising(acquisition, raw_engine, x[y.argmax(), :DIM])
             x = torch.cat([x, best])
             y = torch.cat([y, rewards(best)])
 
 
-def _expected_improvement(
-    x: Tensor, y: Tensor, fitted: dict[str, Tensor]
-) -> tuple[Any, dict[str, Tensor]]:
-    """The acquisition by a process fitted to what is known, and the state of that process.
-
-    Args:
-        x: (N, 6) designs: formulation, coverage, polymer.
-        y: (N, 1) their rewards.
-        fitted: state of the last process.
-    """
-    from botorch.acquisition import LogExpectedImprovement
-    from botorch.fit import fit_gpytorch_mll
-    from botorch.models import MixedSingleTaskGP
-    from botorch.models.transforms import Standardize
-    from gpytorch.mlls import ExactMarginalLogLikelihood
-
-    model = MixedSingleTaskGP(x, y, [DIM + 1], outcome_transform=Standardize(m=1))
-    model.load_state_dict(fitted, strict=False)
-    mll = ExactMarginalLogLikelihood(model.likelihood, model)
-    fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 30}})
-    # The scale of the rewards is that of the data, not to be carried over.
-    state = {k: v for k, v in model.state_dict().items() if "outcome" not in k}
-    return LogExpectedImprovement(model, best_f=y.max()), state
-
-
 def _most_promising(
     acquisition: Any, raw_engine: torch.quasirandom.SobolEngine, best_share: Tensor
 ) -> Tensor:
-    """(1, 6) the design with the largest acquisition; `best_share` (4,) is the best formulation."""
+    """(1, 6) design with the largest acquisition; `best_share` (4,) is the best formulation."""
     from botorch.optim import optimize_acqf_mixed
 
     pairs = torch.cartesian_prod(

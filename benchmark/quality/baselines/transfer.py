@@ -1,7 +1,7 @@
 """Designs carried over from a training cohort to a new patient, for one reward call.
 
-All start from the oracle's design for every patient of the training cohort. Shapes: P patients of
-that cohort, M new ones, N designs.
+All start from the oracle's P designs for the patients of the training cohort, whose features are
+(P, 11); those of the new patients are (M, 11).
 """
 
 from __future__ import annotations
@@ -21,13 +21,7 @@ NUM_REFINED = 32
 
 @torch.no_grad()
 def cohort_mean_reward(patients: Tensor, design: Design, model: RewardModel) -> Tensor:
-    """(N,) float64 mean over (P, 11) patients of each design's reward, by P N calls of the model.
-
-    Args:
-        patients: (P, 11) features.
-        design: N designs.
-        model: the Stage-1 model.
-    """
+    """(N,) float64 mean over (P, 11) patients of each design's reward, by P N calls."""
     patients = patients.to(torch.float32)
     means = []
     for index in torch.arange(len(design.polymer_id)).split(DESIGNS_AT_ONCE):
@@ -44,12 +38,6 @@ def one_size_fits_all(
 
     Refining draws formulations about the best one so far, from ever closer; its polymer and
     coverage stay.
-
-    Args:
-        patients: (P, 11) features of the training cohort.
-        candidates: N designs to begin with: the oracle's for these patients.
-        model: the Stage-1 model.
-        seed: of the refinement.
     """
     generator = torch.Generator().manual_seed(seed)
     best, best_reward, near = None, -torch.inf, candidates
@@ -67,13 +55,7 @@ def one_size_fits_all(
 
 
 def nearest_patient(patients: Tensor, designs: Design, new_patients: Tensor) -> Design:
-    """M designs: that of the closest training patient, in standardised features.
-
-    Args:
-        patients: (P, 11) features of the training cohort.
-        designs: the oracle's P designs for it.
-        new_patients: (M, 11) features.
-    """
+    """M designs: that of the closest training patient, in standardised features."""
     mean, std = patients.mean(0), patients.std(0)
     distance = torch.cdist((new_patients - mean) / std, (patients - mean) / std)
     return design_rows(designs, distance.argmin(-1))
@@ -84,12 +66,6 @@ def regression(patients: Tensor, designs: Design, new_patients: Tensor, seed: in
 
     One forest names the pair of polymer and coverage; the other gives the formulation for the
     patient and that pair. Of forests, boosted trees and networks none was clearly ahead.
-
-    Args:
-        patients: (P, 11) features of the training cohort.
-        designs: the oracle's P designs for it.
-        new_patients: (M, 11) features.
-        seed: of the forests.
     """
     from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 

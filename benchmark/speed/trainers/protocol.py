@@ -74,13 +74,7 @@ def seconds_since_process_start() -> float:
 
 
 class Recorder:
-    """Writes the lines, and keeps evaluation off the clock.
-
-    Args:
-        args: of `add_flags`.
-        env_id: environment to evaluate in.
-        act: the deterministic policy, from (B, 13) observations to the environment's action.
-    """
+    """Writes the lines, and keeps evaluations of the deterministic policy `act` off the clock."""
 
     def __init__(self, args: argparse.Namespace, env_id: str, act: Callable[[Tensor], Any]) -> None:
         self.path, self.evaluate_every, self.act = args.output, args.evaluate_every, act
