@@ -128,13 +128,13 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
     ) -> str:
         row, others = int(bad.argmax()), int(bad.sum()) - 1
         return (
-            f"{name}, row {row + 1} (patient {ids[row]!r}), {column}: {str(values[row])!r}; "
+            f"{name}, row {row + 1} (patient {frame[ID_COLUMN][row]!r}), {column}: {str(values[row])!r}; "
             f"allowed: {allowed}" + (f"; other rows with this fault: {others}" if others else "")
         )
 
     for bad, allowed in (
         ((ids == "").to_numpy(), "a name that is not blank"),
-        (ids.duplicated().to_numpy(), "each name once (blanks around it do not count)"),
+        (ids.duplicated().to_numpy(), "each name once"),
     ):
         if bad.any():
             raise CohortError(fault(bad, ID_COLUMN, frame[ID_COLUMN], allowed))

@@ -70,7 +70,7 @@ def _csv(content: bytes, wanted: Sequence[str]) -> pd.DataFrame:
     text = content.decode("utf-8-sig")
     header = next(csv.reader(io.StringIO(text)), [])
     if not any(header):
-        raise TableError("is empty")
+        raise TableError("cannot be read: it is empty")
     if not set(wanted) & set(header):
         for separator, name in _OTHER_SEPARATORS.items():
             if set(wanted) & set(next(csv.reader(io.StringIO(text), delimiter=separator))):

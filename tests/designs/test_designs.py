@@ -140,7 +140,7 @@ def folder(tmp_path_factory):
             place = partition(folder / table, patient_id)
             place.mkdir(parents=True)
             for part in parts:
-                data = parquet(arrow_table(*many(20, seed=3)))
+                data = parquet(arrow_table(patient_id, *many(20, seed=3)))
                 (place / f"{part}.parquet").write_bytes(data)
     return folder
 
@@ -162,7 +162,7 @@ def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(f
     schema = pq.ParquetFile(file).schema_arrow
     assert schema.metadata[b"hydrogel_gym"] == SCHEMA.encode()
     source = (
-        "polymer_id polymer_name stiffness_kPa degradation_days conductivity_S_m thickness_mm "
+        "patient_id polymer_id polymer_name stiffness_kPa degradation_days conductivity_S_m thickness_mm "
         "coverage predicted_delta_EF predicted_stress_reduction optimal_probability reward"
     ).split()
     assert schema.names[: len(source)] == source

@@ -183,7 +183,7 @@ def test_designs_of_another_policy_are_refused(ranked, tmp_path, capsys):
     torch.save(other, tmp_path / "stage2_policy.pt")
     assert rank_designs.main([str(folder), "--policy", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "is of another policy or cohort (policy: " in line
+    assert "is of another policy, cohort or reward model (policy: " in line
 
 
 @pytest.mark.parametrize("what", ["nowhere", "empty"])

@@ -185,7 +185,7 @@ def test_error_names_the_first_row_with_the_fault_and_counts_the_others(table, p
             "missing columns: patient_id, edv_ml; columns found: lvef_pct, ",
         ),
         (lambda t: pd.concat([t, t["edv_ml"]], axis=1), "columns that occur twice: edv_ml"),
-        (lambda t: t[:0], "no patient, only a header"),
+        (lambda t: t[:0], "no rows, only a header"),
     ],
     ids=["missing", "twice", "header alone"],
 )
@@ -197,7 +197,7 @@ def test_table_without_the_columns_or_rows_wanted_is_rejected(table, path, chang
     ("name", "content", "message"),
     [
         ("empty.csv", b"", "cannot be read: "),
-        ("ragged.csv", b"patient_id,edv_ml\nP0,1,2,3\n", "cannot be read: "),
+        ("ragged.csv", b"patient_id,edv_ml\nP0,1,2,3\n", "row 1: '2' is in column 3"),
         ("binary.csv", b"\xff\xfe\x00\x01", "cannot be read: "),
         ("text.parquet", b"patient_id\n", "cannot be read: "),
         ("no_file.csv", None, "cannot be read: "),

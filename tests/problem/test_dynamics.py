@@ -244,8 +244,8 @@ def test_step_reports_what_ends_apart_from_what_begins(eight_environments, mode,
 
     given = result._asdict() | result.outcomes._asdict() | result.terms._asdict()
     given["patient_index"] = result.state.patient_index
-    expected = {"never": torch.zeros(3), "always": torch.ones(3), "stepped": ~begun}
-    expected["terminated"] = ended
+    expected = {"truncated": torch.zeros(3), "always": torch.ones(3), "stepped": ~begun}
+    expected |= {"terminated": ended, "done": ended}
     expected["reward"] = result.reward.where(~begun | (mode == "SameStep"), 0.0)
     for name in (*INFO_SCALARS, *INFO_FLAGS, "formulation", "patient_index"):
         mask = begun.view(3, *[1] * (given[name].dim() - 1))
