@@ -174,7 +174,7 @@ def make_world():
 
 
 def without_generator(function):
-    return lambda *size, generator, device: function(*size, device=device)
+    return lambda *size, generator, **place: function(*size, **place)
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=no_cuda)])

@@ -30,7 +30,7 @@ FOLDERS = {
     "hydrogel_gym.patients": CHECKOUT / "patients",
     "hydrogel_gym.train": CHECKOUT / "train",
 }
-LEAVES = ("errors", "files", "memory", "compiled")
+LEAVES = ("archives", "compiled", "errors", "files", "memory", "output")
 # Names that users and saved specs import; what they stand for lives in the rooms.
 SHIMS = ("__init__", "__main__", "env", "spaces", "wrappers", "sb3")
 # Each room with those it may import, itself included; imports go one way.
@@ -235,7 +235,8 @@ def test_patient_folder_is_data_and_two_scripts_that_use_public_names_of_few_mod
     for script, modules in {
         "generate": "problem.cohort problem.fields",
         "make_outcomes": (
-            "files models.mechanistic problem.cohort problem.fields problem.polymers problem.reward"
+            "files models.mechanistic problem.cohort problem.fields problem.polymers problem.reward "
+            "problem.tables"
         ),
     }.items():
         script = f"hydrogel_gym.patients.{script}"

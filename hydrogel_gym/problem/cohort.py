@@ -127,8 +127,9 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
         bad: np.ndarray, column: str, values: pd.Series[Any] | np.ndarray, allowed: str
     ) -> str:
         row, others = int(bad.argmax()), int(bad.sum()) - 1
+        patient = str(frame[ID_COLUMN][row])
         return (
-            f"{name}, row {row + 1} (patient {frame[ID_COLUMN][row]!r}), {column}: {str(values[row])!r}; "
+            f"{name}, row {row + 1} (patient {patient!r}), {column}: {str(values[row])!r}; "
             f"allowed: {allowed}" + (f"; other rows with this fault: {others}" if others else "")
         )
 

@@ -162,8 +162,9 @@ def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(f
     schema = pq.ParquetFile(file).schema_arrow
     assert schema.metadata[b"hydrogel_gym"] == SCHEMA.encode()
     source = (
-        "patient_id polymer_id polymer_name stiffness_kPa degradation_days conductivity_S_m thickness_mm "
-        "coverage predicted_delta_EF predicted_stress_reduction optimal_probability reward"
+        "patient_id polymer_id polymer_name stiffness_kPa degradation_days conductivity_S_m "
+        "thickness_mm coverage predicted_delta_EF predicted_stress_reduction "
+        "optimal_probability reward"
     ).split()
     assert schema.names[: len(source)] == source
     own, ranked = columns_of(SCHEMA), columns_of(RANKED_SCHEMA)

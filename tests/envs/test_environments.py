@@ -547,10 +547,10 @@ def options(**kwargs) -> dict:
     ("kind", "kwargs", "message"),
     [
         ("single", options(patient_id="dan"), "no patient 'dan'; nearest: "),
-        ("single", options(patient=1), "['patient'] are unknown; allowed: ['patient_id']"),
+        ("single", options(patient=1), "allowed: ['patient_id', 'patient_index']"),
         ("single", options(reset_mask=1), "['reset_mask'] are unknown"),
         ("vector", options(patient_id=[0, 3, 1]), "env 1: patient_id is 3; allowed: whole"),
-        ("vector", options(mask=1), "allowed: ['patient_id', 'reset_mask']"),
+        ("vector", options(mask=1), "allowed: ['patient_id', 'patient_index', 'reset_mask']"),
         ("vector", options(reset_mask=np.array([T, F])), "(2,) array of torch.bool"),
         ("vector", options(reset_mask=np.array([1, 0, 0])), "array of torch.int64; expec"),
         ("vector", options(reset_mask=np.array([F, F, F])), "reset_mask is all False"),

@@ -62,6 +62,7 @@ def test_arguments_have_the_defaults_of_the_manual_and_those_of_the_vector_but_o
         "validate_actions": None,
         "compile": False,
         "dtype": "float32",
+        "max_episode_steps": None,
     }
 
 
