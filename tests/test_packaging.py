@@ -235,8 +235,8 @@ def test_patient_folder_is_data_and_two_scripts_that_use_public_names_of_few_mod
     for script, modules in {
         "generate": "problem.cohort problem.fields",
         "make_outcomes": (
-            "files models.mechanistic problem.cohort problem.fields problem.polymers problem.reward "
-            "problem.tables"
+            "files models.mechanistic problem.cohort problem.fields problem.polymers "
+            "problem.reward problem.tables"
         ),
     }.items():
         script = f"hydrogel_gym.patients.{script}"

@@ -68,7 +68,8 @@ def group_runs(runs: list[SavedRun]) -> list[Group]:
     naming = differing if len(differing) <= 3 else ["preset"]
     labels = []
     for first, *others in groups:
-        parts = [f"{name} {first.config[name]}" for name in naming if name in first.config]
+        settings = compared_settings(first)
+        parts = [f"{name} {settings[name]}" for name in naming if name in settings]
         more = f" and {len(others)} more" if others else ""
         labels.append(", ".join(parts) or first.name + more)
     if len(set(labels)) < len(labels):
@@ -85,7 +86,9 @@ def compared_settings(run: SavedRun) -> dict[str, Any]:
     A setting that earlier versions had is none of them where a run of today is as if it had it.
     """
     # Earlier versions wrote the built-in model where none was named.
-    config = run.config | {"reward_model": run.config.get("reward_model") or BUILT_IN}
+    config = dict(run.config)
+    if config and not config.get("reward_model"):
+        config["reward_model"] = BUILT_IN
     return {
         name: value
         for name, value in config.items()

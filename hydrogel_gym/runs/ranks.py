@@ -212,9 +212,6 @@ def world_from_environment() -> World:
     rank, size, local_size = map(int, given.values())
     if rank >= size:
         raise UsageError(f"$RANK is {rank}; allowed: below $WORLD_SIZE, {size}")
-    if size > 1 and not os.environ.get("MASTER_PORT", "").isdecimal():
-        port = os.environ.get("MASTER_PORT", "not set")
-        raise UsageError(f"$MASTER_PORT is {port}; allowed: a port, as torchrun sets it")
     return World(rank, size, local_size, launched=True)
 
 
@@ -239,6 +236,10 @@ def joined(world: World, device: torch.device) -> Iterator[World]:
 @collective
 def connect(world: World, device: torch.device) -> None:
     """Make the process group of the ranks."""
+    if not (port := os.environ.get("MASTER_PORT", "")).isdecimal():
+        raise UsageError(
+            f"$MASTER_PORT is {port or 'not set'}; allowed: a port, as torchrun sets it"
+        )
     try:
         store = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))[0]
     except dist.DistNetworkError as error:

@@ -7,6 +7,7 @@ import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
+import torch
 import pytest
 
 from hydrogel_gym.report.page import about, run_page
@@ -94,6 +95,9 @@ def test_hostile_names_are_text(copy, content, read_run, edit_json, tmp_path, ht
     table.loc[3, "patient_id"] = HOSTILE
     table.to_csv(tmp_path / "mine.csv", index=False)
     shutil.rmtree(copy / "checkpoints")  # they would show that the patients are others
+    policy = torch.load(copy / "stage2_policy.pt", weights_only=True)
+    del policy["origin"]  # and so would this, of which earlier versions had none
+    torch.save(policy, copy / "stage2_policy.pt")
     edit_json(copy / "config.json", cohort=str(tmp_path / "mine.csv"))
     hostile = copy.rename(tmp_path / "<img src=x onerror=alert(1)>")
     page = run_page(read_run(hostile)).decode()

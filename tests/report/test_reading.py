@@ -95,7 +95,7 @@ USELESS = dict(mean_reward="much", iterations="6", polymer_share={"HA_ECM": "all
         (edit("config.json", cohort="/gone/mine.csv"), "/gone/mine.csv: cannot be read", False),
         (edit("config.json", env_id="Mine-v0"), "Mine-v0 cannot evaluate them", False),
         (other_patients, "contains other patients than the run was trained on", False),
-        (other_patients_without_checkpoints, "model or package are others", False),
+        (other_patients_without_checkpoints, "contains other patients than the run", False),
     ],
 )
 def test_harmed_run_directory_gives_a_partial_report_that_says_so(

@@ -50,7 +50,7 @@ def test_a_policy_repeats_the_figures_of_its_run(finished_run, run, capsys):
     for policy in (output_dir, output_dir / "stage2_policy.pt"):
         name, content = run(policy)
         figures = json.loads(content)
-        assert name == "evaluation-cohort.json"
+        assert re.fullmatch(r"evaluation-cohort-[0-9a-f]{8}\.json", name)
         deterministic = [key for key in summary if re.match("(train|holdout)_", key)]
         assert len(deterministic) == 2 * (3 + len(YARDSTICK))
         for key in deterministic:
@@ -76,7 +76,8 @@ def test_a_policy_is_evaluated_on_any_cohort(ppo, finished_run, tmp_path):
     table.to_parquet(tmp_path / "mine.parquet", index=False)
     flags = ["--cohort", str(tmp_path / "mine.parquet"), "--output-dir", str(tmp_path)]
     assert evaluate.main([str(policy.parent), *flags, "--no-oracle"]) == 0
-    figures = json.loads((tmp_path / "evaluation-mine.json").read_text())
+    (written,) = tmp_path.glob("evaluation-mine-????????.json")
+    figures = json.loads(written.read_text())
     assert figures["num_patients"] == 50
     assert "holdout_deterministic_reward" not in figures
     assert figures["train_regret"] is None
@@ -113,7 +114,8 @@ def test_another_model_evaluates_and_its_oracle_is_the_yardstick(
     oracle = finished_run[0].output_dir.parent / "oracle"
     name, content = run(output_dir, "--reward-model", "mechanistic")
     figures = json.loads(content)
-    assert (name, figures["reward_model"]) == ("evaluation-cohort-mechanistic.json", "mechanistic")
+    assert re.fullmatch(r"evaluation-cohort-[0-9a-f]{8}-mechanistic\.json", name)
+    assert figures["reward_model"] == "mechanistic"
     for cohort, path in zip(COHORTS, paths, strict=True):
         model = load_reward_model("mechanistic")
         reward = designed(ppo, output_dir / "stage2_policy.pt", path, model)
@@ -142,7 +144,7 @@ def test_another_model_stands_in_for_one_that_is_gone(fitted_run, run, tmp_path,
 def test_every_checkpoint_is_a_row(finished_run, run):
     output_dir, summary = finished_run[0].output_dir, finished_run[1]
     name, content = run(output_dir, "--every-checkpoint")
-    assert name == "evaluation-cohort-checkpoints.csv"
+    assert re.fullmatch(r"evaluation-cohort-[0-9a-f]{8}-checkpoints\.csv", name)
     lines = [line.split(",") for line in content.splitlines()]
     table = pd.DataFrame(lines[1:], columns=lines[0]).astype(float)
     assert table["iteration"].tolist() == [2, 4, 6]

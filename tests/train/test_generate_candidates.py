@@ -136,7 +136,7 @@ def test_threads_ranks_and_other_patients_change_nothing(designs, make, monkeypa
     for rank, own in enumerate((("P0001", "P0003"), ("P0002",))):
         monkeypatch.setenv("RANK", str(rank))
         shared = make("shared", patient=patients)
-        there |= {f"patient_id={patient_id}" for patient_id in own}
+        there |= set(own)
         assert {path.name for path in (shared / "top").iterdir()} == there
     assert files(shared) == files(alone)
 
@@ -338,7 +338,7 @@ def test_an_outcome_that_is_not_finite_ends_the_run_with_the_patient(
         (["--patient", "P003"], "has no patient 'P003'; nearest: P0"),
         (["--explore", "1.5"], "--explore is 1.5; allowed: 0 to 1"),
         (["--temperature", "0"], "--temperature is 0.0; allowed: above 0"),
-        (["--top-k", "0"], "--top-k is 0; allowed: 1 or more"),
+        (["--top-k", "0"], "--top-k is 0; allowed: 1 to 1,000,000"),
         (["--num-candidates", "0"], "--num-candidates is 0; allowed: 1 or more"),
         (["--policy", "no/such/run"], "there is no no/such/run"),
         (["--device", "abacus"], "--device abacus cannot be used"),
@@ -396,6 +396,6 @@ def test_the_compiled_graph_draws_the_same_designs(designs, make):
     assert plain["reward"].to_numpy() == pytest.approx(compiled["reward"].to_numpy(), abs=2.01)
 
 
-def test_partitions_are_named_as_hive_names_them(tmp_path):
-    assert partition(tmp_path, "P0001").name == "patient_id=P0001"
+def test_folder_of_a_patient_is_named_after_her(tmp_path):
+    assert partition(tmp_path, "P0001").name == "P0001"
     assert partition(tmp_path, "a/b").parent == tmp_path

@@ -11,6 +11,7 @@ import torch
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.designing import environments
+from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.evaluation import policy_designs
 from hydrogel_gym.runs.policies import load_policy
 from hydrogel_gym.train import ppo_hybrid, rank_designs, refine_patients
@@ -58,7 +59,8 @@ def base(trained):
     """The policy for all, its patients, their environments and its reward for each."""
     agent, saved = load_policy(trained / "stage2_policy.pt", Agent, "cpu")
     cohort = load_cohort(saved["training_config"]["cohort"])
-    envs = environments(saved["training_config"], cohort, torch.device("cpu"))
+    options = ProblemOptions.of(saved["training_config"])
+    envs = environments(saved, options, cohort, torch.device("cpu"))
     return agent, cohort, envs, policy_designs(agent.design, envs)["reward"]
 
 
