@@ -258,13 +258,13 @@ def test_list_of_seeds_begins_anew_the_rows_that_have_one():
 
 # What steps return
 
-# A constant design each for Ann, Bo and Cy: it scores FIRST when its polymer is new, then LATER.
+# A constant design each for Ann, Bo and Cy, which scores FIRST when its polymer is new, then less.
 TOY_ACTION = {
     "polymer_id": np.array([1, 2, 3]),
     "formulation": np.float32([[20.0, 30.0, 0.0, 5.0]] * 3),
     "coverage": np.array([0, 0, 0]),
 }
-FIRST, LATER = np.float32([3.625, 6.125, 9.125]), np.float32([3.5, 6.0, 9.0])
+FIRST = np.float32([3.625, 6.125, 9.125])
 # Iteration observed, reward and end of each row, beginning one, no and two steps into an episode
 # of three; a reset in mode `Disabled` has no rewards.
 TRACES = {
@@ -474,7 +474,7 @@ def test_next_step_ignores_the_actions_of_rows_that_it_resets(action_format):
 
 @MODES
 def test_vector_environment_must_be_reset_before_anything_else(mode):
-    env = HydrogelVectorEnv(3, autoreset_mode=mode)
+    env = HydrogelVectorEnv(3, autoreset_mode=AutoresetMode(mode))
     assert env.autoreset_mode is env.metadata["autoreset_mode"] is AutoresetMode(mode)
     with pytest.raises(ResetNeeded, match=r"call reset\(\) before step\(\)"):
         env.step(env.action_space.sample())
