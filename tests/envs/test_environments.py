@@ -446,21 +446,23 @@ def test_unchecked_action_that_is_not_allowed_earns_no_number():
 
 
 @pytest.mark.parametrize("action_format", ["dict", "multidiscrete"])
-def test_next_step_ignores_the_actions_of_rows_that_it_resets(action_format):
+def test_next_step_ignores_the_actions_of_the_rows_that_it_resets_and_no_other(action_format):
     kwargs = {"horizon": 3, "action_format": action_format, "autoreset_mode": "NextStep"}
     env, twin = make("vector", **kwargs), make("vector", **kwargs)
     good, *actions = sampled(env, 6)
     for each_env in (env, twin):
         each_env.reset(seed=0)
         stagger(each_env, good)
+
+    def spoil(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        rows = rows.reshape(-1, *[1] * (x.ndim - 1))
+        return np.where(rows, x.dtype.type(NAN if x.dtype.kind == "f" else -99), x)
+
     done = np.array([F, F, F])
     for action in actions:
-
-        def spoil(x: np.ndarray, ended=done) -> np.ndarray:
-            rows = ended.reshape(-1, *[1] * (x.ndim - 1))
-            return np.where(rows, x.dtype.type(NAN if x.dtype.kind == "f" else -99), x)
-
-        returned = env.step(tree_map(spoil, action))
+        with pytest.raises(ValueError, match=f"^env {done.argmin()}: "):
+            env.step(tree_map(functools.partial(spoil, rows=done | T), action))
+        returned = env.step(tree_map(functools.partial(spoil, rows=done), action))
         assert_same(returned, twin.step(action))
         done = returned[2]
     assert done.any()
