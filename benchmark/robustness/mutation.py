@@ -185,11 +185,11 @@ def main() -> None:
     share = "" if args.every == 1 else f", one of {args.every}"
     lines = [
         f"Mutants of the reward, the dynamics and the built-in reward model{share}. One is killed "
-        f"if a test of its module fails, or if these take longer than {LIMIT_SECONDS} s.",
+        f"if a test of its module fails, or by a time-out of {LIMIT_SECONDS} s.",
         "",
         made_by(1, "cosmic-ray"),
         "",
-        *table(("module", "mutants", "killed", "of these, by the time", "", "bar"), rows),
+        *table(("module", "mutants", "killed", "by time-out", "share", "bar"), rows),
         "",
         "Survivors:",
         "",

@@ -1,7 +1,7 @@
 """What whole commands take: importing the package, logging a run, building its report.
 
-    python benchmark/speed/commands.py                    # a quarter of an hour on two cores
-    python benchmark/speed/commands.py --preset full --rounds 3
+    python benchmark/speed/commands.py                    # an hour on two cores
+    python benchmark/speed/commands.py --presets quick --rounds 3
 
 Whole processes in turn, one at a time; what counts is the ratio within a round. Processor time is
 of all threads, and of what a process starts: what it takes from others on a machine whose cores are
@@ -56,25 +56,31 @@ def percent_more(values: list[float], off: list[float]) -> list[float]:
     return [100 * (a / b - 1) for a, b in zip(values, off, strict=True)]
 
 
-def logging(preset: str, rounds: int, flags: list[str], folder: Path) -> list[str]:
+def logging(presets: list[str], rounds: int, flags: list[str], folder: Path) -> list[str]:
     """Whole runs of the trainer with a log against without."""
     ORACLE_CACHE.mkdir(parents=True, exist_ok=True)
     (folder / "oracle").symlink_to(ORACLE_CACHE)  # searched once
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         del os.environ[name]
 
-    def measure(name: str, k: int) -> Ended:
-        command = ["{python}", "train/ppo_hybrid.py", "--preset", preset, *LOGS[name], *flags]
-        return run([*command, "--output-dir", folder / f"{name}-{k}"], WANDB_MODE="offline")
+    rows = []
+    for preset in presets:
 
-    measure("offline W&B", -1)  # oracle and imports
-    every = common.in_turn(LOGS, rounds, measure)
-    off = [[each[part] for each in every["off"]] for part in range(2)]
-    rows = [[preset, "off", *(f"{statistics.median(values):.1f} s" for values in off), "–"]]
-    for name in list(LOGS)[1:]:
-        more = [percent_more([each[part] for each in every[name]], off[part]) for part in range(2)]
-        bar = f"{MAX_LOG_PERCENT:g} %, {verdict(statistics.median(more[0]) <= MAX_LOG_PERCENT)}"
-        rows.append([preset, name, *(spread(values, "+.1f", " %") for values in more), bar])
+        def measure(name: str, k: int, preset: str = preset) -> Ended:
+            command = ["{python}", "train/ppo_hybrid.py", "--preset", preset, *LOGS[name], *flags]
+            output_dir = folder / f"{preset}-{name}-{k}"
+            return run([*command, "--output-dir", output_dir], WANDB_MODE="offline")
+
+        measure("offline W&B", -1)  # oracle and imports
+        every = common.in_turn(LOGS, rounds, measure)
+        off = [[each[part] for each in every["off"]] for part in range(2)]
+        rows.append([preset, "off", *(f"{statistics.median(x):.1f} s" for x in off), "–"])
+        for name in list(LOGS)[1:]:
+            values = [[each[part] for each in every[name]] for part in range(2)]
+            more = [percent_more(*pair) for pair in zip(values, off, strict=True)]
+            is_met = verdict(statistics.median(more[0]) <= MAX_LOG_PERCENT)
+            cells = [spread(each, "+.1f", " %") for each in more]
+            rows.append([preset, name, *cells, f"{MAX_LOG_PERCENT:g} %, {is_met}"])
     return [
         f"Whole runs of the trainer with a log against without; {rounds} rounds, median of the "
         "ratio within a round, and range:",
@@ -105,7 +111,7 @@ def main(argv: list[str] | None = None) -> None:
     """Measure, and write the tables."""
     parser = common.Parser(__doc__)
     flag = parser.add_argument
-    flag("--preset", default="quick", help="of the runs")
+    flag("--presets", nargs="+", default=["quick", "full"], help="of the runs")
     flag("--rounds", type=common.count, default=7, help="a process of each kind in every one")
     flag("flags", nargs="*", help="more flags of the trainer, after `--`")
     args = parser.parse_args(argv)
@@ -113,8 +119,8 @@ def main(argv: list[str] | None = None) -> None:
         folder = Path(name)
         tables = {
             "imports": imports(args.rounds),
-            "tracking": logging(args.preset, args.rounds, args.flags, folder),
-            "report": report(folder / "off-0", args.rounds),
+            "tracking": logging(args.presets, args.rounds, args.flags, folder),
+            "report": report(folder / f"{args.presets[0]}-off-0", args.rounds),
         }
     for name, lines in tables.items():
         common.write(args.output_dir, name, [common.made_by(), "", *lines])

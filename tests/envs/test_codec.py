@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch.utils._pytree import tree_map
@@ -209,6 +209,7 @@ TOLERANCES = dict.fromkeys(CODECS, ROUNDING) | {
 }
 
 
+@settings(max_examples=40)
 @given(DESIGN)
 def test_every_design_survives_the_way_there_and_back_or_comes_to_the_nearest_level(design):
     for name, codec in CODECS.items():

@@ -136,6 +136,7 @@ def test_attributes_and_methods_of_single_environments_are_reached():
     assert envs.get_attr("start", indices=1) == [10]
     assert envs.env_method("double", 3, indices=[1]) == [16]
     assert envs.env_is_wrapped(gym.wrappers.TimeLimit) == [True, False]
+    assert envs.env_is_wrapped(Monitor) == [False, False]
     envs.set_attr("limit", 4, indices=[1])
     assert envs.get_attr("limit") == [9, 4]
 

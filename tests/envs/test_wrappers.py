@@ -170,7 +170,7 @@ def test_value_beyond_the_unit_range_is_clipped_by_the_environment_which_says_so
 
 @pytest.mark.parametrize("wrapper", SINGLE)
 def test_specification_with_the_wrapper_makes_the_same_environment_again(wrapper):
-    kwargs = {"num_levels": [5, 6, 7, 8]} if wrapper is DiscretizeHybridAction else {}
+    kwargs = {"num_levels": [2, 6, 7, 8]} if wrapper is DiscretizeHybridAction else {}
     env = wrapper(gym.make("HydrogelDesign-v0"), **kwargs)
     spec = gym.envs.registration.EnvSpec.from_json(env.spec.to_json())
     again = gym.make(spec)

@@ -51,13 +51,16 @@ def test_metrics_have_a_row_per_iteration_and_the_columns_of_the_table(finished_
     assert terms.to_numpy() == pytest.approx(table["mean_reward"].to_numpy(), rel=1e-5)
 
 
-def test_the_policy_has_the_observation_statistics_of_the_cohort(finished_run, of_runs):
+def test_the_policy_has_the_statistics_of_observations_and_of_first_returns(finished_run, of_runs):
     args, _ = finished_run
     state = of_runs.policy(args.output_dir)
     features = hydrogel_gym.load_cohort(args.cohort).features.float()
     features = features[torch.arange(args.num_envs) % len(features)]
     torch.testing.assert_close(state["obs_mean"][:11], features.mean(0))
     torch.testing.assert_close(state["obs_std"][:11], features.std(0))
+    first = of_runs.metrics(args.output_dir).loc[0]  # under limits that are not so strict
+    assert 0.5 * first["mean_reward"] < state["return_mean"] < first["mean_reward"]
+    assert 1.0 < state["return_std"] < first["max_reward"]
 
 
 def test_the_same_seed_gives_the_same_run_and_another_does_not(

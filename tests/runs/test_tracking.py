@@ -411,15 +411,17 @@ def test_training_outlives_the_death_of_the_wandb_service(
     args = small_run(tmp_path / "run")
     flags = "--num-envs 48 --num-steps 4 --num-epochs 1 --minibatch-size 48 --no-oracle --track"
     run = subprocess.Popen(
-        [sys.executable, TRAINER, "--preset", "quick", *flags.split(), "--num-iterations", "400"]
+        [sys.executable, TRAINER, "--preset", "quick", *flags.split(), "--num-iterations", "150"]
         + ["--output-dir", args.output_dir],
         stderr=subprocess.PIPE,
-        env=environ_without_wandb | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"},
+        # W&B waits so long for the service that is gone.
+        env=environ_without_wandb
+        | {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "WANDB_FINISH_TIMEOUT": "5"},
         text=True,
     )
     metrics = args.output_dir / "metrics.csv"
     deadline = time.monotonic() + 120
-    while not (run_files(args.output_dir) and metrics.exists() and len(pd.read_csv(metrics)) > 20):
+    while not (run_files(args.output_dir) and metrics.exists() and len(pd.read_csv(metrics)) > 5):
         assert time.monotonic() < deadline
         assert run.poll() is None
         time.sleep(0.05)
@@ -430,4 +432,4 @@ def test_training_outlives_the_death_of_the_wandb_service(
     assert services.stdout
     assert run.returncode == 0
     assert stderr.count("warning: going on without W&B") == 1
-    assert json.loads((args.output_dir / "summary.json").read_text())["iterations"] == 400
+    assert json.loads((args.output_dir / "summary.json").read_text())["iterations"] == 150
