@@ -59,7 +59,7 @@ OPERATORS = (
 )
 # Why nothing could notice a change, by part of the line after it.
 UNOBSERVABLE = {
-    "strict=False": "what is paired has one length",
+    "zip(chosen, other, strict=False)": "both are of one type",
     "unsqueeze(1)": "of one dimension, the next is the last",
     "seed.shape[ -1]": "of one dimension, the first is the last",
     "any(1)": "of two dimensions, this is the last",

@@ -188,6 +188,8 @@ def test_formulation_outside_its_box_is_clipped_and_flagged(params, toy_model):
     formulation = torch.tensor([low, high, [-1e30] * 4, [1e30] * 4, [20.0, 30.0, 1.0, 5.1]])
     assert clip_formulation(formulation).tolist() == [low, high, low, high, [20.0, 30.0, 1.0, 5.0]]
     assert clip_formulation(formulation[2]).tolist() == low
+    with pytest.raises(ValueError, match="zip"):
+        clip_formulation(formulation[:, :3])
     index = torch.zeros(5, dtype=torch.long)
     result = transition(
         initial(torch.arange(5), params), Design(index, formulation, index), params, toy_model
