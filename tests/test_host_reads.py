@@ -66,10 +66,11 @@ def trace(device: str, *, wrap=lambda envs: envs, **kwargs) -> list[torch.Tensor
     [
         dict(autoreset_mode="SameStep", obs_format="dict", action_format="multidiscrete"),
         dict(autoreset_mode="SameStep", obs_format="box", action_format="dict"),
-        dict(autoreset_mode="NextStep", obs_format="dict", action_format="tuple"),
+        dict(autoreset_mode="NextStep", obs_format="dict", action_format="tuple")
+        | dict(horizon=5, max_episode_steps=2),
         dict(autoreset_mode="Disabled", obs_format="box", action_format="box", dtype="float64"),
     ],
-    ids=lambda settings: "-".join(settings.values()),
+    ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_environments_step_and_reset_on_a_device_without_values(settings):
     settings = settings | {"observe_explored": True, "patient_assignment": "random"}

@@ -242,7 +242,9 @@ def test_seed_decides_everything_and_global_generators_nothing(kind):
     assert_same(rollout(twin, actions, seed=11), trace)
     assert_same(rollout(env, actions, seed=11), trace)
     assert not data_equivalence(rollout(twin, actions, seed=12), trace)
-    rollout(make(kind), actions, seed=None)
+    # Without a seed each draws patients of its own.
+    unseeded = [make(kind).reset()[1]["patient_index"] for _ in range(3)]
+    assert len(np.unique(unseeded)) > 1 + 4 * (kind == "vector")
     assert_same(states(), before)
 
 

@@ -47,6 +47,9 @@ def test_manual_lists_action_and_observation_as_their_spaces_have_them():
         *observations,
     ):
         assert f"\n{row} " in MANUAL
+    assert "`Box(13,)`" in MANUAL
+    assert "`Box(-1, 1, (32,))`" in MANUAL
+    assert "`MultiDiscrete([24, 11, 11, 11, 11, 4])`" in MANUAL
 
 
 def test_arguments_have_the_defaults_of_the_manual_and_those_of_the_vector_but_one():
