@@ -10,7 +10,7 @@ import torch
 
 # Peak while a step runs: spaces, states, what the step hands out and needs in between, and what the
 # step before handed out, which the caller still keeps. The first three are what
-# `benchmark/environment.py` measures, rounded; the last two were measured in the same way.
+# `benchmark/speed/environment.py` measures, rounded; the last two were measured in the same way.
 _BYTES_PER_ENV = 1150  # compiled, torch
 _BYTES_UNCOMPILED = 150
 _BYTES_NUMPY = 300

@@ -105,7 +105,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
         return (self.limit_margin, self.penalty_scale) != (0.0, 1.0)
 
 
-# Short rollouts, so that what was learnt is tried at once: `benchmark/learning_quality.py`.
+# Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
 SHORT = dict(minibatch_size=1000, num_epochs=4, learning_rate=2e-3, vf_coef=2.0)
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.

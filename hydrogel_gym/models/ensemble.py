@@ -44,7 +44,7 @@ OPTIMAL_LOGIT_SPREAD = 3.0
 # Of what a feature may be: a fitted range is not taken for narrower. Else whatever was always the
 # same in a table (no conductivity, of a gel that cannot conduct) could not be missed by anything.
 LEAST_WIDTH = 0.05
-DEFAULT_PESSIMISM = 0.25  # `benchmark/overoptimisation.py`
+DEFAULT_PESSIMISM = 0.25  # `benchmark/quality/overoptimisation.py`
 
 
 class Stage1Error(ValueError):

@@ -16,7 +16,7 @@ from hydrogel_gym.runs.ranks import ALONE, World
 Precision = Literal["fp32", "bf16", "fp64"]
 
 # At least, for the tensors of a rollout and their copies; with the libraries, the 200,000 samples
-# of the source preset take 1,750 each by `benchmark/throughput.py`.
+# of the source preset take 1,750 each by `benchmark/speed/throughput.py`.
 BYTES_PER_SAMPLE = 1000
 BYTES_PER_GATHERED_SAMPLE = 400  # on every rank: the batch of all, and its copies by minibatch
 

@@ -163,7 +163,7 @@ def averaging(weights: Sequence[Tensor], world: World) -> Callable[[Tensor], Ten
     """How the ranks average a gradient of these weights, as one vector; collective.
 
     CPU ranks of one machine do so in memory that they share, if there is some: in messages, which
-    gloo sends through sockets, it would cost them twice as much (`benchmark/scaling.py`). None
+    gloo sends through sockets, it costs them about twice as much. None
     where there is one rank alone.
     """
     if not world.joined:
