@@ -53,7 +53,7 @@ BLOCKS_PER_PART = 4  # of a file of candidates
 BYTES_PER_CANDIDATE = 28  # on disk, about
 SHOWN = 10
 
-# Of `--compile auto`: what compiling takes, and saves, on two cores; `benchmark/speed/candidates.py`.
+# Of `--compile auto`: what compiling takes, and saves, on two cores.
 WORTH_COMPILING = 60_000_000
 
 

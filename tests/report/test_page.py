@@ -7,8 +7,8 @@ import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
-import torch
 import pytest
+import torch
 
 from hydrogel_gym.report.page import about, run_page
 from hydrogel_gym.report.patient_view import patient_data

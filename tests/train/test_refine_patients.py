@@ -11,8 +11,8 @@ import torch
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.designing import environments
-from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.evaluation import policy_designs
+from hydrogel_gym.runs.options import ProblemOptions
 from hydrogel_gym.runs.policies import load_policy
 from hydrogel_gym.train import ppo_hybrid, rank_designs, refine_patients
 from hydrogel_gym.train.generate_candidates import Choices
