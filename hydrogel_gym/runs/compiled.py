@@ -34,8 +34,8 @@ def worth_compiling(num_updates: int) -> bool:
     """Whether a run is long enough for compiled graphs to save more than they cost.
 
     Both sides are measured by `benchmark/speed/throughput.py` on two CPU cores, without anything
-    cached, and scale alike with the speed of a machine: so the answer depends on the request alone, and a
-    seed gives the same run every time.
+    cached, and scale alike with the speed of a machine: so the answer depends on the request alone,
+    and a seed gives the same run every time.
     """
     return num_updates * SECONDS_SAVED_PER_UPDATE > COMPILE_SECONDS
 
