@@ -246,6 +246,11 @@ def check_options(options: Mapping[str, Any] | None, allowed: set[str]) -> dict[
     return options
 
 
+def is_single(seed: Any) -> bool:
+    """Whether a seed is one, and not a sequence, an array or a tensor of them."""
+    return np.ndim(seed) == 0
+
+
 def whole_seed(seed: Any) -> int:
     """A seed as a Python int, from whatever is a whole number.
 

@@ -24,6 +24,7 @@ from hydrogel_gym.envs.codec import as_tensor, check_choice, check_count
 from hydrogel_gym.envs.design_problem import (
     DesignProblem,
     check_options,
+    is_single,
     map_arrays,
     stream_keys,
     whole_seed,
@@ -231,7 +232,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         mask = self._reset_mask(options.get("reset_mask"))
         chosen = self.problem.chosen_patients(options, (self.num_envs,))
         seeds = self._seeds(seed)
-        if seed is not None and np.ndim(seed) == 0:
+        if seed is not None and is_single(seed):
             super().reset(seed=seeds[0])
 
         fresh = self._reset_state(seeds)
@@ -255,7 +256,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """One seed, or None, per environment."""
         if seed is None:
             return [None] * self.num_envs
-        if np.ndim(seed) == 0:
+        if is_single(seed):
             first = whole_seed(seed)
             return [first + i for i in range(self.num_envs)]
         seeds: list[Any] = list(seed)  # type: ignore[arg-type]  # a sequence, by its dimension
