@@ -67,7 +67,7 @@ OTHERS = "torch nn go plotly numpy np pandas pd pyarrow pa gymnasium gym stable_
 OTHERS += "concurrent os pathlib collections typing enum datetime contextlib importlib".split()
 # Names without their module, and what stands for any type.
 NAMES = "Tensor Figure Path ResetNeeded DependencyNotInstalled Designs DesignTable DesignPolicy"
-NAMES += r" Infos Agent Class Made dict\[str"
+NAMES += r" Traversable Infos Agent Class Made dict\[str"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS)})\..*"),
     ("py:.*", rf"(.*\.)?({'|'.join(NAMES.split())})"),
