@@ -139,14 +139,18 @@ class WandbLog:
         for metric in METRICS:
             if metric.best:
                 self.run.define_metric(metric.key, step_metric="global_step", summary=metric.best)
-        for name, (cohort, file) in cohorts.items():
-            try:
-                self._use(self._cohort_artifact(name, cohort, file))
-            except Exception as error:  # one that is refused must not end the log
-                say(f"warning: W&B: without the {name} cohort: {first_line(error)}")
+        self.use_cohorts(cohorts)
         self.first_step = self.run.step  # of a run that goes on, the one after the last there
         for row in rows:
             self.log(row)
+
+    def use_cohorts(self, cohorts: dict[str, tuple[Cohort, Path | None]]) -> None:
+        """Say whose the patients are; one that is refused does not end the log."""
+        for name, (cohort, file) in cohorts.items():
+            try:
+                self._use(self._cohort_artifact(name, cohort, file))
+            except Exception as error:
+                say(f"warning: W&B: going on without the {name} cohort: {first_line(error)}")
 
     def _cohort_artifact(self, name: str, cohort: Cohort, file: Path | None) -> Any:
         """The shipped patients as they are; of one's own only name and hash leave the machine."""
@@ -196,7 +200,7 @@ class WandbLog:
             artifact.add_file(str(outcome.policy_file))
             self.run.log_artifact(artifact, aliases=["latest", f"run-{self.run.id}"])
         except Exception as error:
-            say(f"warning: W&B: without the policy: {first_line(error)}")
+            say(f"warning: W&B: going on without the policy: {first_line(error)}")
         self.exit_code = 130 if figures["interrupted"] else 0
 
     def close(self, failed: bool) -> None:
