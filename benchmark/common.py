@@ -165,9 +165,11 @@ def made_by(threads: int | None = None, *packages: str) -> str:
     )
 
 
-def write(folder: Path, name: str, lines: Sequence[str], picture: Any = None) -> None:
-    """Write and print a table, and a figure of Matplotlib, or the bytes of a PNG, beside it."""
-    text = "\n".join(lines) + "\n"
+def write(
+    folder: Path, name: str, lines: Sequence[str], picture: Any = None, made: str = ""
+) -> None:
+    """Write and print a table, what it was `made_by` first, and a figure or PNG beside it."""
+    text = "\n".join([made, "", *lines] if made else lines) + "\n"
     write_atomically(folder / f"{name}.md", text.encode())
     if picture is not None:
         if not isinstance(picture, bytes):

@@ -126,8 +126,6 @@ def main(argv: list[str] | None = None) -> None:
     with ThreadPoolExecutor(2) as pool:
         rows = pd.DataFrame(tqdm(pool.map(figures, jobs), total=len(jobs), unit="run"))
     lines = [
-        made_by(1),
-        "",
         "Deterministic policy, mean over the seeds, ± standard deviation for the regret; one "
         "thread per run, two runs at a time.",
     ]
@@ -141,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         "Samples to 29.2: of the slowest seed, until the mean reward on the training cohort first "
         "reached the source's final mean, looked at after each iteration.",
     ]
-    write(args.output_dir, "learning_quality", lines)
+    write(args.output_dir, "learning_quality", lines, made=made_by(1))
 
 
 if __name__ == "__main__":

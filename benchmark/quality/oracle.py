@@ -69,14 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     columns += ["largest gap", "best designs at a safety limit", "that break one"]
     columns += ["seconds (median)", "peak memory of the process"]
     lines = [
-        made_by(),
-        "",
         f"The oracle: two searches per patient, {2 * CALLS_PER_SEARCH:,} calls of the reward "
         f"model; seeds {args.seeds}.",
         "",
         *table(columns, rows),
     ]
-    write(args.output_dir, "oracle", lines)
+    write(args.output_dir, "oracle", lines, made=made_by())
 
 
 if __name__ == "__main__":

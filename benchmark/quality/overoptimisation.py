@@ -185,8 +185,6 @@ def main(argv: list[str] | None = None) -> None:
     columns += ["true reward, held out", "of the true oracle", "highest on the way"]
     rows = [row(group[0], [curves[policy] for policy in group]) for group in groups]
     lines = [
-        made_by(1),
-        "",
         "Policies trained on a fitted Stage 1 alone, evaluated by the truth behind its table (the "
         "mechanistic model) on the 500 held-out virtual patients: means over the seeds, range in "
         "brackets.",
@@ -195,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *table([*columns, "breaks a limit, truly"], rows),
     ]
-    write(args.output_dir, "overoptimisation", lines, picture)
+    write(args.output_dir, "overoptimisation", lines, picture, made_by(1))
 
 
 if __name__ == "__main__":

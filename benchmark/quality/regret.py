@@ -27,16 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    ORACLE_CACHE,
-    POLICY,
-    Parser,
-    count,
-    figure,
-    made_by,
-    table,
-    write,
-)
+from common import ORACLE_CACHE, POLICY, Parser, count, figure, made_by, table, write
 from quality.baselines import search, transfer
 from quality.baselines.objective import CountingModel, PatientObjective, design_rows
 
@@ -307,8 +298,6 @@ def main(argv: list[str] | None = None) -> None:
             before = 2 * CALLS_PER_SEARCH * len(cohort) + calls
         every[name] = compared(found, oracle.astype(float), before)
     lines = [
-        made_by(1),
-        "",
         f"Regret (the oracle's reward minus the method's) on {len(order)} patients of the held-out "
         f"cohort; policy: `{args.policy.name}` (preset {summary['preset']}), trained with "
         f"{summary['samples']:,} reward calls in {summary['wall_seconds']:,.0f} s. Mean reward of "
@@ -317,7 +306,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *report(every),
     ]
-    write(args.output_dir, "regret", lines, draw(every))
+    write(args.output_dir, "regret", lines, draw(every), made_by(1))
 
 
 if __name__ == "__main__":

@@ -290,8 +290,6 @@ def main(argv: list[str] | None = None) -> None:
     results = measure(cohort, agent, args.assumptions, *sizes)
     nominal = results[(results["kind"] == "holdout") & (results["designs"] == "policy")].iloc[0]
     lines = [
-        made_by(),
-        "",
         f"Under the reward model as shipped {100 * nominal['limit_breach_rate']:.1f} % of the "
         f"deterministic designs of the policy {args.policy.name} for the {len(cohort)} held-out "
         "virtual patients break a safety limit; their mean regret is "
@@ -309,7 +307,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *report(results),
     ]
-    write(args.output_dir, "sensitivity", lines, draw(results))
+    write(args.output_dir, "sensitivity", lines, draw(results), made_by())
 
 
 if __name__ == "__main__":

@@ -61,8 +61,6 @@ def main(argv: list[str] | None = None) -> None:
         rows.append([*row, f"{100 * ours['optimal_rate']:.0f} %", *evaluated])
     columns = ["iteration", "samples", "mean reward", "", "max reward", "", "entropy", ""]
     lines = [
-        made_by(summary["threads"]),
-        "",
         f"Source preset, seed {summary['seed']}, {config['policy']} heads, precision "
         f"{config['precision']}, {summary['device']} with {summary['threads']} threads, "
         f"{summary['wall_seconds'] / 60:.0f} minutes. "
@@ -73,7 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         "Our entropy adds a differential entropy of the formulation, which may be negative, to "
         "those of the two categorical heads; the source does not say what its figure counts.",
     ]
-    write(args.output_dir, "source_preset", lines, (run_dir / CURVE_FILE).read_bytes())
+    curve, made = (run_dir / CURVE_FILE).read_bytes(), made_by(summary["threads"])
+    write(args.output_dir, "source_preset", lines, curve, made)
 
 
 if __name__ == "__main__":

@@ -125,8 +125,6 @@ def main(argv: list[str] | None = None) -> None:
         cells = [cell(runs, goal) for goal in goals]
         rows.append([name, f"{samples / 1e6:.1f} M", *cells, f"{statistics.median(seconds):.0f}"])
     lines = [
-        made_by(args.threads, "stable-baselines3"),
-        "",
         "Seconds from the start of the process to a deterministic mean reward, median [range] over "
         f"{len(args.seeds)} seeds, one process at a time; in brackets the final reward, median "
         "over the seeds, where it was not reached.",
@@ -139,7 +137,8 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *(f"- {name}: `{TRAINERS[name]}`" for name in args.trainers),
     ]
-    write(args.output_dir, "time_to_quality", lines, draw(every))
+    made = made_by(args.threads, "stable-baselines3")
+    write(args.output_dir, "time_to_quality", lines, draw(every), made)
 
 
 if __name__ == "__main__":

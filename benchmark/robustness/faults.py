@@ -84,8 +84,6 @@ def main(argv: list[str] | None = None) -> int:
                 print(*vars(trials[-1]).values(), sep="; ", flush=True)
     columns = ["fault", "times", "what was seen", "continued to the undisturbed weights"]
     lines = [
-        made_by(1),
-        "",
         f"Faults inflicted on runs of {ITERATIONS} iterations, seed {args.seed}. A run was "
         "continued by its own command and has to end with the weights of a run that nothing "
         "happened to, to the bit, with its rows of `metrics.csv` but for times, with its figures, "
@@ -93,7 +91,7 @@ def main(argv: list[str] | None = None) -> int:
         "",
         *table(columns, rows_of(trials)),
     ]
-    write(args.output_dir, "faults", lines)
+    write(args.output_dir, "faults", lines, made=made_by(1))
     return 1 if any(trial.problems for trial in trials) else 0
 
 

@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from common import ROOT
@@ -183,50 +182,27 @@ def differences(expected: Path, found: Path) -> list[str]:
     names = {str(path.relative_to(found)) for path in files}
     if missing := FINISHED_FILES - names:
         return [f"there is no {', '.join(sorted(missing))}"]
+    old, new = figures(expected), figures(found)
+    every = dict.fromkeys([*old, *new])  # in their order
     return [
         *(f"{name} was left behind" for name in sorted(names - FINISHED_FILES)),
-        *differing_weights(expected / POLICY_FILE, found / POLICY_FILE),
-        *differing_metrics(expected / METRICS_FILE, found / METRICS_FILE),
-        *differing_figures(expected / SUMMARY_FILE, found / SUMMARY_FILE),
+        *(f"{name} differs" for name in every if old.get(name) != new.get(name)),
     ]
 
 
-def differing_weights(*paths: Path) -> list[str]:
-    """Weights and buffers of a policy that are not the same to the bit."""
-    old, new = (torch.load(path, weights_only=True)["policy_state_dict"] for path in paths)
-    if old.keys() != new.keys():
-        return ["the weights have other names"]
-
-    def bits(tensor: torch.Tensor) -> tuple:
-        return tensor.dtype, tensor.shape, tensor.numpy().tobytes()
-
-    names = [name for name in old if bits(old[name]) != bits(new[name])]
-    return [f"{len(names)} of {len(old)} weights differ, {names[0]} first"] if names else []
-
-
-def differing_metrics(*paths: Path) -> list[str]:
-    """Rows of a metrics.csv that are missing, repeated, out of order or, but for times, other."""
-    old, new = (list(csv.DictReader(path.read_text().splitlines())) for path in paths)
-    if list(old[0]) != list(new[0]):
-        return ["metrics.csv has other columns"]
-    numbers, others = ([row["iteration"] for row in rows] for rows in (old, new))
-    missing = [number for number in numbers if number not in others]
-    repeated = [number for number, count in Counter(others).items() if count > 1]
-    problems = [f"metrics.csv lacks iteration {', '.join(missing)}"] if missing else []
-    if repeated:
-        problems.append(f"metrics.csv has iteration {', '.join(repeated)} twice or more")
-    if problems or numbers != others:
-        return problems or ["metrics.csv has other iterations, or in another order"]
-    for row, other in zip(old, new, strict=True):
+def figures(run_dir: Path) -> dict[str, Any]:
+    """What a finished run has to end with, but for times, by name."""
+    weights = torch.load(run_dir / POLICY_FILE, weights_only=True)["policy_state_dict"]
+    rows = list(csv.DictReader((run_dir / METRICS_FILE).read_text().splitlines()))
+    summary = json.loads((run_dir / SUMMARY_FILE).read_text())
+    found = {
+        f"weight {name}": (x.dtype, x.shape, x.numpy().tobytes()) for name, x in weights.items()
+    }
+    # Missing, repeated or out of order.
+    found["the list of iterations in metrics.csv"] = [row["iteration"] for row in rows]
+    for row in rows:
         # Text, for the trainer writes floats so that they are read back to the bit.
-        if names := [name for name in row.keys() - TIMINGS if row[name] != other[name]]:
-            problems.append(f"iteration {row['iteration']} differs in {', '.join(sorted(names))}")
-    return problems
-
-
-def differing_figures(*paths: Path) -> list[str]:
-    """Figures of a summary.json that are not the same, but for times."""
-    old, new = (json.loads(path.read_text()) for path in paths)
-    names = (old.keys() | new.keys()) - NOT_COMPARED
-    differing = sorted(name for name in names if old.get(name) != new.get(name))
-    return [f"summary.json differs in {', '.join(differing)}"] if differing else []
+        cells = {name: text for name, text in row.items() if name not in TIMINGS}
+        found |= {f"{name} of iteration {row['iteration']}": x for name, x in cells.items()}
+    compared = summary.keys() - NOT_COMPARED
+    return found | {f"{name} of the summary": summary[name] for name in sorted(compared)}

@@ -112,13 +112,11 @@ def main(argv: list[str] | None = None) -> None:
         ]
     )
     lines = [
-        made_by(),
-        "",
         f"Candidates of one patient: median and range of {args.rounds} processes, one at a time.",
         "",
         *table(["", "designs per second", "bytes a design", "peak memory", "bar"], rows),
     ]
-    write(args.output_dir, "candidates", lines)
+    write(args.output_dir, "candidates", lines, made=made_by())
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
             "report": report(folder / f"{args.presets[0]}-off-0", args.rounds),
         }
     for name, lines in tables.items():
-        common.write(args.output_dir, name, [common.made_by(), "", *lines])
+        common.write(args.output_dir, name, lines, made=common.made_by())
 
 
 if __name__ == "__main__":

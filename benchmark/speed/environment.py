@@ -22,7 +22,7 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Parser, count, figure, in_turn, made_by, spread, table, write
+from common import Parser, count, in_turn, made_by, spread, table, write
 
 from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv
 from hydrogel_gym.memory import keep_freed_memory
@@ -91,7 +91,7 @@ def bytes_per_env(variant: str, num_envs: int, device: str) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure every size and write tables and picture."""
+    """Measure every size and write the tables."""
     parser = Parser(__doc__)
     parser.add_argument("--rounds", type=count, default=7, help="timings per size")
     parser.add_argument("--max-power", type=int, default=20, help="largest size, a power of 2")
@@ -105,8 +105,6 @@ def main(argv: list[str] | None = None) -> None:
     timings = milliseconds({"sync": lambda: env.step(action)}, args.rounds)["sync"]
     sync = statistics.median(timings) / SYNC_ENVS  # per environment
     default, every = [], []
-    picture = figure(9, 3.8)
-    left, right = picture.subplots(1, 2)
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         times, memory = {}, {}
         for size in sizes:
@@ -120,27 +118,16 @@ def main(argv: list[str] | None = None) -> None:
             per_ms = DEFAULT_ENVS / statistics.median(values)
             cells = [spread(values), f"{per_ms / 1e3:.2f}", f"{per_ms * sync:,.0f}"]
             default.append([label, *cells, f"{largest:,.0f}" if largest else ""])
-            line = [1e6 * statistics.median(times[size][variant]) / size for size in sizes]
-            left.plot(sizes, line, marker="o", ms=3, label=label)
-            held = [memory[size][variant] for size in memory]
-            right.plot(list(memory), held, marker="o", ms=3, label=label)
         for size in sizes:
             cells = [f"{1e6 * statistics.median(x) / size:,.0f} ns" for x in times[size].values()]
             if size in memory:
                 held = memory[size].values()
                 cells = [f"{a}, {b:,.0f} B" for a, b in zip(cells, held, strict=True)]
             every.append([device, f"{size:,}", *cells])
-    for axes, title in ((left, "ns per environment and step"), (right, "bytes per environment")):
-        axes.set(xscale="log", yscale="log", xlabel="environments", ylabel=title)
-        axes.grid(alpha=0.3, which="both")
-    left.legend(fontsize="small")
-    right.set_visible(bool(memory))
     name = f"SyncVectorEnv of {SYNC_ENVS} `HydrogelEnv`"
     default.append([name, f"{sync * SYNC_ENVS:.2f}", f"{1e-3 / sync:.4f}", "1", ""])
     columns = ["ms per step", "M steps/s", "times SyncVectorEnv", "bytes per environment"]
     lines = [
-        made_by(),
-        "",
         "The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU) after "
         "`hydrogel_gym.memory.keep_freed_memory()`: median of the rounds' median steps, minimum "
         "to maximum of the rounds in brackets.",
@@ -153,7 +140,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *table(["device", "environments", *VARIANTS], every),
     ]
-    write(args.output_dir, "environment", lines, picture)
+    write(args.output_dir, "environment", lines, made=made_by())
 
 
 if __name__ == "__main__":

@@ -17,18 +17,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import (
-    ORACLE_CACHE,
-    POLICY,
-    Parser,
-    count,
-    first_patients,
-    made_by,
-    run,
-    table,
-    verdict,
-    write,
-)
+import common
+from common import POLICY, Parser, count, first_patients, made_by, run, table, verdict, write
 
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.oracle import best_designs
@@ -55,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     ids = list(cohort.patient_ids)
     envs = environments(saved["training_config"], cohort, torch.device("cpu"))
     problem = envs.unwrapped.problem
-    best = best_designs(cohort, cache_dir=ORACLE_CACHE, progress=True).score.double()
+    best = best_designs(cohort, cache_dir=common.ORACLE_CACHE, progress=True).score.double()
 
     @torch.no_grad()
     def deterministic(row: int, policy: Agent) -> float:
@@ -97,8 +87,6 @@ def main(argv: list[str] | None = None) -> None:
         rows[-1] += [f"{regret.mean():.4f}", f"{regret.quantile(0.95):.4f}"]
     minutes = ended.seconds / 60
     lines = [
-        made_by(),
-        "",
         f"{len(ids):,} patients refined at once in one process, {COPIES} copies and {ITERATIONS} "
         f"iterations each: {minutes:.1f} minutes ({MAX_MINUTES:g} required: "
         f"{verdict(minutes < MAX_MINUTES)}), {ended.megabytes:,.0f} MB at the peak; of the "
@@ -107,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *table(["", "mean reward", "of the oracle", "mean regret", "95th percentile"], rows),
     ]
-    write(args.output_dir, "refinement", lines)
+    write(args.output_dir, "refinement", lines, made=made_by())
 
 
 if __name__ == "__main__":

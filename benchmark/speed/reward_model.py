@@ -78,14 +78,12 @@ def main(argv: list[str] | None = None) -> None:
             [name, f"{1e3 * median:.2f}", rate, f"{ratio(values, times['mechanistic']):.1f}"]
         )
     lines = [
-        made_by(),
-        "",
         f"Time of a reward model for one step of {len(batch[0]):,} environments, median of "
         f"{args.rounds} alternating rounds; the ratio is the median of that within a round.",
         "",
         *table(["model", "ms a step", "designs a second", "times the mechanistic"], rows),
     ]
-    write(args.output_dir, "reward_model", lines)
+    write(args.output_dir, "reward_model", lines, made=made_by())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import pandas as pd
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import Parser, count, figure, in_turn, made_by, ratio, run, spread, table, write
+from common import Parser, count, in_turn, made_by, ratio, run, spread, table, write
 from speed.trainers.protocol import train
 
 from hydrogel_gym.runs.command_line import run_script
@@ -74,29 +74,18 @@ def once(command: str, threads: int, *, steps: int) -> tuple[float, float]:
 def speed_rows(measured: dict[str, list[dict[str, float]]]) -> list[list[str]]:
     """A row per trainer: seconds, how many times as fast as the references, and its parts."""
     seconds = {name: [each["iteration"] for each in runs] for name, runs in measured.items()}
-    rows = []
+    references, rows = [seconds[name] for name in REFERENCES if name in seconds], []
     for name, runs in measured.items():
+        own = seconds[name]
+        against = [f"{ratio(x, own):.2f}× [{min(x) / min(own):.2f}×]" for x in references]
         parts = {part: statistics.median(each[part] for each in runs) for part in runs[0]}
-        rows.append(
-            [
-                name,
-                spread(seconds[name]),
-                *(
-                    f"{ratio(seconds[other], seconds[name]):.2f}× "
-                    f"[{min(seconds[other]) / min(seconds[name]):.2f}×]"
-                    for other in REFERENCES
-                    if other in seconds
-                ),
-                f"{parts['rollout']:.2f}",
-                f"{parts['update']:.2f}",
-                f"{parts['first']:.1f}",
-            ]
-        )
+        cells = [f"{parts['rollout']:.2f}", f"{parts['update']:.2f}", f"{parts['first']:.1f}"]
+        rows.append([name, spread(own), *against, *cells])
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and write tables and picture."""
+    """Measure, and write the tables."""
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--trainers", nargs="+", choices=TRAINERS, default=list(TRAINERS), help="which")
@@ -123,8 +112,6 @@ def main(argv: list[str] | None = None) -> None:
     others = [f"against {other}" for other in REFERENCES if other in measured]
     columns = ["trainer", "seconds", *others, "rollout", "updates", "first iteration (as run)"]
     lines = [
-        made_by(args.threads, "stable-baselines3"),
-        "",
         f"Seconds for {UNIT_SAMPLES:,} samples, 10 epochs each, scaled from "
         f"{2 * args.num_steps * 2000:,} samples a process; the first iteration of a process is "
         f"left out. Median [range] over {args.rounds} rounds that alternate over the trainers.",
@@ -140,14 +127,8 @@ def main(argv: list[str] | None = None) -> None:
         columns.append("peak memory beyond `import torch`, MB")
         lines += ["", "What is paid once; memory is of one iteration of one epoch:", ""]
         lines += table(columns, costs)
-    picture = figure(7, 0.6 + 0.45 * len(measured))
-    axes = picture.subplots()
-    for name, runs in reversed(measured.items()):
-        axes.barh(name, statistics.median(each["iteration"] for each in runs), color="#0072B2")
-        axes.plot([each["iteration"] for each in runs], [name] * len(runs), "k.", ms=4)
-    axes.set_xlabel("seconds for 200,000 samples × 10 epochs (bar: median; points: rounds)")
-    axes.grid(axis="x", alpha=0.3)
-    write(args.output_dir, "throughput", lines, picture)
+    made = made_by(args.threads, "stable-baselines3")
+    write(args.output_dir, "throughput", lines, made=made)
 
 
 if __name__ == "__main__":
