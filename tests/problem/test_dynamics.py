@@ -224,8 +224,11 @@ def test_select_takes_masked_rows_and_leaves_the_others_bit_equal(eight_environm
         ("Disabled", [False, False, False], [True, False, True]),
     ],
 )
-def test_step_reports_what_ends_apart_from_what_begins(eight_environments, mode, begun, ended):
+@pytest.mark.parametrize("end", ["terminated", "truncated"])
+def test_step_reports_what_ends_apart_from_what_begins(eight_environments, end, mode, begun, ended):
     state, _, params = eight_environments
+    if end == "truncated":
+        params = replace(params, horizon=99, max_episode_steps=2)
     # One goes into its last step, one into its first, one has ended before.
     order = [state.iteration.tolist().index(i) for i in (1, 0, 2)]
     state = rows(order, state)
@@ -246,8 +249,9 @@ def test_step_reports_what_ends_apart_from_what_begins(eight_environments, mode,
 
     given = result._asdict() | result.outcomes._asdict() | result.terms._asdict()
     given["patient_index"] = result.state.patient_index
-    expected = {"truncated": torch.zeros(3), "always": torch.ones(3), "stepped": ~begun}
-    expected |= {"terminated": ended, "done": ended}
+    expected = {"always": torch.ones(3), "stepped": ~begun}
+    expected |= dict.fromkeys(("terminated", "truncated"), torch.zeros(3)) | {"done": ended}
+    expected[end] = ended
     expected["reward"] = result.reward.where(~begun | (mode == "SameStep"), 0.0)
     for name in (*INFO_SCALARS, *INFO_FLAGS, "formulation", "patient_index"):
         mask = begun.view(3, *[1] * (given[name].dim() - 1))
