@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import POLICY, Parser, count, figure, first_patients, made_by, table, write
+from common import POLICY, Parser, count, first_patients, made_by, table, write
 
 from hydrogel_gym import Cohort, load_cohort, load_polymers
 from hydrogel_gym.errors import UsageError
@@ -258,23 +258,8 @@ def report(results: pd.DataFrame) -> list[str]:
     return lines
 
 
-def draw(results: pd.DataFrame) -> Any:
-    """The policy's regret and share of unsafe designs with the gravest assumptions at both ends."""
-    picture = figure(10, 5.5)
-    panels = picture.subplots(1, 2)
-    for axes, column in zip(panels, ("regret", "limit_breach_rate"), strict=True):
-        shown = ranked(results, column)[column].head(15)[::-1]  # a chart is read from its bottom up
-        for factor, colour in zip(shown, ("#0072B2", "#D55E00"), strict=True):
-            axes.plot(shown[factor], shown.index, "o", color=colour, label=f"× {factor:g}")
-        shipped = (results["kind"] == "nominal") & (results["designs"] == "policy")
-        axes.axvline(results.loc[shipped, column].iloc[0], color="k", lw=0.8)
-        axes.set_xlabel(f"{column.replace('_', ' ')} of the policy's designs; line: as shipped")
-    panels[0].legend(loc="lower right", title="assumption")
-    return picture
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Measure, and write tables and picture."""
+    """Measure, and write the tables."""
     parser = Parser(__doc__)
     flag = parser.add_argument
     flag("--policy", type=Path, default=POLICY, help="run directory")
@@ -307,7 +292,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *report(results),
     ]
-    write(args.output_dir, "sensitivity", lines, draw(results), made_by())
+    write(args.output_dir, "sensitivity", lines, made=made_by())
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.distributions import Categorical, Distribution, Normal
 from torch.distributions.transforms import TanhTransform
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from speed.trainers.protocol import Recorder, add_flags, check_sizes
+from speed.trainers.protocol import Recorder, arguments
 
 import hydrogel_gym  # noqa: F401  registers the environment
 from hydrogel_gym.runs.command_line import run_script
@@ -237,13 +237,9 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_flags(parser)
-    parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--compile", action="store_true", help="LeanRL's manner")
-    args = parser.parse_args(argv)
-    check_sizes(args)
-    train(args)
+    device = dict(default="cpu", help="torch device")
+    compiled = dict(action="store_true", help="LeanRL's manner")
+    train(arguments(__doc__, argv, device=device, compile=compiled))
 
 
 if __name__ == "__main__":

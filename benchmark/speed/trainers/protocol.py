@@ -34,12 +34,6 @@ from hydrogel_gym.runs.directory import METRICS_FILE, SUMMARY_FILE
 
 COHORTS = ("train", "holdout")
 REWARDS = tuple(f"{name}_deterministic_reward" for name in COHORTS)
-# Columns of our trainer's metrics under the names of the lines.
-RENAMED = {
-    "global_step": "samples",
-    "rollout_seconds": "seconds_rollout",
-    "update_seconds": "seconds_update",
-}
 
 
 def train(command: str, threads: int, **values: object) -> pd.DataFrame:
@@ -58,7 +52,9 @@ def read_iterations(path: Path, launched: float) -> pd.DataFrame:
     """
     if path.is_file():
         return pd.read_json(path, lines=True)
-    rows = pd.read_csv(path / METRICS_FILE).rename(columns=RENAMED)
+    rows = pd.read_csv(path / METRICS_FILE).rename(columns={"global_step": "samples"})
+    for part in ("rollout", "update"):
+        rows[f"seconds_{part}"] = rows[f"{part}_seconds"]
     began = json.loads((path / SUMMARY_FILE).read_text())["training_began"]
     rows["seconds"] = rows["wall_seconds"] + began - launched
     rows["seconds_iteration"] = rows["seconds_rollout"] + rows["seconds_update"]
@@ -117,8 +113,9 @@ class Recorder:
         return figures
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags of every trainer; names and defaults of our trainer's source preset."""
+def arguments(doc: str, argv: list[str] | None, **own: dict[str, Any]) -> argparse.Namespace:
+    """A trainer's command line: names and defaults of our source preset, and flags of its own."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     flag = parser.add_argument
     flag("--num-envs", type=int, default=2000, help="parallel environments")
     flag("--num-steps", type=int, default=100, help="steps per environment and iteration")
@@ -129,13 +126,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     flag("--seed", type=int, default=1, help="of weights, samples and minibatches")
     flag("--evaluate-every", type=int, default=0, help="iterations between evaluations; 0 never")
     flag("--output", type=Path, required=True, help="file of JSON lines")
-
-
-def check_sizes(args: argparse.Namespace) -> None:
-    """Refuse minibatches that do not divide the batch."""
+    for name, settings in own.items():
+        flag(f"--{name.replace('_', '-')}", **settings)
+    args = parser.parse_args(argv)
     batch_size = args.num_envs * args.num_steps
     if batch_size % args.minibatch_size:
         raise UsageError(
             f"--minibatch-size is {args.minibatch_size}, which does not divide the batch of "
             f"num_envs x num_steps = {batch_size}"
         )
+    return args

@@ -26,7 +26,7 @@ from stable_baselines3.common.utils import LinearSchedule
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from speed.trainers.protocol import Recorder, add_flags, check_sizes
+from speed.trainers.protocol import Recorder, arguments
 
 from hydrogel_gym.runs.command_line import run_script
 from hydrogel_gym.sb3 import BatchedVecEnv
@@ -122,13 +122,8 @@ def train(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add_flags(parser)
-    flag = parser.add_argument
-    flag("--log-std-init", type=float, default=0.0, help="initial log-deviation of all actions")
-    args = parser.parse_args(argv)
-    check_sizes(args)
-    train(args)
+    spread = dict(type=float, default=0.0, help="initial log-deviation of all actions")
+    train(arguments(__doc__, argv, log_std_init=spread))
 
 
 if __name__ == "__main__":
