@@ -173,6 +173,10 @@ VARIANTS = {
     "with a gradient": lambda a: (
         to_torch(a) | {"formulation": torch.tensor(a["formulation"], requires_grad=True)}
     ),
+    "another byte order": lambda a: tree_map(lambda x: x.astype(x.dtype.newbyteorder(">")), a),
+    "object": lambda a: tree_map(lambda x: x.astype(object), a),
+    "longdouble": lambda a: a | {"formulation": a["formulation"].astype(np.longdouble)},
+    "negative strides": lambda a: tree_map(lambda x: np.flip(np.flip(x).copy()), a),
     "read-only": lambda a: tree_map(lambda x: np.broadcast_to(x, x.shape), a),
     "python": lambda a: tree_map(lambda x: x.tolist(), a),
     "tuple": lambda a: tuple(a.values()),

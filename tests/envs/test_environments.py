@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
+import multiprocessing
 import pickle
 import random
 import re
@@ -17,10 +19,11 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import RecordEpisodeStatistics
+from gymnasium.wrappers import TimeLimit
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hydrogel_gym import Cohort, HydrogelEnv, HydrogelVectorEnv, RewardConfig, load_cohort
+from hydrogel_gym.oracle import best_designs
 
 MODES = pytest.mark.parametrize("mode", [mode.value for mode in AutoresetMode])
 KINDS = pytest.mark.parametrize("kind", ["single", "vector"])
@@ -123,30 +126,25 @@ def test_checker_says_nothing_but_that_physical_units_are_not_normalised(
 
 
 @pytest.mark.parametrize(
-    ("env_id", "vectorization_mode"),
+    ("env_id", "is_async"),
     [
-        *((env_id, None) for env_id in SPACES),
-        ("HydrogelDesign-v0", "sync"),
+        *((env_id, False) for env_id in SPACES),
         # Its process loads torch, which takes seconds.
-        pytest.param("HydrogelDesign-v0", "async", marks=pytest.mark.slow),
+        pytest.param("HydrogelDesign-v0", True, marks=pytest.mark.slow),
     ],
 )
-def test_ids_make_single_and_vector_environments_that_agree(env_id, vectorization_mode):
+def test_ids_make_single_and_vector_environments_that_agree(env_id, is_async):
     single = gym.make(env_id)
     assert isinstance(single.action_space, SPACES[env_id])
-    kwargs = {
-        None: {"patient_assignment": "random", "autoreset_mode": "NextStep"},
-        "sync": {},
-        # A fork of a process in which torch has threads may hang.
-        "async": {"vector_kwargs": {"context": "spawn"}},
-    }[vectorization_mode]
-    num_envs = 1 if vectorization_mode == "async" else 2
-    envs = gym.make_vec(env_id, num_envs, vectorization_mode, **kwargs)
-    assert isinstance(envs, HydrogelVectorEnv) == (vectorization_mode is None)
+    if is_async:  # a fork of a process in which torch has threads may hang
+        envs = gym.make_vec(env_id, 1, "async", vector_kwargs={"context": "spawn"})
+    else:
+        envs = gym.make_vec(env_id, 2, patient_assignment="random", autoreset_mode="NextStep")
+    assert isinstance(envs, HydrogelVectorEnv) != is_async
     actions = sampled(envs, 3)
     trace = rollout(envs, actions)
     envs.close()
-    for row in range(num_envs):
+    for row in range(envs.num_envs):
         own = [list(gym.vector.utils.iterate(envs.action_space, x))[row] for x in actions]
         alone = rollout(single, own, seed=row)
         for (obs, _, flags), (obs_alone, _, flags_alone) in zip(trace, alone, strict=True):
@@ -174,7 +172,7 @@ EVERY_KEYWORD |= dict(reward_mode="improvement", patient_assignment="random")
 def test_spec_survives_json(kind, env_id, kwargs):
     maker = gym.make
     if kind == "vector":
-        maker, kwargs = gym.make_vec, kwargs | {"num_envs": 3, "autoreset_mode": "NextStep"}
+        maker, kwargs = gym.make_vec, kwargs | {"num_envs": 3, "max_episode_steps": 2}
     env = maker(env_id, **kwargs)
     spec = EnvSpec.from_json(env.spec.to_json())
     assert spec.kwargs.items() >= kwargs.items()
@@ -215,6 +213,10 @@ def test_copies_made_within_an_episode_continue_identically_and_on_their_own(kin
         ({"num_envs": 0}, "num_envs is 0; allowed: a whole number, 1 or more"),
         ({"num_envs": 2, "output": "jax"}, "output is 'jax'; allowed: ('numpy', 'torch')"),
         ({"num_envs": 2, "autoreset_mode": "Same"}, "autoreset_mode is 'Same'; allowed: ('NextSt"),
+        (
+            {"num_envs": 2, "max_episode_steps": 0},
+            "max_episode_steps is 0; allowed: a whole number",
+        ),
         # The spaces are of float32.
         ({"num_envs": 2, "dtype": "float64"}, "dtype is 'float64'; allowed: ('float32',)"),
     ],
@@ -248,10 +250,11 @@ def test_seed_decides_everything_and_global_generators_nothing(kind):
     assert_same(states(), before)
 
 
-def test_list_of_seeds_begins_anew_the_rows_that_have_one():
+def test_list_of_seeds_in_any_form_begins_anew_the_rows_that_have_one():
     env, twin = make("vector"), make("vector")
     first = env.reset(seed=[5, 6, 7])
-    assert_same(twin.reset(seed=np.int64(5)), first)
+    for seeds in (5, np.int64(5), np.arange(5, 8), torch.arange(5, 8), (5, np.uint8(6), 7)):
+        assert_same(twin.reset(seed=seeds), first)
     following = twin.reset()[1]["patient_index"]
     mixed = env.reset(seed=[5, None, 7])[1]["patient_index"]
     drawn = first[1]["patient_index"]
@@ -340,33 +343,39 @@ def as_gymnasium_has_it(info: dict) -> dict:
     return info
 
 
-# Every pair of mode and form of the observation, every action, rows that end together and not.
+# Every pair of mode and form of the observation, every action, rows that end together and not, by
+# the horizon and by a limit of steps before it.
 @pytest.mark.parametrize(
-    ("mode", "obs_format", "action_format", "staggered"),
+    ("mode", "obs_format", "action_format", "staggered", "limit"),
     [
-        ("SameStep", "box", "dict", T),
-        ("SameStep", "dict", "multidiscrete", F),
-        ("SameStep", "dict", "box", T),
-        ("NextStep", "box", "multidiscrete", F),
-        ("NextStep", "dict", "tuple", T),
-        ("Disabled", "box", "tuple", F),
-        ("Disabled", "dict", "dict", T),
+        ("SameStep", "box", "dict", T, None),
+        ("SameStep", "dict", "multidiscrete", F, 3),
+        ("SameStep", "dict", "box", T, None),
+        ("NextStep", "box", "multidiscrete", F, None),
+        ("NextStep", "dict", "tuple", T, 3),
+        ("Disabled", "box", "tuple", F, 3),
+        ("Disabled", "dict", "dict", T, None),
     ],
 )
 def test_vector_agrees_with_gymnasiums_own_over_single_ones_and_tensors_with_arrays(
-    mode, obs_format, action_format, staggered, three_patients
+    mode, obs_format, action_format, staggered, limit, three_patients
 ):
-    kwargs = {"horizon": 3, "cohort": three_patients, "observe_explored": True}
+    kwargs = {"cohort": three_patients, "observe_explored": True, "horizon": 5 if limit else 3}
     kwargs |= {"obs_format": obs_format, "action_format": action_format}
     ours, tensors = (
-        make("vector", autoreset_mode=mode, output=output, **kwargs)
+        make("vector", autoreset_mode=mode, output=output, max_episode_steps=limit, **kwargs)
         for output in ("numpy", "torch")
     )
-    theirs = SyncVectorEnv([lambda: HydrogelEnv(**kwargs)] * 3, autoreset_mode=mode)
+
+    def single() -> gym.Env:
+        return TimeLimit(HydrogelEnv(**kwargs), limit) if limit else HydrogelEnv(**kwargs)
+
+    theirs = SyncVectorEnv([single] * 3, autoreset_mode=mode)
     assert ours.observation_space == theirs.observation_space
     assert ours.action_space == theirs.action_space
     actions = sampled(ours, 9)
     trace = rollout(ours, actions, staggered=staggered)
+    assert any(flags[1 + bool(limit)].any() for _, _, flags in trace if flags)
     tensor_trace = rollout(tensors, to_torch(actions), staggered=staggered)
     for step, tensor_step in zip(trace, tensor_trace, strict=True):
         assert all(isinstance(array, torch.Tensor) for array in arrays(tensor_step))
@@ -396,15 +405,21 @@ def test_improvement_rewards_of_an_episode_add_up_to_its_best_score(kind):
     assert (last[..., 11] >= best).all()
 
 
-def test_double_precision_is_that_of_the_model_throughout():
-    single, double = (
-        HydrogelVectorEnv(64, cohort=shipped_cohort(), output="torch", horizon=2, dtype=dtype)
-        for dtype in ("float32", "float64")
-    )
+def test_double_precision_is_that_of_the_model_throughout_and_never_of_the_default(make_stage1):
+    double = make("vector", output="torch", horizon=2, dtype="float64")
     double.reset(seed=0)
-    single.reset(seed=0)
-    action = sampled(single, 1)[0]
-    _, expected, *_ = single.step(action)
+    torch.set_default_dtype(torch.float64)
+    try:
+        single = make("vector", output="torch", horizon=2)
+        obs, _ = single.reset(seed=0)
+        action = sampled(single, 1)[0]
+        _, expected, *_ = single.step(action)
+        found = best_designs(Cohort(("a",), obs[:1, :11], shipped_cohort().extra[:1], "one"))
+        weights = make_stage1().state_dict().values()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert {x.dtype for x in weights if x.is_floating_point()} == {torch.float32}
+    assert {obs.dtype, expected.dtype, found.design.formulation.dtype} == {torch.float32}
     action["formulation"] = torch.from_numpy(action["formulation"]).double() + 1e-12
     obs, reward, _, _, info = double.step(action)
     assert {obs.dtype, reward.dtype, info["formulation"].dtype} == {torch.float64}
@@ -474,7 +489,7 @@ def test_next_step_ignores_the_actions_of_the_rows_that_it_resets_and_no_other(a
 
 
 @MODES
-def test_vector_environment_must_be_reset_before_anything_else(mode):
+def test_environments_must_be_reset_before_anything_else_and_a_refused_reset_is_none(mode):
     env = HydrogelVectorEnv(3, autoreset_mode=AutoresetMode(mode))
     assert env.autoreset_mode is env.metadata["autoreset_mode"] is AutoresetMode(mode)
     with pytest.raises(ResetNeeded, match=r"call reset\(\) before step\(\)"):
@@ -483,15 +498,14 @@ def test_vector_environment_must_be_reset_before_anything_else(mode):
         env.reset(options={"reset_mask": np.array([T, F, F])})
     with pytest.raises(ResetNeeded, match="before state_dict"):
         env.state_dict()
-
-
-def test_single_environment_must_be_reset_before_an_episode():
-    env = HydrogelEnv()
+    env = gym.make("HydrogelDesign-v0")
+    with pytest.raises(ValueError, match="no patient 'nobody'"):
+        env.reset(options={"patient_id": "nobody"})
     for action in sampled(env, 2):
         with pytest.raises(ResetNeeded, match="the episode has ended or has not begun"):
-            env.step(action)
+            env.unwrapped.step(action)
         env.reset()
-        env.step(action)
+        assert np.isfinite(env.step(action)[1])
 
 
 @MODES
@@ -540,6 +554,24 @@ def test_picked_patient_stays_under_fixed_assignment_only(kind, assignment, thre
     assert later(picked) == (stays if assignment == "fixed" else later(None))
 
 
+def test_number_is_an_id_where_ids_are_numbers_and_else_a_row(three_patients):
+    numbered = Cohort(("1", "2", "007"), *dataclasses.astuple(three_patients)[1:])
+    for form, cohort, name, rows in [
+        (list, numbered, "patient_id", [0, 1, 0]),
+        (np.array, numbered, "patient_id", [0, 1, 0]),
+        (torch.tensor, numbered, "patient_id", [0, 1, 0]),
+        (list, numbered, "patient_index", [1, 2, 1]),
+        (np.array, three_patients, "patient_id", [1, 2, 1]),
+    ]:
+        options = {name: form([1, 2, 1])}
+        info = make("vector", cohort=cohort).reset(options=options)[1]
+        assert info["patient_index"].tolist() == rows
+        info = make("single", cohort=cohort).reset(options={name: options[name][1]})[1]
+        assert info["patient_index"] == rows[1]
+    with pytest.raises(ValueError, match="three patients has no patient '7'; nearest: 007"):
+        make("single", cohort=numbered).reset(options={"patient_id": 7})
+
+
 def options(**kwargs) -> dict:
     return {"options": kwargs}
 
@@ -558,7 +590,12 @@ def options(**kwargs) -> dict:
         ("vector", {"seed": [1, 2]}, "seed has 2 entries; expected num_envs = 3"),
         ("vector", {"seed": [1, -2, 3]}, "seed is -2; allowed: whole numbers, 0 or more, or None"),
         ("vector", {"seed": [1, 2.0, 3]}, "seed is 2.0; allowed: whole numbers"),
-        ("vector", {"seed": -1}, "seed is -1; allowed: whole numbers"),
+        *(
+            ("vector", {"seed": x}, f"seed is {x!r}; allowed: whole numbers")
+            for x in (-1, 0.5, "1")
+        ),
+        ("single", options(patient_id=1, patient_index=0), "patient_index; expected one"),
+        ("single", options(patient_index=3), "patient_index is 3; allowed: whole numbers 0 to 2"),
     ],
     ids=lambda value: " ".join(map(str, value.values())) if isinstance(value, dict) else "",
 )
@@ -664,19 +701,22 @@ def test_a_state_that_does_not_fit_is_refused_and_nothing_is_loaded(change, mess
     assert all(torch.equal(rows, before[name]) for name, rows in env.state_dict().items())
 
 
-# Gymnasium's wrappers
+def construct_and_step(results) -> None:
+    env = make("vector")
+    env.reset(seed=0)
+    results.put(env.step(sampled(env, 1)[0])[1])
 
 
-@MODES
-def test_vector_episode_statistics_of_gymnasium_add_up(mode):
-    if mode == "SameStep" and tuple(map(int, gym.__version__.split(".")[:2])) < (1, 4):
-        pytest.skip("this Gymnasium's wrapper counts as if the next step were a reset")
-    env = RecordEpisodeStatistics(make("vector", horizon=3, autoreset_mode=mode))
-    trace = rollout(env, sampled(env, 4), staggered=True)
-    ended = [(info["episode"], flags[1]) for _, info, flags in trace if flags and "episode" in info]
-    assert len(ended) == {"SameStep": 4, "NextStep": 3, "Disabled": 2}[mode]
-    for episode, done in ended:
-        assert set(episode["l"][done]) == {3}
-    assert list(env.return_queue)[0] == pytest.approx(
-        sum(np.float64(flags[0][2]) for _, _, flags in trace[:6] if flags)
-    )
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_environments_are_made_in_a_process_forked_from_one_with_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1_000_000).exp().sum()  # starts the threads
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        context.Process(target=construct_and_step, args=(results,), daemon=True).start()
+        assert np.isfinite(results.get(timeout=30)).all()
+    finally:
+        torch.set_num_threads(before)

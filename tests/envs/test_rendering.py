@@ -17,8 +17,6 @@ import pytest
 import torch
 from gymnasium.error import DependencyNotInstalled, ResetNeeded
 from gymnasium.utils.env_checker import check_env
-from gymnasium.wrappers import RecordVideo
-from gymnasium.wrappers.vector import RecordVideo as RecordVectorVideo
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -32,18 +30,14 @@ from hydrogel_gym.envs.rendering import (
     WIDTH_PX,
     Evaluation,
     Scene,
-    cavity_radius_mm,
     describe,
     draw,
     pixels_per_mm,
-    ring_sector,
     scene_axis,
     short_axis,
 )
-from hydrogel_gym.envs.wrappers import FlattenHybridAction, VectorFlattenHybridAction
 from hydrogel_gym.problem.fields import (
     COVERAGE_FRACTIONS,
-    COVERAGES,
     FORMULATION_FIELDS,
     OUTCOME_FIELDS,
     PATIENT_FIELDS,
@@ -51,7 +45,6 @@ from hydrogel_gym.problem.fields import (
 )
 
 REFERENCES = Path(__file__).parent / "references"
-VIDEO = {"render_mode": "rgb_array", "horizon": 2}
 TYPICAL = dict(
     zip(
         [field.name for field in PATIENT_FIELDS],
@@ -124,19 +117,8 @@ def test_ventricle_that_no_cohort_may_have_stays_within_circle_and_picture(edv_m
     axis = short_axis(patient, 5.0, 1.0)
     assert 0.0 <= axis.scar_rad <= axis.patch_rad <= axis.border_rad <= math.pi
     assert axis.patch_mm * pixels_per_mm(axis) <= HEART_RADIUS_PX + 1e-9
-
-
-def test_cavity_is_the_sphere_of_the_end_diastolic_volume_and_the_scale_that_of_all_patients():
-    assert cavity_radius_mm(36.0 * math.pi) == pytest.approx(30.0)
-    small, large = short_axis(TYPICAL | SMALL), short_axis(TYPICAL | LARGE, 5.0, 1.0)
-    assert pixels_per_mm(small) == pixels_per_mm(large)
-
-
-def test_ring_sector_lies_between_its_radii_and_angles_clockwise_from_the_top():
-    x, y = ring_sector(2.0, 3.0, -0.5, 2.5).T
-    radii, angles = np.hypot(x, y), np.arctan2(x, -y)
-    assert set(radii.round(9)) == {2.0, 3.0}
-    assert (angles.min(), angles.max()) == pytest.approx((-0.5, 2.5))
+    if edv_ml < 400.0:  # one scale for the patients of the cohort
+        assert pixels_per_mm(axis) == pixels_per_mm(short_axis(TYPICAL))
 
 
 @pytest.mark.parametrize("name", SCENES)
@@ -190,27 +172,25 @@ def texts_of(monkeypatch, *scenes: Scene) -> list[list[tuple[str, tuple]]]:
     written = []
 
     def record(canvas, xy, text, fill=None, font=None, anchor=None):
-        written.append((text, canvas.textbbox(xy, text, font=font, anchor=anchor)))
+        written[-1].append((text, canvas.textbbox(xy, text, font=font, anchor=anchor)))
 
     monkeypatch.setattr(ImageDraw.ImageDraw, "text", record)
-    pages = []
     for each in scenes:
+        written.append([])
         draw(each)
-        pages.append(written.copy())
-        written.clear()
-    return pages
+    return written
 
 
 def test_texts_are_whole_and_never_overlap_nor_leave_the_picture(monkeypatch):
-    names = load_polymers().names
     scenes = [
-        scene(LARGE, THICK | {"polymer": names[i], "coverage": i % len(COVERAGES)}, horizon=100)
-        for i in range(len(names))
+        scene(LARGE, THICK | {"polymer": name, "coverage": 3}, horizon=100)
+        for name in load_polymers().names[::4]
     ]
-    for texts in texts_of(monkeypatch, *scenes, *SCENES.values()):
+    scenes += [*SCENES.values(), Scene("x" * 500, tuple(TYPICAL.values()))]
+    for texts in texts_of(monkeypatch, *scenes):
         boxes = [(*box, text) for text, box in texts if text]
         for i, (left, top, right, bottom, text) in enumerate(boxes):
-            assert not text.endswith("...")
+            assert not text.endswith("...") or text.startswith("Virtual patient xxx")
             assert 0 <= left <= right <= WIDTH_PX, text
             assert 0 <= top <= bottom <= HEIGHT_PX, text
             for other in boxes[:i]:
@@ -218,38 +198,17 @@ def test_texts_are_whole_and_never_overlap_nor_leave_the_picture(monkeypatch):
                 assert apart or bottom <= other[1] or other[3] <= top, (text, other[-1])
 
 
-def test_long_patient_id_is_shortened(monkeypatch):
-    ((title, (_, _, right, _)),) = (
-        entry
-        for entry in texts_of(monkeypatch, Scene("x" * 500, tuple(TYPICAL.values())))[0]
-        if "patient" in entry[0]
-    )
-    assert title.startswith("Virtual patient x")
-    assert title.endswith("x...")
-    assert right <= WIDTH_PX
-
-
 @pytest.mark.parametrize("margin", [0.0, 0.1], ids=["default limits", "stricter limits"])
-def test_broken_limit_is_shown_in_picture_and_text(monkeypatch, margin):
+def test_picture_and_text_tell_the_design_and_the_limits_that_it_breaks(monkeypatch, margin):
     outcomes = (4.2, 18.2, 1.6, 0.1, 0.85, 0.15)
     expected = scene(design={"outcomes": outcomes}, limits=RewardConfig().stricter(margin))
     texts = [text for text, _ in texts_of(monkeypatch, expected)[0]]
     broken = ["0.100 > 0.050", "0.850 < 0.900", "0.150 > 0.100"]
     assert [text for text in texts if ">" in text or "<" in text] == (broken if margin else [])
-    assert describe(expected).count("(limit broken)") == (3 if margin else 0)
-
-
-def test_text_says_what_the_picture_shows():
-    assert describe(SCENES["typical"]).splitlines() == [
-        "Virtual patient P0042: LVEF 36.4 %, EDV 208 mL, wall 6.5 mm",
-        "Scar 21.0 % of the left ventricle, 54 % of the wall deep; border zone 13.0 %",
-        "Design 1 of 1: MeHA_photocrosslink, 12.3 kPa, half-life 45 days, 0.20 S/m, 2.5 mm thick",
-        "Covered: scar + 50 % of border zone, 27.5 % of the circumference",
-        "Predicted: LVEF change +4.2 points; Stress reduction 18.2 %; P(optimal) 0.83; "
-        "Toxicity risk 0.080; Integrity 0.910; Fibrosis risk 0.120",
-        "Reward 13.52",
-    ]
-    assert describe(SCENES["patient"]).splitlines()[2:] == ["No design yet"]
+    told = describe(expected)
+    assert told.count("(limit broken)") == (3 if margin else 0)
+    for fact in ("P0042: LVEF 36.4 %", "Scar 21.0 %", "2.5 mm thick", "27.5 %", "Reward 13.52"):
+        assert fact in told
 
 
 # The environments.
@@ -301,84 +260,37 @@ def test_render_needs_a_mode_and_a_patient(env_class):
 
 
 def test_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
-    env = made(render_mode="rgb_array")
-    env.reset(seed=0)
     monkeypatch.setitem(sys.modules, "PIL", None)
+    env, text = made(render_mode="rgb_array"), made(render_mode="ansi")
+    env.reset(seed=0), text.reset(seed=0)
     with pytest.raises(DependencyNotInstalled, match=r'Pillow: pip install -e "\.\[render\]"'):
         env.render()
-    text = made(render_mode="ansi")
-    text.reset(seed=0)
     assert text.render().endswith("No design yet")
 
 
 def test_rendering_touches_no_generator_and_changes_no_step():
-    def states() -> list[str]:
-        legacy = np.random.get_state()  # noqa: NPY002
-        return [str(state) for state in (random.getstate(), legacy, torch.get_rng_state().tolist())]
-
     def trace(mode) -> list[str]:
         env = made(render_mode=mode, horizon=2)
-        trace = []
-        for step in range(6):
-            trace.append(env.reset(seed=None if step else 5) if step % 3 == 0 else env.step(ACTION))
+        trace = [env.reset(seed=5)]
+        for step in (env.step, env.step, lambda _: env.reset(), env.step):
+            trace.append(step(ACTION))
             if mode:
                 env.render()
-        return [str(entry) for entry in trace]
+        legacy = np.random.get_state()  # noqa: NPY002
+        return [str(x) for x in (*trace, random.getstate(), legacy, torch.get_rng_state().tolist())]
 
-    before = states()
-    assert trace("rgb_array") == trace(None)
-    assert states() == before
+    assert trace(None) == trace("rgb_array")
 
 
 @pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
 def test_checker_finds_nothing_wrong_with_rendering(mode):
     env = gym.make("HydrogelDesignFlat-v0", render_mode=mode)
     check_env(env.unwrapped, skip_render_check=False)  # a warning is an error here
-    assert env.metadata["render_modes"] == ["rgb_array", "ansi"]
 
 
-def test_environments_made_by_gymnasium_render_one_picture_each_or_a_list():
-    env = gym.make("HydrogelDesign-v0", render_mode="rgb_array_list", horizon=2)
-    env.reset(seed=0)
-    env.step(env.action_space.sample())
-    envs = gym.make_vec("HydrogelDesignFlat-v0", 2, render_mode="rgb_array")
-    envs.reset(seed=0)
-    frames = envs.render()
-    assert isinstance(frames, tuple)
-    assert [frame.shape for frame in (*frames, *env.render())] == [(HEIGHT_PX, WIDTH_PX, 3)] * 4
-
-
-@pytest.mark.parametrize(
-    "record",
-    [
-        lambda make, folder: FlattenHybridAction(RecordVideo(make("HydrogelDesign-v0"), folder)),
-        lambda make, folder: RecordVideo(FlattenHybridAction(make("HydrogelDesign-v0")), folder),
-        lambda make, folder: RecordVectorVideo(
-            # In the mode SameStep the last frame of an episode would be missing, and warned of.
-            VectorFlattenHybridAction(
-                gym.make_vec("HydrogelDesign-v0", 2, autoreset_mode="NextStep", **VIDEO)
-            ),
-            folder,
-            video_length=3,
-        ),
-    ],
-    ids=["wrapper around", "wrapper within", "vector"],
-)
-def test_video_can_be_recorded(record, tmp_path):
-    pytest.importorskip("moviepy")
-    video = record(lambda env_id: gym.make(env_id, **VIDEO), str(tmp_path / "new"))
-    video.reset(seed=0)
-    for _ in range(2):
-        video.step(video.action_space.sample())
-    video.close()
-    (path,) = tmp_path.glob("new/*.mp4")
-    assert path.stat().st_size > 1000
-
-
-def vector(**kwargs) -> HydrogelVectorEnv:
-    return HydrogelVectorEnv(
-        **({"num_envs": 3, "render_mode": "ansi", "action_format": "tuple"} | kwargs)
-    )
+def vector(mode: str = "SameStep", **kwargs) -> HydrogelVectorEnv:
+    kwargs = {"render_mode": "ansi", "action_format": "tuple", "autoreset_mode": mode} | kwargs
+    return HydrogelVectorEnv(3, **kwargs)
 
 
 def designs(frames: tuple[str, ...]) -> list[str]:
@@ -404,21 +316,21 @@ def test_frames_of_a_vector_are_those_of_single_environments(mode, output):
 
 
 def test_vector_that_resets_in_the_same_step_shows_the_design_and_the_patient_it_was_for():
-    envs = vector(patient_assignment="random", output="torch")
+    envs = vector(patient_assignment="random", validate_actions=False)
     envs.reset(seed=4)
     patients = [frame.splitlines()[0] for frame in envs.render()]
-    _, _, terminated, _, _ = envs.step(tuple(map(torch.from_numpy, batch(3))))
-    assert terminated.all()
+    polymers, *others = batch(3)
+    envs.step((polymers * [1, 99, 1], *others))
     frames = envs.render()
-    assert designs(frames) == ["Design 1 of 1"] * 3
-    assert [frame.splitlines()[0] for frame in frames] == patients
+    assert designs(frames) == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
+    assert [frame.splitlines()[0] for frame in frames[::2]] == patients[::2]
     envs.reset()
     assert designs(envs.render()) == ["No design yet"] * 3
     assert [frame.splitlines()[0] for frame in envs.render()] != patients
 
 
 def test_vector_shows_no_design_in_a_row_that_was_reset():
-    envs = vector(autoreset_mode="Disabled", horizon=2)
+    envs = vector("Disabled", horizon=2)
     envs.reset(seed=0)
     envs.step(batch(3))
     envs.reset(options={"reset_mask": np.array([False, True, False])})
@@ -427,24 +339,11 @@ def test_vector_shows_no_design_in_a_row_that_was_reset():
     assert designs(envs.render()) == ["Design 2 of 2", "Design 1 of 2", "Design 2 of 2"]
     envs.load_state_dict(envs.state_dict())
     assert designs(envs.render()) == ["No design yet"] * 3
-
-
-def test_vector_that_resets_in_the_next_step_shows_the_new_patient_then():
-    envs = vector(autoreset_mode="NextStep")
+    envs = vector("NextStep")
     envs.reset(seed=0)
-    seen = []
-    for _ in range(3):
+    for seen in ("Design 1 of 1", "No design yet", "Design 1 of 1"):
         envs.step(batch(3))
-        seen.append(designs(envs.render())[0])
-    assert seen == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
-
-
-def test_vector_shows_no_design_where_an_unchecked_action_is_not_allowed():
-    envs = vector(validate_actions=False)
-    envs.reset(seed=0)
-    polymers, *others = batch(3)
-    envs.step((polymers * [1, 99, 1], *others))
-    assert designs(envs.render()) == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
+        assert designs(envs.render()) == [seen] * 3
 
 
 if __name__ == "__main__":
