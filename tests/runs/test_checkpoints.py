@@ -44,7 +44,7 @@ def noisy_env(register_design):
         dict(env_id="NoisyDesign-v0", horizon=3, patient_assignment="random"),
         dict(compile="on", target_kl=0.01, precision="fp64", policy="factored", state_std=False),
     ],
-    ids=["in the middle of an episode, a model that draws", "compiled, float64, factored"],
+    ids=["amid an episode, a model that draws", "compiled, float64, factored"],
 )
 def test_every_kind_of_run_is_resumed_where_it_was(
     ppo, small_run, noisy_env, uncompiled, of_runs, tmp_path, changes
@@ -56,7 +56,7 @@ def test_every_kind_of_run_is_resumed_where_it_was(
     of_runs.assert_same(resumed.output_dir, args.output_dir)
 
 
-@pytest.mark.parametrize("compile", [False, True], ids=["plain first", "compiled first"])
+@pytest.mark.parametrize("compile", [False, True])
 def test_the_optimiser_of_either_step_goes_on_in_the_other(
     ppo, small_run, uncompiled, tmp_path, compile
 ):
@@ -69,6 +69,7 @@ def test_the_optimiser_of_either_step_goes_on_in_the_other(
         return made
 
     (whole, _, step), (other, _, going_on) = make(compile), make(not compile)
+    assert checkpoints.adam_state(whole.optimizer)["num_updates"] == 0  # nothing done yet
     obs = torch.randn(32, 13, dtype=torch.float64)
     with torch.no_grad():
         output = whole.agent(obs)
@@ -88,13 +89,7 @@ def test_the_optimiser_of_either_step_goes_on_in_the_other(
     torch.testing.assert_close(state["square"], expected["square"], rtol=1e-9, atol=1e-15)
 
 
-def test_the_state_of_an_optimiser_that_did_nothing_yet_is_saved_too():
-    state = checkpoints.adam_state(torch.optim.Adam(torch.nn.Linear(2, 3).parameters()))
-    assert (state["num_updates"], state["mean"].tolist()) == (0, [0.0] * 9)
-    assert state["square"].tolist() == [0.0] * 9
-
-
-def test_resuming_a_finished_run_repeats_its_figures_without_training(
+def test_a_finished_run_repeats_its_figures_without_training_unless_it_is_replaced(
     ppo, finished_run, of_runs, tmp_path, monkeypatch
 ):
     shutil.copytree(finished_run[0].output_dir.parent, tmp_path / "copy")
@@ -102,13 +97,8 @@ def test_resuming_a_finished_run_repeats_its_figures_without_training(
     args = dataclasses.replace(finished_run[0], output_dir=tmp_path / "copy/run", resume="auto")
     ppo.train(args)
     of_runs.assert_same(args.output_dir, finished_run[0].output_dir)
-
-
-def test_auto_takes_the_newest_checkpoint_unless_the_run_is_replaced(cut, of_runs):
-    newest = of_runs.checkpoint(cut.output_dir, 4).read_bytes()
-    for overwrite, expected in ((False, newest), (True, None)):
-        options = dataclasses.replace(cut, overwrite=overwrite)
-        assert checkpoints.checkpoint_to_resume(options, cut.output_dir) == expected
+    replaced = dataclasses.replace(args, overwrite=True)
+    assert checkpoints.checkpoint_to_resume(replaced, args.output_dir) is None
 
 
 # --- what is kept
@@ -166,7 +156,7 @@ def damage(path, what: str) -> None:
     else:
         if what == "bit-flipped":
             content[len(content) // 2] ^= 1
-        end = {"truncated": len(content) - 100, "empty": 0, "replaced": 1000}.get(what)
+        end = {"truncated": len(content) - 100, "replaced": 1000}.get(what)
         path.write_bytes(bytes(content[:end]))
 
 
@@ -174,7 +164,6 @@ def damage(path, what: str) -> None:
     ("what", "why"),
     [
         ("truncated", "it is cut off, or is no checkpoint"),
-        ("empty", "it is cut off"),
         ("replaced", "it is cut off"),
         ("bit-flipped", "it is damaged: its content does not have the hash"),
         ("pickle", "it is cut off, or is no checkpoint"),
@@ -183,7 +172,7 @@ def damage(path, what: str) -> None:
     ],
 )
 def test_a_damaged_checkpoint_executes_nothing_and_is_passed_over_unless_it_is_requested(
-    ppo, cut, capsys, of_runs, what, why
+    ppo, finished_run, cut, capsys, of_runs, what, why
 ):
     newest, before = (of_runs.checkpoint(cut.output_dir, iteration) for iteration in (4, 2))
     damage(newest, what)
@@ -193,12 +182,9 @@ def test_a_damaged_checkpoint_executes_nothing_and_is_passed_over_unless_it_is_r
     assert f"going back to {before}" in printed
     assert ppo.main(["--resume", str(newest)]) == 2
     assert f"error: --resume: checkpoint {newest} cannot be used: {why}" in capsys.readouterr().err
-
-
-def test_a_run_goes_back_behind_a_damaged_checkpoint(ppo, finished_run, cut, of_runs):
-    damage(of_runs.checkpoint(cut.output_dir, 4), "bit-flipped")
-    assert ppo.train(cut)["resumed_at_iteration"] == 2
-    of_runs.assert_same(cut.output_dir, finished_run[0].output_dir)
+    if what == "bit-flipped":
+        assert ppo.train(cut)["resumed_at_iteration"] == 2
+        of_runs.assert_same(cut.output_dir, finished_run[0].output_dir)
 
 
 def test_no_flipped_bit_and_no_cut_goes_unnoticed(finished_run, of_runs):

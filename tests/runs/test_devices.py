@@ -11,19 +11,15 @@ from hydrogel_gym.runs import devices, ranks
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["cuda", "cuda:0"])
-def test_more_ranks_than_gpus_are_refused(monkeypatch, name):
+def test_a_launched_rank_takes_the_gpu_that_its_launcher_gives_it_if_there_is_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(errors.UsageError, match=f"--device {name} for 2 ranks .* which has 1 GPUs"):
-        devices.resolve_device(name, ranks.World(0, 4, 2))
-
-
-@pytest.mark.parametrize(("name", "index"), [("cuda", 3), ("cuda:1", 1)])
-def test_a_launched_rank_takes_the_device_that_its_launcher_gives_it(monkeypatch, name, index):
+    with pytest.raises(errors.UsageError, match="--device cuda for 2 ranks .* which has 1 GPUs"):
+        devices.resolve_device("cuda", ranks.World(0, 4, 2))
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch, "empty", lambda *_, device: None)  # there may be no such device
-    device = devices.resolve_device(name, ranks.World(launched=True))
-    assert device == torch.device("cuda", index)
+    for name, index in (("cuda", 3), ("cuda:1", 1)):
+        device = devices.resolve_device(name, ranks.World(launched=True))
+        assert device == torch.device("cuda", index)
 
 
 def test_a_batch_that_every_rank_gathers_counts_against_the_memory(monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -102,21 +101,16 @@ def test_going_back_in_a_run_needs_another_place_or_overwrite(
         of_runs.assert_same(folder, finished_run[0].output_dir)
 
 
-def test_an_unwritable_directory_is_refused(tmp_path):
+def test_one_run_at_a_time_writes_to_a_directory_and_a_dead_one_keeps_nobody_out(tmp_path):
+    run = tmp_path / "runs" / "one"
+    with directory.only_writer(run):
+        with pytest.raises(errors.UsageError, match="another run is writing there"):
+            directory.only_writer(run).__enter__()
+    assert list(tmp_path.iterdir()) == []  # nothing was written
+    write(run, directory.LOCK_FILE)
+    with directory.only_writer(run):
+        assert (run / directory.LOCK_FILE).exists()
+    assert not (run / directory.LOCK_FILE).exists()
     write(tmp_path, "file")
     with pytest.raises(errors.UsageError, match="cannot be written to"):
         directory.prepare_output_dir(tmp_path / "file" / "run", runs.RunOptions(), None)
-
-
-def test_a_file_that_cannot_be_finished_leaves_the_old_one(tmp_path, monkeypatch):
-    path = tmp_path / "summary.json"
-    directory.write_json(path, {"a": 1})
-
-    def full_disk(*_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="no space left"):
-        directory.write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]

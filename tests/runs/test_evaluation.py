@@ -117,11 +117,3 @@ def test_a_reward_model_that_the_oracle_cannot_use_is_a_bad_request(
     monkeypatch.setattr(evaluation, "best_designs", refuse)
     with pytest.raises(errors.UsageError, match="the oracle cannot search: outcome is nan"):
         ppo.train(dataclasses.replace(finished_run[0], output_dir=tmp_path / "run"))
-
-
-def test_a_progress_bar_shows_regret_of_both_cohorts_where_there_is_an_oracle(finished_run):
-    _, summary = finished_run
-    shown = evaluation.shown_regret(summary)
-    both = [summary["train_regret"], summary["holdout_regret"]]
-    assert shown["regret"] == " / ".join(f"{regret:.2f}" for regret in both)
-    assert evaluation.shown_regret(summary | {"holdout_regret": None}) == {}

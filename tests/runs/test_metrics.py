@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from hydrogel_gym import Outcomes
@@ -23,13 +22,6 @@ def test_names_of_logs_are_a_namespace_and_a_column_but_for_their_axis():
     }
 
 
-def test_a_new_metric_is_a_new_row_of_the_table(monkeypatch):
-    new = metrics.Metric("smallest", "charts", "", None, lambda infos: infos["reward"].min())
-    monkeypatch.setattr(metrics, "METRICS", (new,))
-    assert metrics.rollout_metrics({"reward": torch.tensor([[2.0, -1.0]])}) == {"smallest": -1.0}
-    assert new.key == "charts/smallest"
-
-
 def test_metrics_of_a_rollout_are_what_their_infos_say():
     infos = {name: torch.zeros(2, 2) for name in ("reward", *metrics.INFOS)}
     infos["reward"] = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
@@ -47,8 +39,3 @@ def test_a_row_is_in_the_order_of_the_table_and_logs_leave_out_what_is_not_known
     row = metrics.as_row({"train_regret": None, "global_step": 9, "iteration": 1})
     assert list(row) == ["iteration", "global_step", "train_regret"]
     assert metrics.keyed(row) == {"charts/iteration": 1, "global_step": 9}
-
-
-def test_a_metric_that_is_no_row_of_the_table_is_named():
-    with pytest.raises(KeyError, match="temperature, colour: no row of .*METRICS"):
-        metrics.as_row({"entropy": 1.0, "temperature": 3.0, "colour": 1.0})

@@ -22,22 +22,12 @@ def load(path: Path) -> dict:
     return yaml.safe_load(path.read_text())
 
 
-def unknown_parameters(ppo, sweep: dict) -> set[str]:
-    return set(sweep["parameters"]) - set(ppo.Args.__dataclass_fields__)
-
-
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_every_parameter_is_a_flag_and_the_objective_a_metric(ppo, path):
     sweep = load(path)
-    assert unknown_parameters(ppo, sweep) == set()
+    assert set(sweep["parameters"]) <= set(ppo.Args.__dataclass_fields__)
     assert sweep["metric"]["name"] in metrics.KEYS.values()
     assert (ROOT / sweep["program"]).is_file()
-
-
-def test_parameter_that_is_no_flag_is_found(ppo):
-    sweep = load(SWEEPS[0])
-    sweep["parameters"]["learning_rat"] = {"value": 1e-3}
-    assert unknown_parameters(ppo, sweep) == {"learning_rat"}
 
 
 @pytest.mark.parametrize(
