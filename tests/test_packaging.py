@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import graphlib
 import importlib
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from configparser import ConfigParser
@@ -13,7 +12,6 @@ from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import version
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -52,7 +50,7 @@ MAY_IMPORT = {
     }.items()
 }
 # What is slow to import, and what only some of its users have installed.
-HEAVY = {"matplotlib", "pandas", "plotly", "wandb"}
+HEAVY = {"PIL", "matplotlib", "pandas", "plotly", "wandb"}
 
 
 def module_files() -> dict[str, Path]:
@@ -144,29 +142,11 @@ def at_import(path: Path) -> ast.Module:
 
 def test_every_module_imports_only_from_known_rooms_before_its_own():
     assert [module for module in MODULES if room(module) is None] == []
+    assert room("hydrogel_gym.utils") is None
     against = {m: [u for u in used_by(m) if room(u) not in MAY_IMPORT[room(m)]] for m in MODULES}
     assert {module: used for module, used in against.items() if used} == {}
-
-
-@pytest.mark.parametrize(
-    ("module", "broken"),
-    {
-        "hydrogel_gym.problem.reward": "from hydrogel_gym.models import mechanistic",
-        "hydrogel_gym.envs.single": "from hydrogel_gym.oracle import best_designs",
-        "hydrogel_gym.oracle.search": "from hydrogel_gym.designs.grid import on_grid",
-        "hydrogel_gym.designs.top": "import hydrogel_gym",
-        "hydrogel_gym.models.contract": "def f():\n    from hydrogel_gym.env import HydrogelEnv",
-        "hydrogel_gym.memory": "import hydrogel_gym.problem.fields",
-    }.items(),
-)
-def test_import_against_the_order_of_the_rooms_is_seen(module, broken):
-    (used,) = used_by(module, ast.parse(broken))
-    assert room(used) not in MAY_IMPORT[room(module)]
-
-
-@pytest.mark.parametrize("name", ["utils", "rooms.utils", "problems", "leaves", "shims.env"])
-def test_module_outside_the_rooms_is_seen(name):
-    assert room(f"hydrogel_gym.{name}") is None
+    (used,) = used_by("hydrogel_gym.oracle.search", ast.parse("import hydrogel_gym.runs"))
+    assert room(used) not in MAY_IMPORT["oracle"]
 
 
 def test_modules_import_each_other_in_no_circle():
@@ -185,63 +165,33 @@ def test_library_imports_no_script():
 # Other libraries
 
 
-def test_gymnasium_is_imported_only_by_what_adapts_to_it():
+def test_gymnasium_is_imported_only_by_what_adapts_to_it_and_nothing_but_torch_by_the_dynamics():
     for module, path in MODULES.items():
         used = {name for name in imports(parse(path)) if name.startswith("gymnasium")}
         if room(module) in ("leaves", "problem", "models", "oracle", "designs", "report"):
             assert (module, used) == (module, set())
         elif module == "hydrogel_gym.envs.spaces":
             assert used == {"gymnasium.spaces"}
+    for name in ("dynamics", "reward"):
+        used = third_party(imports(parse(MODULES[f"hydrogel_gym.problem.{name}"])))
+        assert used == {"hydrogel_gym", "torch"}
 
 
-def test_drawing_library_is_imported_only_within_the_functions_that_draw():
-    path = MODULES["hydrogel_gym.envs.rendering"]
-    outside = third_party(imports(at_import(path)))
-    assert third_party(imports(parse(path))) - outside == {"PIL"}
-    assert outside == {"hydrogel_gym", "numpy"}
-
-
-@pytest.mark.parametrize("name", ["dynamics", "reward"])
-def test_dynamics_and_reward_need_nothing_but_torch(name):
-    used = third_party(imports(parse(MODULES[f"hydrogel_gym.problem.{name}"])))
-    assert used == {"hydrogel_gym", "torch"}
-
-
-def test_trainer_and_what_it_loads_import_heavy_libraries_only_inside_functions():
-    reached = reached_from("hydrogel_gym.train.ppo_hybrid", at_import)
+@pytest.mark.parametrize(
+    ("module", "rooms", "libraries"),
+    [
+        ("hydrogel_gym.train.ppo_hybrid", set(), HEAVY),
+        ("hydrogel_gym", {"runs", "report", "train", "patients"}, HEAVY - {"pandas"} | {"tyro"}),
+    ],
+)
+def test_import_loads_neither_heavy_libraries_nor_rooms_that_it_does_without(
+    module, rooms, libraries
+):
+    reached = reached_from(module, at_import)
     assert "hydrogel_gym.envs.vector" in reached
-    heavy = {module: third_party(imports(at_import(MODULES[module]))) & HEAVY for module in reached}
-    assert {module: names for module, names in heavy.items() if names} == {}
-
-
-def test_package_loads_neither_runs_nor_reports_nor_what_draws_and_tracks():
-    program = "import hydrogel_gym, sys; print(*sys.modules)"
-    run = [sys.executable, "-c", program]
-    loaded = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
-    others = {"tyro", "matplotlib", "plotly", "wandb", "pandas.plotting"}
-    others |= {f"hydrogel_gym.{name}" for name in ("runs", "report", "train", "patients")}
-    assert "hydrogel_gym.envs.vector" in loaded
-    assert {name for name in loaded if any(f"{name}.".startswith(f"{o}.") for o in others)} == set()
-
-
-def test_patient_folder_is_data_and_two_scripts_that_use_public_names_of_few_modules():
-    folder = CHECKOUT / "patients"
-    assert {path.name for path in folder.glob("*.py")} == {
-        "__init__.py",
-        "generate.py",
-        "make_outcomes.py",
-    }
-    assert [type(node) for node in parse(folder / "__init__.py").body] == [ast.Expr]
-    for script, modules in {
-        "generate": "problem.cohort problem.fields",
-        "make_outcomes": (
-            "files models.mechanistic problem.cohort problem.fields problem.polymers "
-            "problem.reward problem.tables"
-        ),
-    }.items():
-        script = f"hydrogel_gym.patients.{script}"
-        assert used_by(script) == {f"hydrogel_gym.{module}" for module in modules.split()}
-        assert [name for name in imports(parse(MODULES[script])) if "._" in name] == []
+    assert {name for name in reached if room(name) in rooms} == set()
+    heavy = {name: third_party(imports(at_import(MODULES[name]))) & libraries for name in reached}
+    assert {name: used for name, used in heavy.items() if used} == {}
 
 
 # The oracle's cache
@@ -270,12 +220,9 @@ def packages() -> dict[str, Path]:
     return {name: path.parent for name, path in MODULES.items() if path.name == "__init__.py"}
 
 
-def test_folder_with_modules_in_the_package_is_a_package():
+def test_every_package_is_installed_from_its_folder(config):
     folders = {path.parent for path in FOLDERS["hydrogel_gym"].rglob("*.py")}
     assert folders - set(packages().values()) == set()
-
-
-def test_every_package_is_installed_from_its_folder(config):
     options = config["options"]
     assert set(options["packages"].split()) == set(packages())
     places = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
@@ -302,18 +249,13 @@ def test_every_data_file_of_a_package_is_installed(config):
     assert left_out == []
 
 
-def test_installed_package_carries_its_data():
-    for package, name, start in (
-        ("hydrogel_gym", "polymers.csv", "polymer_id,"),
-        ("hydrogel_gym", "py.typed", ""),
-        ("hydrogel_gym.patients", "cohort.csv", "patient_id,"),
-        ("hydrogel_gym.patients", "cohort_holdout.csv", "patient_id,"),
-    ):
-        assert (files(package) / name).read_text(encoding="utf-8").startswith(start)
-
-
-def test_version_is_that_of_the_distribution():
+def test_installed_package_has_its_version_and_carries_its_data():
     assert hydrogel_gym.__version__ == version("hydrogel_gym")
+    for name, start in {"polymers.csv": "polymer_id,", "py.typed": ""}.items():
+        assert (files("hydrogel_gym") / name).read_text(encoding="utf-8").startswith(start)
+    for name in ("cohort.csv", "cohort_holdout.csv"):
+        text = (files("hydrogel_gym.patients") / name).read_text(encoding="utf-8")
+        assert text.startswith("patient_id,")
 
 
 # Public names
@@ -340,6 +282,7 @@ def test_version_is_that_of_the_distribution():
             "VectorDiscretizeHybridAction VectorFlattenHybridAction VectorRescaleFormulation"
         ),
         "hydrogel_gym.sb3": "BatchedVecEnv",
+        "hydrogel_gym.memory": "keep_freed_memory",
         "hydrogel_gym.designs": (
             "FORMULATION_COLUMNS NUMBERS NUM_CELLS NUM_LEVELS RESOLUTION SCHEMA TopDesigns "
             "design_keys load_designs numbers_of on_grid partition"
@@ -350,14 +293,9 @@ def test_module_for_users_exports_its_names(module, names):
     if module == "hydrogel_gym.sb3":
         pytest.importorskip("stable_baselines3")
     exporting = importlib.import_module(module)
-    assert sorted(exporting.__all__) == sorted(names.split())
+    exported = [names] if module == "hydrogel_gym.memory" else exporting.__all__
+    assert sorted(exported) == sorted(names.split())
     assert [name for name in names.split() if not hasattr(exporting, name)] == []
-
-
-def test_memory_and_the_commands_are_where_users_find_them():
-    assert callable(importlib.import_module("hydrogel_gym.memory").keep_freed_memory)
-    for command in ("hydrogel_gym.__main__", "hydrogel_gym.oracle.__main__"):
-        assert find_spec(command) is not None
 
 
 def test_ids_are_registered_by_strings_so_that_their_specs_can_be_written():

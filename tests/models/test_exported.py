@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -114,10 +115,14 @@ def reference(predictor):
 
 @pytest.mark.parametrize("shape", [(5,), (1,), (), (3, 4), (0,)], ids=str)
 def test_program_predicts_what_the_network_does_for_any_batch_shape(model, reference, shape):
-    outcomes = model(*batch(*shape))
+    designs = batch(*shape)
+    outcomes = model(*designs)
     assert isinstance(outcomes, Outcomes)
     assert {value.shape for value in outcomes} == {shape}
-    torch.testing.assert_close(outcomes, reference(*batch(*shape)))
+    torch.testing.assert_close(outcomes, reference(*designs))
+    double = model(*(x.double() if x.is_floating_point() else x for x in designs))
+    assert {value.dtype for value in double} == {torch.float64}
+    torch.testing.assert_close(double, outcomes, check_dtype=False)
 
 
 def test_path_of_a_program_may_be_an_object_and_hold_a_colon(program, model, tmp_path, monkeypatch):
@@ -138,14 +143,6 @@ def test_inputs_of_a_program_are_broadcast(model):
     assert outcomes.toxicity_risk.shape == (3, 4)
 
 
-def test_program_answers_in_the_dtype_of_the_patient(model, reference):
-    designs = batch(3)
-    outcomes = model(*(x.double() if x.is_floating_point() else x for x in designs))
-    assert isinstance(model, RewardModel)
-    assert {value.dtype for value in outcomes} == {torch.float64}
-    torch.testing.assert_close(outcomes, reference(*designs), check_dtype=False)
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -161,16 +158,19 @@ def test_program_may_return_its_outcomes_in_other_forms(tmp_path, change):
         torch.testing.assert_close(model(*batch(rows)), plain_outcomes(*batch(rows)))
 
 
-def test_program_is_frozen_and_lets_gradients_through_to_the_formulation(model, reference):
-    assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module.training for module in model.train().modules())
+def test_program_and_its_copies_are_frozen_and_let_gradients_through(model, reference):
+    assert isinstance(model, RewardModel)
     patient, polymer_id, formulation, coverage = batch(3)
     gradients = []
-    for function in (model, reference):
+    for function in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model)), reference):
+        if function is not reference:
+            assert not any(parameter.requires_grad for parameter in function.parameters())
+            assert not any(module.training for module in function.train().modules())
+            assert all(map(torch.equal, function(*batch(1)), model(*batch(1))))
         requested = formulation.clone().requires_grad_()
         outcomes = function(patient, polymer_id, requested, coverage)
         gradients += torch.autograd.grad(outcomes.delta_ef_pct.sum(), requested)
-    torch.testing.assert_close(*gradients)
+        torch.testing.assert_close(gradients[-1], gradients[0])
     assert gradients[0].abs().sum() > 0
 
 
@@ -185,15 +185,6 @@ def test_program_moves_with_the_devices_that_are_written_into_it(program, device
     assert next(copy.deepcopy(meta).parameters()).is_meta
 
 
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"]
-)
-def test_copy_of_a_program_predicts_the_same(model, duplicate):
-    twin = duplicate(model)
-    assert all(map(torch.equal, model(*batch(1)), twin(*batch(1))))
-    assert not any(parameter.requires_grad for parameter in twin.parameters())
-
-
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_program_is_part_of_one_compiled_graph(model):
     compiled = torch.compile(
@@ -204,28 +195,26 @@ def test_program_is_part_of_one_compiled_graph(model):
         torch.testing.assert_close(compiled(*designs), model(*designs))
 
 
+def rewards_of(make, reward_model, **settings):
+    env = make(reward_model=reward_model, **settings)
+    env.reset(seed=0)
+    env.action_space.seed(0)
+    return [env.step(env.action_space.sample())[1] for _ in range(3)]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
 def test_compiled_environment_steps_as_the_plain_one_with_a_program(program):
-    rewards = []
-    for compiled in (True, False):
-        env = HydrogelVectorEnv(4, reward_model=program, compile=compiled, horizon=2)
-        env.reset(seed=0)
-        env.action_space.seed(0)
-        rewards.append([env.step(env.action_space.sample())[1] for _ in range(3)])
-    np.testing.assert_allclose(*rewards, rtol=1e-4, atol=1e-4)
+    make = partial(rewards_of, partial(HydrogelVectorEnv, 4, horizon=2), program)
+    np.testing.assert_allclose(make(compile=True), make(compile=False), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("make", "settings"), [(gym.make, {"horizon": 3}), (gym.make_vec, {"num_envs": 4})]
 )
 def test_environments_made_by_gymnasium_run_on_a_program(program, reference, make, settings):
-    rewards = []
-    for reward_model in (program, reference):
-        env = make("HydrogelDesign-v0", reward_model=reward_model, **settings)
-        env.reset(seed=0)
-        env.action_space.seed(0)
-        rewards.append([env.step(env.action_space.sample())[1] for _ in range(3)])
+    make = partial(make, "HydrogelDesign-v0", **settings)
+    rewards = [rewards_of(make, model) for model in (program, reference)]
     np.testing.assert_allclose(*rewards, rtol=1e-5, atol=1e-5)
 
 
@@ -244,12 +233,12 @@ def with_toxicity(change):
     [
         (
             lambda o: o["toxicity_risk"],
-            r" returns one tensor; expected a dict of \('delta_ef_pct', ",
+            r" returns one tensor; expected a dict of \('delta_ef_pct',",
         ),
         (lambda o: tuple(o.values())[:5], r" returns a tuple of 5; expected a dict of"),
         (
-            lambda o: {"toxicity": o["toxicity_risk"]},
-            r" returns a dict of \('toxicity',\); expected a dict of \('delta_ef_pct', ",
+            lambda o: {"dose": o["toxicity_risk"]},
+            r" returns a dict of \('dose',\); expected a dict",
         ),
         (
             with_toxicity(lambda x: x[:, None]),
@@ -265,10 +254,7 @@ def with_toxicity(change):
             with_toxicity(lambda x: x + 2.0),
             r": toxicity_risk is 2\.\d+ for polymer 0 .*; expected finite values in \[0, 1\]",
         ),
-        (
-            with_toxicity(dropout),
-            r" was exported in training mode \(torch.ops.aten.dropout.default\); call model.eval",
-        ),
+        (with_toxicity(dropout), r" was exported in training mode .*dropout.*; call model.eval"),
         (even, r" only works for some batches, where .* % 2"),
     ],
     ids="tensor five name shape static number dtype range training branch".split(),
@@ -287,33 +273,32 @@ class Summing(nn.Module):
         return (y,) * 6
 
 
+PATIENT, *REST, COVERAGE = batch(2)
+WANTED = r"patient \(B, 11\) float32"
+
+
 @pytest.mark.parametrize(
     ("inputs", "size", "message"),
     [
+        ((PATIENT, *REST), BATCH, f"takes 3 inputs; expected 4 by position: {WANTED}, polymer_id"),
         (
-            batch(2)[:3],
+            (PATIENT[:, :6], *REST, COVERAGE),
             BATCH,
-            r"takes 3 inputs; expected 4 by position: patient \(B, 11\) float32, polymer_id \(B,\) "
-            r"int64, formulation \(B, 4\) float32, coverage \(B,\) int64",
+            rf"takes patient \(s\d+, 6\) float32, .*; expected {WANTED}",
         ),
         (
-            (batch(2)[0][:, :6], *batch(2)[1:]),
-            BATCH,
-            r"takes patient \(s\d+, 6\) float32, .*; expected patient \(B, 11\) float32",
-        ),
-        (
-            (*batch(2)[:3], batch(2)[3].float()),
+            (PATIENT, *REST, COVERAGE.float()),
             BATCH,
             r"takes .* coverage \(s\d+,\) float32; expected",
         ),
         (
-            batch(2),
+            (PATIENT, *REST, COVERAGE),
             None,
             r"has a static batch size: it takes patient \(2, 11\) .*; export it with dynamic_shapes"
             r"=\(\{0: batch\},\) \* 4, where batch = torch.export.Dim\('batch'\)",
         ),
         (
-            batch(2),
+            (PATIENT, *REST, COVERAGE),
             Dim("few", max=1024),
             r"does not take any batch size: .*1024.*; export it with dynamic_shapes",
         ),
@@ -363,33 +348,38 @@ def test_program_for_another_device_is_loaded_where_it_is_asked_for(program, tmp
 
 def test_file_that_is_no_program_is_refused_in_one_line(tmp_path, program):
     path = tmp_path / "x.pt2"
+    cut_off = " is not a program: it is cut off, or is no archive of weights; expected"
 
-    def assert_refused(message: str) -> None:
+    def save(change):
+        return lambda: rewrite(program, path, change)
+
+    def without(member):
+        return save(lambda members: members.pop(member))
+
+    for make, message in (
+        (lambda: None, ": there is no such file; expected a program saved by torch.export"),
+        (lambda: path.write_text("no program"), cut_off),
+        (lambda: path.write_bytes(Path(program).read_bytes()[:3000]), cut_off),
+        (
+            lambda: torch.save({"weight": torch.zeros(3)}, path),
+            " is not a program: a zip archive without archive_version; expected",
+        ),
+        (without(MODEL), " is not a program: a zip archive without models/model.json; expected"),
+        (
+            save(lambda members: members.update(archive_format=b"else")),
+            " is not a program: a zip archive without the format pt2; expected",
+        ),
+        (save(in_text((r'"major": \d+', '"major": 99'))), " cannot be loaded: "),
+        (
+            without("data/weights/weight_0"),
+            " cannot be loaded: KeyError: 'data/weights/weight_0'",
+        ),
+        (lambda: path.unlink() or path.mkdir(), " cannot be loaded: IsADirectoryError"),
+    ):
+        make()
         start = re.escape(f"reward_model '{path}'{message}")
         with pytest.raises(RewardModelError, match=f"^{start}[^\n]*$"):
             load_reward_model(path)
-
-    def without(member):
-        return rewrite(program, path, lambda members: members.pop(member))
-
-    assert_refused(": there is no such file; expected a program saved by torch.export")
-    path.write_text("no program")
-    assert_refused(" is not a program: it is cut off, or is no archive of weights; expected")
-    path.write_bytes(Path(program).read_bytes()[:3000])
-    assert_refused(" is not a program: it is cut off, or is no archive of weights; expected")
-    torch.save({"weight": torch.zeros(3)}, path)
-    assert_refused(" is not a program: a zip archive without archive_version; expected")
-    without(MODEL)
-    assert_refused(" is not a program: a zip archive without models/model.json; expected")
-    rewrite(program, path, lambda members: members.update(archive_format=b"else"))
-    assert_refused(" is not a program: a zip archive without the format pt2; expected")
-    rewrite(program, path, in_text((r'"major": \d+', '"major": 99')))
-    assert_refused(" cannot be loaded: ")
-    without("data/weights/weight_0")
-    assert_refused(" cannot be loaded: KeyError: 'data/weights/weight_0'")
-    path.unlink()
-    path.mkdir()
-    assert_refused(" cannot be loaded: IsADirectoryError")
 
 
 class Payload:
@@ -418,18 +408,14 @@ def untouched(tmp_path):
     return path
 
 
-@pytest.mark.parametrize("by_torch", [True, False])
-def test_payload_of_these_tests_runs_where_it_is_unpickled(untouched, by_torch):
-    data = io.BytesIO(pickled(untouched, by_torch))
-    (torch.load(data, weights_only=False) if by_torch else pickle.load(data)).close()
-    assert untouched.read_text() == ""
-
-
 def test_sample_inputs_of_a_program_are_not_unpickled(tmp_path, program, reference, untouched):
-    evil = {"data/sample_inputs/model.pt": pickled(untouched)}
-    path = rewrite(program, tmp_path / "x.pt2", lambda members: members.update(evil))
+    evil = pickled(untouched)
+    change = {"data/sample_inputs/model.pt": evil}
+    path = rewrite(program, tmp_path / "x.pt2", lambda members: members.update(change))
     torch.testing.assert_close(load_reward_model(path)(*batch(3)), reference(*batch(3)))
     assert untouched.read_text() == "untouched"
+    torch.load(io.BytesIO(evil), weights_only=False).close()  # what these tests rely on
+    assert untouched.read_text() == ""
 
 
 def set_pickle(folder, file, by_torch=True):
@@ -498,10 +484,7 @@ ARGUMENT = f"""{{"name": "approximate", "arg": {{"as_string": "tanh' + {OPEN} + 
         add_member("data/aotinductor/model/run.so", "compiled code"),
         (older_archive, "is not a program: a zip archive without"),
         (set_enum, r"returns a builtins.dict; expected a dict of"),
-        (
-            in_text(('"expr_str": "[^"]*"', f'"expr_str": "{OPEN}"')),
-            r"contains expr_str .open\(",
-        ),
+        (in_text(('"expr_str": "[^"]*"', f'"expr_str": "{OPEN}"')), r"contains expr_str .open\("),
         (
             in_text((r'"nodes": \[', f'"nodes": [{REMOVE}'), (r'\["TRAINING"\]', "[]"), count=1),
             r"contains target 'torch.os.remove'; expected plain tensors and operators only",

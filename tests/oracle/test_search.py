@@ -66,9 +66,6 @@ def cliff_model(patient, polymer_id, formulation, coverage):
     return Outcomes(kappa, zero, zero, kappa, zero + 1.0, zero)
 
 
-# What is found
-
-
 def test_optimum_of_a_smooth_model_is_found_exactly(three_patients):
     found = best_designs(three_patients, peaked_model)
     assert found.design.polymer_id.tolist() == [5, 5, 5]
@@ -79,27 +76,31 @@ def test_optimum_of_a_smooth_model_is_found_exactly(three_patients):
     torch.testing.assert_close(found.score, torch.full((3,), 30.6), rtol=0, atol=1e-3)
 
 
-def test_optimum_at_a_safety_limit_is_approached_from_the_safe_side(three_patients):
+def test_safety_limit_is_kept_closely_or_broken_where_the_gain_outweighs_the_penalty(
+    three_patients,
+):
     config = RewardConfig(toxicity_penalty=5.0)  # a gain of 1 point is worth 3
     found = best_designs(three_patients, cliff_model, config)
     shortfall = config.toxicity_limit - found.outcomes.toxicity_risk
     assert (shortfall > 0).all()
     assert (shortfall < 1e-3).all()
-
-
-def test_safety_limit_is_broken_where_the_gain_outweighs_the_penalty(three_patients):
     found = best_designs(three_patients, cliff_model, RewardConfig(toxicity_penalty=1.0))
     torch.testing.assert_close(found.outcomes.toxicity_risk, torch.ones(3))
 
 
-def test_optimum_in_a_corner_of_the_box_is_inside_it(best):
-    assert (best.design.formulation >= LOW).all()
-    assert (best.design.formulation <= HIGH).all()
-    assert (best.design.formulation[:, 2] == 0.0).any()
+def test_another_seed_or_fewer_patients_at_once_find_the_same_scores(
+    cohort, best, mechanistic, monkeypatch
+):
+    monkeypatch.setattr(oracle.best, "PATIENTS_AT_ONCE", {"cpu": 3})
+    sizes = []
 
+    def watching(*arguments):
+        outcomes = mechanistic(*arguments)
+        sizes.append(outcomes.delta_ef_pct.numel())
+        return outcomes
 
-def test_another_seed_finds_the_same_scores(cohort, best):
-    other = best_designs(cohort, seed=7)
+    other = best_designs(cohort, watching, seed=7)
+    assert max(sizes) == 3 * 96 * oracle.search.NUM_SOBOL
     assert not torch.equal(other.design.formulation, best.design.formulation)
     assert (other.score - best.score).abs().max() <= TOLERANCE
     assert best.seed_gap.min() >= 0.0
@@ -158,9 +159,7 @@ def test_differential_evolution_of_scipy_finds_nothing_better(cohort, best, mech
             maxiter=300,
             rng=row,
             integrality=[True, True, False, False, False, False],
-            vectorized=True,
-            updating="deferred",
-            polish=False,
+            **{"vectorized": True, "updating": "deferred", "polish": False},
         )
         assert -result.fun <= best.score[row] + TOLERANCE
 
@@ -172,14 +171,14 @@ def test_reward_config_moves_the_optimum(cohort, best):
     assert free.score.mean() > best.score.mean()
 
 
-def test_score_is_the_reward_that_the_environment_pays(cohort, best):
+def test_table_names_designs_in_the_box_with_the_reward_that_the_environment_pays(cohort, best):
+    assert (best.design.formulation >= LOW).all()
+    assert (best.design.formulation <= HIGH).all()
+    assert (best.design.formulation[:, 2] == 0.0).any()  # an end of the range is reached
     envs = gym.make_vec("HydrogelDesign-v0", len(cohort), cohort=cohort, output="torch")
     envs.reset(seed=0)
     reward = envs.step(best.design._asdict())[1]
     torch.testing.assert_close(reward.float(), best.score, rtol=1e-6, atol=1e-5)
-
-
-def test_table_names_patients_polymers_and_units(cohort, best):
     table = best.to_frame()
     assert table["patient_id"].tolist() == list(cohort.patient_ids)
     names = load_polymers().names
@@ -189,25 +188,6 @@ def test_table_names_patients_polymers_and_units(cohort, best):
     assert formulation == pytest.approx(best.design.formulation.numpy())
     assert table["reward"].to_numpy() == pytest.approx(best.score.numpy())
     assert table["reward_seed_gap"].to_numpy() == pytest.approx(best.seed_gap.numpy())
-
-
-# How it is searched for
-
-
-def test_few_patients_at_once_bound_the_memory_and_change_no_result(
-    cohort, best, mechanistic, monkeypatch
-):
-    monkeypatch.setattr(oracle.best, "PATIENTS_AT_ONCE", {"cpu": 3})
-    sizes = []
-
-    def watching(*arguments):
-        outcomes = mechanistic(*arguments)
-        sizes.append(outcomes.delta_ef_pct.numel())
-        return outcomes
-
-    chunked = best_designs(cohort, watching)
-    assert max(sizes) == 3 * 96 * oracle.search.NUM_SOBOL
-    torch.testing.assert_close(chunked.score, best.score, rtol=0, atol=1e-3)
 
 
 def test_search_calls_the_model_as_often_as_stated_with_one_batch_dimension(three_patients):
@@ -223,9 +203,6 @@ def test_search_calls_the_model_as_often_as_stated_with_one_batch_dimension(thre
     assert shapes == [[(size, 11), (size,), (size, 4), (size,)] for size in sizes]
 
 
-# Bad input
-
-
 def test_empty_cohort_and_model_that_cannot_be_loaded_are_refused(three_patients):
     with pytest.raises(ValueError, match="cohort 'some' has no patients"):
         best_designs(some_patients(0))
@@ -233,7 +210,7 @@ def test_empty_cohort_and_model_that_cannot_be_loaded_are_refused(three_patients
         best_designs(three_patients, "nonsense")
 
 
-@pytest.mark.parametrize("field", Outcomes._fields)
+@pytest.mark.parametrize("field", ["delta_ef_pct", "optimal_logit", "fibrosis_risk"])
 def test_outcome_that_is_not_a_number_stops_with_patient_and_design(
     three_patients, toy_model, short_search, field
 ):
