@@ -6,7 +6,6 @@ import errno
 import json
 import math
 import shutil
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,12 +14,11 @@ import torch
 
 import hydrogel_gym
 from hydrogel_gym.designs import load_designs, sampling, store
-from hydrogel_gym.designs.grid import NUM_CELLS, design_keys
+from hydrogel_gym.designs.grid import design_keys
 from hydrogel_gym.designs.schema import FORMULATION_COLUMNS, NUMBERS
-from hydrogel_gym.designs.store import MANIFEST, partition
+from hydrogel_gym.designs.store import MANIFEST
 from hydrogel_gym.errors import UsageError
-from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS
-from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.fields import COVERAGES
 from hydrogel_gym.runs import designing
 from hydrogel_gym.runs.policies import load_policy
 from hydrogel_gym.train import generate_candidates, ppo_hybrid
@@ -115,13 +113,29 @@ def test_kept_designs_are_the_best_of_all_and_unlike_each_other(designs):
     assert (found.sort_index() == best.sort_index()).all()
 
 
-def test_top_only_keeps_the_same_designs_and_no_candidates(designs, make):
-    top_only = make(top_only=True)
+def test_the_best_alone_are_the_same_designs_and_are_shown(designs, make, monkeypatch, capsys):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    top_only = make(top_only=True, show=True)
     assert not (top_only / "candidates").exists()
     for table in ("top", "diverse"):
         pd.testing.assert_frame_equal(
             load_designs(top_only, table=table), load_designs(designs, table=table)
         )
+    best = load_designs(designs)["reward"][0]
+    assert f"{best:.3f}" in capsys.readouterr().out
+    assert (top_only / "P0003.png").read_bytes().startswith(b"\x89PNG")
+    make("all")
+    assert "--top-only keeps the best alone" in capsys.readouterr().err  # too little room
+
+
+def test_only_the_number_of_unlike_designs_limits_what_is_kept(make, capsys):
+    folder = make(num_candidates=300, top_k=1000)
+    table, top = drawn(folder), load_designs(folder)
+    keys = design_keys(table["polymer_id"].to_numpy() * 4, table[list(NUMBERS)].to_numpy().T)
+    assert len(table) == 300
+    assert 250 < len(set(keys)) <= len(top) <= 300
+    assert f"P0003: {len(top)} of 1,000 designs: no more" in capsys.readouterr().err
 
 
 def test_threads_ranks_and_other_patients_change_nothing(designs, make, monkeypatch):
@@ -181,11 +195,35 @@ def test_an_interrupted_run_goes_on_to_the_same_files(
     assert {path: path.stat().st_mtime_ns for path in written} == before  # not written again
 
 
-def test_what_is_complete_is_left_alone(trained, designs, monkeypatch):
+def test_ctrl_c_is_one_line_that_says_where_to_go_on(trained, tmp_path, capsys, monkeypatch):
+    complete = generate_candidates.generate
+
+    def generate(stream, *args, **settings):
+        if stream.patient_id == "P0002":
+            raise KeyboardInterrupt
+        complete(stream, *args, **settings)
+
+    monkeypatch.setattr(generate_candidates, "generate", generate)
+    command = ["--policy", str(trained), "--output-dir", str(tmp_path), "--num-candidates", "500"]
+    assert generate_candidates.main([*command, "--patient", "P0001", "P0002", "P0003"]) == 130
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("interrupted; 1 of 3 patients were completed and ")
+    assert line.endswith("the same command goes on with P0002")
+
+
+def test_folder_that_is_complete_or_of_something_else_is_left_as_it_was(
+    trained, designs, tmp_path, monkeypatch
+):
     before = files(designs)
     monkeypatch.setattr(generate_candidates, "generate", None)  # would fail if it were called
     generate(trained, designs)
+    with pytest.raises(UsageError, match="contains designs of another run .seed: 1 there, now 2."):
+        generate(trained, designs, seed=2)
     assert files(designs) == before
+    (tmp_path / "thesis.tex").write_text("all of it")
+    with pytest.raises(UsageError, match="it has files but no manifest.json"):
+        generate(trained, tmp_path)
+    assert files(tmp_path) == {"thesis.tex": b"all of it"}
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
@@ -232,81 +270,6 @@ def test_draws_follow_policy_temperature_and_exploration(trained, temperature):
         assert below == pytest.approx(((1 - share) * quantile + share * point), abs=0.012)
 
 
-class EvenOverHalf(NamedTuple):
-    """Another head: evenly distributed over half of the range, whose other end rises by polymer."""
-
-    high: torch.Tensor
-
-    def rows(self, index):
-        return EvenOverHalf(self.high[index])
-
-    def sample(self, normal, temperature=1.0):
-        return self.high * (0.5 + 0.5 * torch.erf(normal * math.sqrt(0.5)))
-
-
-def test_another_head_is_sampled_by_its_own_methods():
-    probability = torch.full((NUM_CELLS,), 1.0 / NUM_CELLS)
-    high = torch.linspace(0.1, 1.0, NUM_POLYMERS)[:, None].expand(-1, 4)
-    sampler = sampling.make_sampler(torch.zeros(11), probability, EvenOverHalf(high), explore=0.0)
-    torch.manual_seed(0)
-    numbers = torch.rand(100_000), torch.randn(100_000, 4)
-    cell, formulation = sampling.draw(sampler, *numbers, squash=lambda x: -x, temperature=1.0)
-    low, top = torch.tensor([(f.low, f.high) for f in FORMULATION_FIELDS]).T
-    share = (formulation - low) / (top - low)
-    for polymer in (0, NUM_POLYMERS - 1):
-        own = share[cell // len(COVERAGES) == polymer]
-        expected = 0.5 - 0.5 * high[polymer]
-        assert (own.amin(0) - expected).abs().max() < 0.01
-        assert (own.amax(0) - 0.5).abs().max() < 0.01
-
-
-def test_alias_table_contains_exactly_the_probabilities():
-    rng = np.random.default_rng(0)
-    for probability in (rng.dirichlet([0.1] * 192), np.eye(5)[2], np.ones(7)):
-        probability = probability / probability.sum()
-        keep, other = sampling.alias_table(probability)
-        size = len(probability)
-        found = keep / size
-        np.add.at(found, other, (1.0 - keep) / size)
-        assert found == pytest.approx(probability, abs=1e-12)
-        assert ((keep >= 0.0) & (keep <= 1.0 + 1e-9)).all()
-
-
-def test_only_the_number_of_unlike_designs_limits_what_is_kept(make, capsys):
-    folder = make(num_candidates=300, top_k=1000)
-    table, top = drawn(folder), load_designs(folder)
-    keys = design_keys(table["polymer_id"].to_numpy() * 4, table[list(NUMBERS)].to_numpy().T)
-    assert len(table) == 300
-    assert 250 < len(set(keys)) <= len(top) <= 300
-    assert f"P0003: {len(top)} of 1,000 designs: no more" in capsys.readouterr().err
-
-
-def test_ten_best_are_printed_and_drawn(make, capsys):
-    folder = make(show=True, top_only=True, num_candidates=1000)
-    shown = capsys.readouterr().out
-    assert "P0003 (a virtual patient): predicted outcomes of the 10 best designs" in shown
-    top = load_designs(folder).head(10)
-    for reward, polymer in zip(top["reward"], top["polymer_name"], strict=True):
-        assert any(f"{reward:.3f}" in row and polymer in row for row in shown.splitlines())
-    assert "NaN" not in shown
-    assert (folder / "P0003.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_folder_of_another_run_is_refused_and_left_as_it_was(trained, designs):
-    before = files(designs)
-    with pytest.raises(UsageError, match="contains designs of another run .seed: 1 there, now 2."):
-        generate(trained, designs, seed=2)
-    assert files(designs) == before
-
-
-def test_a_folder_of_something_else_is_refused(make, tmp_path):
-    (tmp_path / "designs").mkdir()
-    (tmp_path / "designs" / "thesis.tex").write_text("all of it")
-    with pytest.raises(UsageError, match="it has files but no manifest.json"):
-        make()
-    assert [p.name for p in (tmp_path / "designs").iterdir()] == ["thesis.tex"]
-
-
 @pytest.mark.parametrize(
     ("outcome", "value"), [("delta_ef_pct", torch.nan), ("optimal_logit", torch.inf)]
 )
@@ -338,53 +301,28 @@ def test_an_outcome_that_is_not_finite_ends_the_run_with_the_patient(
         (["--patient", "P003"], "has no patient 'P003'; nearest: P0"),
         (["--explore", "1.5"], "--explore is 1.5; allowed: 0 to 1"),
         (["--temperature", "0"], "--temperature is 0.0; allowed: above 0"),
-        (["--top-k", "0"], "--top-k is 0; allowed: 1 to 1,000,000"),
         (["--num-candidates", "0"], "--num-candidates is 0; allowed: 1 or more"),
+        (["--top-k", "999999999999"], "--top-k is 999999999999; allowed: 1 to 1,000,000"),
+        (["--seed", "-3"], "--seed is -3; allowed: 0 or more"),
         (["--policy", "no/such/run"], "there is no no/such/run"),
+        (["--policy", "{tmp}/other.pt"], "Other"),
+        (["--output-dir", "{tmp}/other.pt"], "/other.pt cannot be written to: File exists"),
+        (["--output-dir", "{tmp}/loop"], "/loop"),
         (["--device", "abacus"], "--device abacus cannot be used"),
     ],
 )
 def test_bad_input_is_one_line(trained, tmp_path, capsys, flags, message):
+    saved = torch.load(trained / "stage2_policy.pt", weights_only=True)
+    saved["training_config"]["env_id"] = "Other-v0"
+    torch.save(saved, tmp_path / "other.pt")
+    (tmp_path / "loop").symlink_to("loop")
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
     command = ["--policy", str(trained), "--output-dir", str(tmp_path / "designs"), *flags]
     assert generate_candidates.main(command) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert message in line
-
-
-def test_a_policy_for_other_environments_is_refused(trained, tmp_path, capsys):
-    saved = torch.load(trained / "stage2_policy.pt", weights_only=True)
-    saved["training_config"]["env_id"] = "Other-v0"
-    torch.save(saved, tmp_path / "stage2_policy.pt")
-    assert generate_candidates.main(["--policy", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "Other" in line
     assert not (tmp_path / "designs").exists()
-
-
-def test_ctrl_c_is_one_line_that_says_where_to_go_on(trained, tmp_path, capsys, monkeypatch):
-    complete = generate_candidates.generate
-
-    def generate(stream, *args, **settings):
-        if stream.patient_id == "P0002":
-            raise KeyboardInterrupt
-        complete(stream, *args, **settings)
-
-    monkeypatch.setattr(generate_candidates, "generate", generate)
-    folder = tmp_path / "designs"
-    command = ["--policy", str(trained), "--output-dir", str(folder), "--num-candidates", "1000"]
-    assert generate_candidates.main([*command, "--patient", "P0001", "P0002", "P0003"]) == 130
-    assert capsys.readouterr().err.strip().splitlines()[-1] == (
-        f"interrupted; 1 of 3 patients were completed and {folder} can be read; "
-        "the same command goes on with P0002"
-    )
-
-
-def test_too_little_room_is_said_beforehand(make, monkeypatch, capsys):
-    usage = shutil.disk_usage("/")._replace(free=1000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    make()
-    assert "--top-only keeps the best alone" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -394,8 +332,3 @@ def test_the_compiled_graph_draws_the_same_designs(designs, make):
     assert (same.to_numpy() <= np.array([0.0101, 0.101, 0.00101, 0.0101])).all()
     assert plain["polymer_id"].equals(compiled["polymer_id"])
     assert plain["reward"].to_numpy() == pytest.approx(compiled["reward"].to_numpy(), abs=2.01)
-
-
-def test_folder_of_a_patient_is_named_after_her(tmp_path):
-    assert partition(tmp_path, "P0001").name == "P0001"
-    assert partition(tmp_path, "a/b").parent == tmp_path
