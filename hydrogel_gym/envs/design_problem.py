@@ -157,15 +157,12 @@ class DesignProblem:
             check_range(name, index, self.params.num_patients, skip=None)
         return index
 
-    def design(
-        self, action: Any, batch_shape: tuple[int, ...], *, skip: Tensor | None = None
-    ) -> Design:
+    def design(self, action: Any, batch_shape: tuple[int, ...]) -> Design:
         """Check actions and turn them into designs.
 
         Args:
             action: as for `ActionCodec.read`.
             batch_shape: (B,) or ().
-            skip: (B,) mask of environments whose action is ignored, and so not checked.
 
         Raises:
             ValueError: names the field, what it is and what is allowed; for a value that is out of
@@ -173,8 +170,8 @@ class DesignProblem:
         """
         tensors = self.actions.read(action, batch_shape)
         if self.validate:
-            self.actions.check(tensors, skip=skip)
-        return self.ignore(self.actions.decode(tensors), skip)
+            self.actions.check(tensors)
+        return self.actions.decode(tensors)
 
     def ignore(self, design: Design, skip: Tensor | None) -> Design:
         """Designs in which whatever an ignored action contains is replaced by zeros."""

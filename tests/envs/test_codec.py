@@ -98,9 +98,7 @@ CLIPPED = "allowed: a finite number, clipped to"
 # Formats, what is done to three good actions, and the message, with B for the shape of the batch.
 FAULTS = [
     (HYBRID, polymer(put(24)), "env {env}: polymer_id is 24; allowed: whole numbers 0 to 23"),
-    (HYBRID, polymer(put(-1)), "env {env}: polymer_id is -1; allowed: whole numbers 0 to 23"),
     (HYBRID, polymer(cast(np.float32)), "polymer_id has dtype torch.float32; expected an integer"),
-    (HYBRID, coverage(put(4)), "env {env}: coverage is 4; allowed: whole numbers 0 to 3"),
     (HYBRID, coverage(put(-2)), "env {env}: coverage is -2; allowed: whole numbers 0 to 3"),
     (HYBRID, coverage(cast(bool)), "coverage has dtype torch.bool; expected an integer dtype"),
     (HYBRID, coverage(twice), "coverage has shape {B2}; expected {B} or {B1}"),
@@ -115,13 +113,8 @@ FAULTS = [
         f"env {{env}}: formulation[1] is nan; {CLIPPED} [-1, 1]",
     ),
     (HYBRID, formulation(first(3)), "formulation has shape {B3}; expected {B4}"),
-    (
-        HYBRID,
-        formulation(cast(np.complex64)),
-        "dtype torch.complex64; expected a real number dtype",
-    ),
+    (HYBRID, formulation(cast(np.complex64)), "torch.complex64; expected a real number dtype"),
     (DICT, lambda action: action | {"dose": 1}, f"'coverage', 'dose'); expected {KEYS}"),
-    (DICT, lambda action: {"coverage": 1}, f"action has the keys ('coverage',); expected {KEYS}"),
     (DICT, lambda _: GOOD["tuple"], f"action is a tuple; expected a dict of {KEYS}"),
     (TUPLE, lambda _: GOOD["dict"], f"action is a dict; expected a tuple of {KEYS}"),
     (TUPLE, lambda action: action[:2], f"action has 2 entries; expected a tuple of {KEYS}"),
@@ -158,26 +151,29 @@ def test_bad_action_is_refused_with_field_value_and_range(action_format, spoil, 
 
 @pytest.mark.parametrize("value", ["text", None, [[1, 2], [3]]])
 def test_what_contains_no_numbers_is_refused(value):
-    action = GOOD["dict"] | {"polymer_id": value}
     with pytest.raises(ValueError, match=r"polymer_id is .*; expected numbers"):
-        CODECS["dict"].read(action, (3,))
+        CODECS["dict"].read(GOOD["dict"] | {"polymer_id": value}, (3,))
+
+
+def cast_to(dtype, *names):
+    return lambda a: a | {name: a[name].astype(dtype) for name in names or a}
 
 
 VARIANTS = {
-    "int8": lambda a: a | {"polymer_id": a["polymer_id"].astype(np.int8)},
-    "uint16": lambda a: a | {"coverage": a["coverage"].astype(np.uint16)},
+    "int8": cast_to(np.int8, "polymer_id"),
+    "uint16": cast_to(np.uint16, "coverage"),
+    "float64": cast_to(np.float64, "formulation"),
+    "longdouble": cast_to(np.longdouble, "formulation"),
+    "object": cast_to(object),
+    "another byte order": lambda a: tree_map(lambda x: x.astype(x.dtype.newbyteorder(">")), a),
+    "negative strides": lambda a: tree_map(lambda x: np.flip(np.flip(x).copy()), a),
+    "read-only": lambda a: tree_map(lambda x: np.broadcast_to(x, x.shape), a),
     "column": lambda a: a | {name: a[name][..., None] for name in ("polymer_id", "coverage")},
-    "float64": lambda a: a | {"formulation": a["formulation"].astype(np.float64)},
     "torch": to_torch,
     "torch int32": lambda a: to_torch(a) | {"coverage": torch.tensor(a["coverage"]).int()},
     "with a gradient": lambda a: (
         to_torch(a) | {"formulation": torch.tensor(a["formulation"], requires_grad=True)}
     ),
-    "another byte order": lambda a: tree_map(lambda x: x.astype(x.dtype.newbyteorder(">")), a),
-    "object": lambda a: tree_map(lambda x: x.astype(object), a),
-    "longdouble": lambda a: a | {"formulation": a["formulation"].astype(np.longdouble)},
-    "negative strides": lambda a: tree_map(lambda x: np.flip(np.flip(x).copy()), a),
-    "read-only": lambda a: tree_map(lambda x: np.broadcast_to(x, x.shape), a),
     "python": lambda a: tree_map(lambda x: x.tolist(), a),
     "tuple": lambda a: tuple(a.values()),
     "list": lambda a: list(a.values()),
@@ -224,40 +220,38 @@ def test_every_design_survives_the_way_there_and_back_or_comes_to_the_nearest_le
         assert ((again.formulation - design.formulation).abs() <= TOLERANCES[name]).all(), name
 
 
+def heads_of(codec: ActionCodec, action) -> dict[str, np.ndarray]:
+    design = codec.decode(codec.read(action, ()))
+    heads = {name: value[0].numpy() for name, value in design._asdict().items()}
+    assert action_space("dict").contains(heads)
+    return heads
+
+
+@settings(max_examples=40)
 @given(st.data(), st.tuples(*[st.integers(2, 200)] * len(FORMULATION_FIELDS)))
 def test_every_multidiscrete_action_is_a_design_that_encodes_back_to_it(data, num_levels):
     codec = ActionCodec("multidiscrete", num_levels=num_levels)
     sizes = (NUM_POLYMERS, *num_levels, len(COVERAGES))
     assert codec.space.nvec.tolist() == list(sizes)
     action = data.draw(st.tuples(*(st.integers(0, size - 1) for size in sizes)))
-    design = codec.decode(codec.read(action, ()))
-    heads = {name: value[0].numpy() for name, value in design._asdict().items()}
-    assert action_space("dict").contains(heads)
+    heads = heads_of(codec, action)
+    design = Design(*(torch.from_numpy(np.array(heads[name]))[None] for name in Design._fields))
     assert codec.encode(design)[0].tolist() == list(action)
 
 
+@settings(max_examples=40)
 @given(arrays(np.float32, FLAT_ACTION_DIM, elements=st.floats(-1, 1, width=32)))
 def test_every_flat_action_in_its_space_is_the_design_of_its_largest_scores(action):
-    design = CODECS["box"].decode(CODECS["box"].read(action, ()))
-    heads = {name: value[0].numpy() for name, value in design._asdict().items()}
-    assert action_space("dict").contains(heads)
+    heads = heads_of(CODECS["box"], action)
     assert (heads["polymer_id"], heads["coverage"]) == (action[4:28].argmax(), action[28:].argmax())
 
 
-@pytest.mark.parametrize(
-    ("level", "bound"), [(0, FORMULATION_LOW), (10, FORMULATION_HIGH)], ids=["low", "high"]
-)
-def test_outermost_levels_and_unit_values_are_the_bounds_themselves(level, bound):
-    unit = [level / 5.0 - 1.0] * 4
-    for name, action in {
-        "multidiscrete": [0, *[level] * 4, 0],
-        "box": [*unit, *[0.0] * 28],
-        "rescaled tuple": (7, unit, 2),
-    }.items():
-        design = CODECS[name].decode(CODECS[name].read(action, ()))
-        np.testing.assert_array_equal(design.formulation[0], bound)
-
-
-def test_value_beyond_the_unit_range_is_left_beyond_the_box_of_the_formulation():
-    design = CODECS["box"].decode(CODECS["box"].read(np.full(FLAT_ACTION_DIM, 2.0), ()))
-    np.testing.assert_allclose(design.formulation[0], [42.5, 266.5, 1.5, 7.0])
+def test_outermost_levels_and_unit_values_are_the_bounds_themselves_and_others_beyond_them():
+    beyond = [42.5, 266.5, 1.5, 7.0]  # which the environment clips
+    for level, expected in ((0, FORMULATION_LOW), (10, FORMULATION_HIGH), (15, beyond)):
+        unit = [level / 5.0 - 1.0] * 4
+        actions = {"box": [*unit, *[0.0] * 28], "rescaled tuple": (7, unit, 2)}
+        actions |= {} if level > 10 else {"multidiscrete": [0, *[level] * 4, 0]}
+        for name, action in actions.items():
+            design = CODECS[name].decode(CODECS[name].read(action, ()))
+            np.testing.assert_array_equal(design.formulation[0], np.float32(expected), name)

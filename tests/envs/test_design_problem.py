@@ -35,25 +35,22 @@ def test_unvalidated_problem_looks_at_shapes_but_at_no_value(make_problem):
 
 
 @pytest.mark.parametrize(
-    ("patients", "expected"),
+    "patients",
     [
-        (["cy", "ann", "bo"], [2, 0, 1]),
-        (("cy", 0, np.int64(1)), [2, 0, 1]),
-        (np.array([2, 0, 1], np.uint8), [2, 0, 1]),
-        (np.array(["cy", "ann", "bo"]), [2, 0, 1]),
-        (torch.tensor([2, 0, 1]), [2, 0, 1]),
-        (torch.tensor([[2], [0], [1]], dtype=torch.int32), [2, 0, 1]),
-        ("cy", [2]),
-        (2, [2]),
-        (np.array("cy"), [2]),
-        (torch.tensor(2), [2]),
-        (["cy"], [2]),
+        ["cy", "ann", "bo"],
+        ("cy", 0, np.int64(1)),
+        np.array([2, 0, 1], np.uint8),
+        np.array(["cy", "ann", "bo"]),
+        torch.tensor([2, 0, 1]),
+        torch.tensor([[2], [0], [1]], dtype=torch.int32),
+        *("cy", 2, np.array("cy"), torch.tensor(2), ["cy"]),
     ],
     ids=lambda value: f"{type(value).__name__} {value}",
 )
-def test_patients_are_found_by_id_or_index(patients, expected, make_problem):
-    index = make_problem().patient_indices(patients, (3,) if len(expected) == 3 else ())
-    assert index.tolist() == expected
+def test_patients_are_found_by_id_or_index(patients, make_problem):
+    batch_shape = (3,) if np.ravel(patients).size == 3 else ()
+    index = make_problem().patient_indices(patients, batch_shape)
+    assert index.tolist() == ([2, 0, 1] if batch_shape else [2])
     if isinstance(patients, torch.Tensor):
         assert index.data_ptr() != patients.data_ptr()
 
@@ -85,13 +82,11 @@ def test_outcome_that_is_not_finite_is_refused_with_patient_and_design(make_prob
     problem = make_problem(reward_model=broken_model)
     state = dynamics.initial(torch.arange(3), problem.params)
     design = problem.design(ACTION, (3,))
-    with pytest.raises(ValueError, match="the reward model returned") as error:
-        problem.transition(state, design)
-    assert str(error.value) == (
-        "env 1: the reward model returned {'delta_ef_pct': nan, 'stress_reduction_pct': 60.0, "
-        "'optimal_logit': 0.0, 'toxicity_risk': 0.25, 'structural_integrity': 0.6000000238418579, "
-        "'fibrosis_risk': 0.25} for patient bo and the design polymer_id=6, "
-        "formulation=[20.0, 90.0, 0.25, 3.0], coverage=3; expected finite outcomes"
+    message = (
+        r"env 1: the reward model returned {'delta_ef_pct': nan, .*'fibrosis_risk': 0.25} for "
+        r"patient bo and the design polymer_id=6, formulation=\[20.0, 90.0, 0.25, 3.0\], coverage=3"
     )
+    with pytest.raises(ValueError, match=message):
+        problem.transition(state, design)
     skipped = problem.transition(state, design, skip=torch.tensor([False, True, False]))
     assert skipped.outcomes.delta_ef_pct[[0, 2]].tolist() == [3.0, 9.0]
