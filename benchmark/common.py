@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from hydrogel_gym import Cohort
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.problem.fields import Design
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmark" / "results"
@@ -184,6 +185,14 @@ def first_patients(cohort: Cohort, size: int, features: Tensor | None = None) ->
     """The first patients of a cohort, with other features if any are given."""
     features = cohort.features if features is None else features
     return Cohort(cohort.patient_ids[:size], features[:size], cohort.extra.iloc[:size], cohort.name)
+
+
+@torch.no_grad()
+def designs_of(agent: Any, features: Tensor) -> Design:
+    """Deterministic designs of a policy for patients (P, 11) in a first step."""
+    patients = features.to(torch.float32)
+    obs = torch.cat([patients, patients.new_zeros(len(patients), 2)], dim=-1)
+    return Design(**agent.design(obs)[0])
 
 
 def figure(width: float, height: float) -> Any:

@@ -16,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -43,6 +44,7 @@ from hydrogel_gym.runs.policies import load_policy
 from hydrogel_gym.train.ppo_hybrid import Agent
 
 SHOWN_CALLS = (1, 10, 30, 100, 300, 1_000, 3_000, 10_000)
+Traced = tuple[np.ndarray, float]  # best reward after each call, and seconds of overhead
 
 
 class Method(NamedTuple):
@@ -78,7 +80,7 @@ class Runs(NamedTuple):
     calls: np.ndarray  # (C,) numbers of calls, ascending
     rewards: np.ndarray  # (R, C) best reward after so many calls
     regret: np.ndarray  # (R, C) how far that is from the oracle's
-    overhead_seconds: np.ndarray  # (C,) CPU seconds besides the reward model, mean over the runs
+    overhead_seconds: float  # of the CPU besides the reward model, mean over the runs
     calls_before: float  # reward calls before the first new patient
 
 
@@ -90,14 +92,13 @@ def call_grid(budget: int) -> np.ndarray:
     return np.union1d(np.arange(1, 21), np.geomspace(20, budget, size).round().astype(int))
 
 
-def compared(
-    objectives: list[tuple[np.ndarray, np.ndarray]], oracle: np.ndarray, calls_before: float = 0.0
-) -> Runs:
-    """Runs, given best reward and overhead after each call, and the oracle's reward, by patient."""
-    at = call_grid(len(objectives[0][0])) - 1
-    rewards, overhead = (np.stack(parts)[:, at] for parts in zip(*objectives, strict=True))
+def compared(traced: list[Traced], oracle: np.ndarray, calls_before: float = 0.0) -> Runs:
+    """Runs, given what was traced and the oracle's reward of each patient."""
+    at = call_grid(len(traced[0][0])) - 1
+    rewards = np.stack([trace[at] for trace, _ in traced])
     regret = oracle[: len(rewards), None] - rewards
-    return Runs(at + 1, rewards, regret, overhead.mean(0), calls_before)
+    overhead = statistics.fmean(seconds for _, seconds in traced)
+    return Runs(at + 1, rewards, regret, overhead, calls_before)
 
 
 def patient_seed(seed: int, patient: int) -> int:
@@ -111,16 +112,14 @@ def mechanistic() -> RewardModel:
     return load_reward_model("mechanistic")
 
 
-def evaluated(patient: Tensor, design: Design) -> tuple[np.ndarray, np.ndarray]:
+def evaluated(patient: Tensor, design: Design) -> Traced:
     """Trace and overhead of designs for a patient."""
     objective = PatientObjective(patient, mechanistic(), len(design.polymer_id))
     objective(design)
     return objective.trace, objective.overhead_seconds
 
 
-def search_patient(
-    name: str, features: np.ndarray, budget: int, seed: int
-) -> tuple[np.ndarray, np.ndarray]:
+def search_patient(name: str, features: np.ndarray, budget: int, seed: int) -> Traced:
     """Trace and overhead of a search for one patient."""
     torch.set_num_threads(1)  # a core for each process
     method = METHODS[name]
@@ -131,9 +130,7 @@ def search_patient(
     return objective.trace, objective.overhead_seconds
 
 
-def search_all(
-    name: str, patients: Tensor, budget: int, seed: int, processes: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
+def search_all(name: str, patients: Tensor, budget: int, seed: int, processes: int) -> list[Traced]:
     """A search for every patient, several at a time."""
     jobs = [(name, row, budget, patient_seed(seed, k)) for k, row in enumerate(patients.numpy())]
     show = functools.partial(tqdm, desc=METHODS[name].label, total=len(jobs), disable=None)
@@ -162,7 +159,7 @@ def policy_designs(agent: Agent, patient: Tensor, name: str, budget: int, seed: 
 
 def transferred(
     name: str, cohort: Cohort, designs: Design, patients: Tensor, seed: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], int]:
+) -> tuple[list[Traced], int]:
     """A method's design for each patient, evaluated; and the calls it made on the cohort."""
     model = CountingModel(mechanistic())
     if name == "one_size_fits_all":
@@ -210,7 +207,7 @@ def report(every: dict[str, Runs]) -> list[str]:
             reached = runs.rewards.mean(0) >= policy.rewards[:size].mean()
             mean = calls_to_match(runs.calls, reached)
             cells = [f"{x:,}" if x else f"> {budget:,}" for x in (median, mean)]
-            overhead = f"{1e3 * runs.overhead_seconds[-1] / budget:.3g} ms"
+            overhead = f"{1e3 * runs.overhead_seconds / budget:.3g} ms"
             matching.append([method.label, size, *cells, overhead])
     shares = ["median regret", "mean regret", "mean reward", "mean fraction of the oracle"]
     equal = ["calls, equal median regret", "calls, equal mean reward", "overhead per call"]

@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from common import POLICY, Parser, count, first_patients, made_by, table, write
+from common import POLICY, Parser, count, designs_of, first_patients, made_by, table, write
 
 from hydrogel_gym import Cohort, load_cohort, load_polymers
 from hydrogel_gym.errors import UsageError
@@ -124,14 +124,6 @@ def measured(features: Tensor, generator: torch.Generator) -> Tensor:
     )
     uniform = torch.rand(features.shape, generator=generator, dtype=features.dtype)
     return (features * (1.0 + NOISE * (2.0 * uniform - 1.0))).clamp(low, high)
-
-
-@torch.no_grad()
-def designs_of(agent: Agent, features: Tensor) -> Design:
-    """Deterministic designs of a policy for patients (P, 11) in a first step."""
-    patients = features.to(torch.float32)
-    obs = torch.cat([patients, patients.new_zeros(len(patients), 2)], dim=-1)
-    return Design(**agent.design(obs)[0])
 
 
 @torch.no_grad()

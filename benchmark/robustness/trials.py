@@ -184,10 +184,10 @@ def differences(expected: Path, found: Path) -> list[str]:
         return [f"there is no {', '.join(sorted(missing))}"]
     old, new = figures(expected), figures(found)
     every = dict.fromkeys([*old, *new])  # in their order
-    return [
-        *(f"{name} was left behind" for name in sorted(names - FINISHED_FILES)),
-        *(f"{name} differs" for name in every if old.get(name) != new.get(name)),
-    ]
+    problems = [f"{name} was left behind" for name in sorted(names - FINISHED_FILES)]
+    if differing := [name for name in every if old.get(name) != new.get(name)]:
+        problems.append(f"{len(differing)} figures differ: {', '.join(differing[:5])}")
+    return problems
 
 
 def figures(run_dir: Path) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def figures(run_dir: Path) -> dict[str, Any]:
         f"weight {name}": (x.dtype, x.shape, x.numpy().tobytes()) for name, x in weights.items()
     }
     # Missing, repeated or out of order.
-    found["the list of iterations in metrics.csv"] = [row["iteration"] for row in rows]
+    found["iterations in metrics.csv"] = [row["iteration"] for row in rows]
     for row in rows:
         # Text, for the trainer writes floats so that they are read back to the bit.
         cells = {name: text for name, text in row.items() if name not in TIMINGS}

@@ -91,26 +91,15 @@ def main(argv: list[str] | None = None) -> None:
                 runs = [process([*one, str(number), *flags], folder) for _ in range(rounds)]
                 rates = [number / each.seconds / 1e6 for each in runs]
                 rate, peak = statistics.median(rates), max(each.megabytes for each in runs)
-                rows.append(
-                    [
-                        f"{number / 1e6:g} M, {label}",
-                        f"{spread(rates, '.1f')} M/s",
-                        "" if flags else f"{runs[0].bytes_written / number:.1f}",
-                        f"{peak:,.0f} MB",
-                        f"{least / 1e6:g} M/s {verdict(1e6 * rate >= least)}; {MAX_MB} MB "
-                        f"{verdict(peak <= MAX_MB)}",
-                    ]
-                )
+                is_fast, is_small = verdict(1e6 * rate >= least), verdict(peak <= MAX_MB)
+                cells = [f"{number / 1e6:g} M, {label}", f"{spread(rates, '.1f')} M/s"]
+                cells += ["" if flags else f"{runs[0].bytes_written / number:.1f}"]
+                cells += [f"{peak:,.0f} MB"]
+                rows.append([*cells, f"{least / 1e6:g} M/s {is_fast}; {MAX_MB} MB {is_small}"])
         tenth = process([*policy, "--num-candidates", str(whole // 10), "--top-only"], folder)
-    rows.append(
-        [
-            f"all 2,000 patients, {whole / 1e7:g} M each, top 100 only",
-            f"{2000 * (whole // 10) / tenth.seconds / 1e6:.1f} M/s",
-            "",
-            f"{tenth.megabytes:,.0f} MB",
-            f"{tenth.seconds / 60:.1f} min",
-        ]
-    )
+    rate = f"{2000 * (whole // 10) / tenth.seconds / 1e6:.1f} M/s"
+    cells = [rate, "", f"{tenth.megabytes:,.0f} MB", f"{tenth.seconds / 60:.1f} min"]
+    rows.append([f"all 2,000 patients, {whole / 1e7:g} M each, top 100 only", *cells])
     lines = [
         f"Candidates of one patient: median and range of {args.rounds} processes, one at a time.",
         "",

@@ -51,11 +51,6 @@ def imports(rounds: int) -> list[str]:
     ]
 
 
-def percent_more(values: list[float], off: list[float]) -> list[float]:
-    """By how many percent something takes more, in each round."""
-    return [100 * (a / b - 1) for a, b in zip(values, off, strict=True)]
-
-
 def logging(presets: list[str], rounds: int, flags: list[str], folder: Path) -> list[str]:
     """Whole runs of the trainer with a log against without."""
     ORACLE_CACHE.mkdir(parents=True, exist_ok=True)
@@ -77,7 +72,8 @@ def logging(presets: list[str], rounds: int, flags: list[str], folder: Path) -> 
         rows.append([preset, "off", *(f"{statistics.median(x):.1f} s" for x in off), "–"])
         for name in list(LOGS)[1:]:
             values = [[each[part] for each in every[name]] for part in range(2)]
-            more = [percent_more(*pair) for pair in zip(values, off, strict=True)]
+            pairs = [zip(*pair, strict=True) for pair in zip(values, off, strict=True)]
+            more = [[100 * (a / b - 1) for a, b in pair] for pair in pairs]
             is_met = verdict(statistics.median(more[0]) <= MAX_LOG_PERCENT)
             cells = [spread(each, "+.1f", " %") for each in more]
             rows.append([preset, name, *cells, f"{MAX_LOG_PERCENT:g} %, {is_met}"])

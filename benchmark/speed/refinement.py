@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import common
-from common import POLICY, Parser, count, first_patients, made_by, run, table, verdict, write
+from common import POLICY, Parser, count, designs_of, made_by, run, table, verdict, write
 
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.oracle import best_designs
@@ -41,17 +41,14 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     agent, saved = load_policy(policy_path(args.policy), Agent, "cpu")
     cohort = load_cohort(saved["training_config"]["cohort"])
-    cohort = first_patients(cohort, args.num_patients)
+    cohort = common.first_patients(cohort, args.num_patients)
     ids = list(cohort.patient_ids)
     envs = environments(saved["training_config"], cohort, torch.device("cpu"))
     problem = envs.unwrapped.problem
     best = best_designs(cohort, cache_dir=common.ORACLE_CACHE, progress=True).score.double()
 
-    @torch.no_grad()
     def deterministic(row: int, policy: Agent) -> float:
-        observation = torch.cat([cohort.features[row].float(), torch.zeros(2)])
-        action, _ = policy.design(observation[None])
-        design = [action[name] for name in ("polymer_id", "formulation", "coverage")]
+        design = designs_of(policy, cohort.features[row][None])
         outcomes = problem.reward_model(problem.params.patients[row][None], *design)
         return compute_reward(outcomes, config=problem.params.reward_config).item()
 

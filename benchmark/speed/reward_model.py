@@ -18,27 +18,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Parser, count, in_turn, made_by, ratio, table, write
+from quality.baselines.search import DIM, design_of_unit
 
 from hydrogel_gym import load_cohort, load_reward_model
-from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_HIGH, FORMULATION_LOW
-from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.runs.command_line import run_script
 
 CALLS = 20
-
-
-def random_designs(patients: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The patients, and a design for each."""
-    generator = torch.Generator().manual_seed(0)
-    low, high = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH)
-    size = (len(patients),)
-    share = torch.rand(*size, len(low), generator=generator)
-    return (
-        patients,
-        torch.randint(NUM_POLYMERS, size, generator=generator),
-        torch.lerp(low, high, share),
-        torch.randint(len(COVERAGES), size, generator=generator),
-    )
 
 
 @torch.no_grad()
@@ -59,7 +44,9 @@ def main(argv: list[str] | None = None) -> None:
         models[name] = load_reward_model(str(args.checkpoint), **settings)
     for name in list(models):
         models[f"{name}, compiled"] = torch.compile(models[name], fullgraph=True, dynamic=False)
-    batch = random_designs(load_cohort().features[: args.num_envs])
+    patients, generator = load_cohort().features[: args.num_envs], torch.Generator().manual_seed(0)
+    unit = torch.rand(len(patients), DIM + 2, generator=generator)
+    batch = patients, *design_of_unit(unit)
 
     def seconds(name: str, _: int = 0) -> float:
         began = time.perf_counter()
@@ -72,11 +59,9 @@ def main(argv: list[str] | None = None) -> None:
     times = in_turn(models, args.rounds, seconds)
     rows = []
     for name, values in times.items():
-        median = statistics.median(values)
+        median, times_as_long = statistics.median(values), ratio(values, times["mechanistic"])
         rate = f"{len(batch[0]) / median / 1e6:.2f} M"
-        rows.append(
-            [name, f"{1e3 * median:.2f}", rate, f"{ratio(values, times['mechanistic']):.1f}"]
-        )
+        rows.append([name, f"{1e3 * median:.2f}", rate, f"{times_as_long:.1f}"])
     lines = [
         f"Time of a reward model for one step of {len(batch[0]):,} environments, median of "
         f"{args.rounds} alternating rounds; the ratio is the median of that within a round.",

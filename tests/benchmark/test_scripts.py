@@ -20,26 +20,21 @@ def test_script_says_first_what_it_measures(name, capsys, monkeypatch):
     if "baselines3" in name:
         pytest.importorskip("stable_baselines3")
     # Of the process, which a test may not change for others.
-    for function in ("set_num_threads", "set_default_validate_args"):
-        owner = torch if hasattr(torch, function) else torch.distributions.Distribution
-        monkeypatch.setattr(owner, function, lambda *_: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
     assert stop.value.code == 0
-    said = " ".join(capsys.readouterr().out.split())
-    first = module.__doc__.splitlines()[0]
+    said, first = " ".join(capsys.readouterr().out.split()), module.__doc__.splitlines()[0]
     assert first in said
     assert said.startswith(first) or "trainers" in name
 
 
 def test_every_name_has_its_turn_in_every_round_another_one_first():
     calls = []
-    measured = common.in_turn("abc", 4, lambda name, k: calls.append((k, name)) or k)
+    measured = common.in_turn("abc", 4, lambda name, k: calls.append(name) or k)
     assert measured == {name: [0, 1, 2, 3] for name in "abc"}
-    assert ["".join(name for k, name in calls if k == round_) for round_ in range(4)] == [
-        *("abc", "bca", "cab", "abc")
-    ]
+    assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
 
 
 def test_ratio_is_the_median_of_those_within_rounds():
@@ -49,23 +44,21 @@ def test_ratio_is_the_median_of_those_within_rounds():
 
 
 def test_a_process_is_told_with_what_it_took_or_why_it_failed():
-    script = "import os, time; x = b'x' * 10**8; time.sleep(0.3); print(os.environ['SAID'])"
+    script = "import os, time; x = b'x' * 10**8; time.sleep(0.2); print(os.environ['SAID'])"
     ended = common.run(["{python}", "-c", script], threads=1, SAID="yes")
     assert ended.output == "yes\n"
-    assert ended.seconds > 0.3
-    assert 100 < ended.megabytes < 200
     assert ended.processor_seconds < ended.seconds
-
+    assert ended.seconds > 0.2
+    assert 100 < ended.megabytes < 200
     with pytest.raises(ChildProcessError, match="code 1: IndexError: list index out of range"):
         common.run(["{python}", "-c", "print('before'); [][0]"])
 
 
 def test_a_table_is_told_to_be_made_by_command_commit_and_hardware(monkeypatch, tmp_path):
-    script = FOLDER / "speed" / "environment.py"
-    monkeypatch.setattr(sys, "argv", [str(script), "--rounds", "3"])
-    line = common.made_by(2)
-    assert line.startswith("Made by `python benchmark/speed/environment.py --rounds 3` at commit ")
-    assert f", 2 threads; Python {sys.version.split()[0]}, torch {torch.__version__}" in line
-    common.write(tmp_path, "some", [line, *common.table(["a", "b"], [[1, 2]])], b"png")
-    assert (tmp_path / "some.md").read_text() == f"{line}\n| a | b |\n|---|---|\n| 1 | 2 |\n"
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / "speed" / "some.py"), "--rounds", "3"])
+    made = common.made_by(2)
+    assert made.startswith("Made by `python benchmark/speed/some.py --rounds 3` at commit ")
+    assert f", 2 threads; Python {sys.version.split()[0]}, torch {torch.__version__}" in made
+    common.write(tmp_path, "some", common.table(["a", "b"], [[1, 2]]), b"png", made)
+    assert (tmp_path / "some.md").read_text() == f"{made}\n\n| a | b |\n|---|---|\n| 1 | 2 |\n"
     assert (tmp_path / "some.png").read_bytes() == b"png"

@@ -9,7 +9,7 @@ from hydrogel_gym import load_cohort
 from hydrogel_gym.models.mechanistic import MechanisticModel, MechanisticParams
 from hydrogel_gym.problem.fields import PATIENT_FIELDS, Design
 
-HOLDOUT = load_cohort("holdout")
+HOLDOUT, SHIPPED = load_cohort("holdout"), MechanisticModel()
 
 
 class Agent:
@@ -22,27 +22,26 @@ class Agent:
         return design._asdict(), torch.zeros(len(obs))
 
 
-def moved_constants(model):
-    shipped = MechanisticParams()
+def moved(model):
+    """Names of the constants, and numbers of the polymers' columns, that are not as shipped."""
     names = [field.name for field in fields(MechanisticParams)]
-    return [name for name in names if getattr(shipped, name) != getattr(model.params, name)]
+    params = [n for n in names if getattr(SHIPPED.params, n) != getattr(model.params, n)]
+    return params, (SHIPPED.polymer_table != model.polymer_table).any(0).nonzero()[:, 0].tolist()
 
 
 def test_moving_one_assumption_moves_no_other_and_keeps_an_index_in_its_range():
-    shipped = MechanisticModel()
     for name in sensitivity.assumptions():
-        moved = sensitivity.perturbed({name: 0.8})
-        columns = (shipped.polymer_table != moved.polymer_table).any(0)
+        model = sensitivity.perturbed({name: 0.8})
+        params, columns = moved(model)
         if name in sensitivity.POLYMER_INDICES:
-            assert (moved_constants(moved), int(columns.sum())) == ([], 1), name
-            ratio = (moved.polymer_table / shipped.polymer_table)[:, columns]
+            assert (params, len(columns)) == ([], 1), name
+            ratio = (model.polymer_table / SHIPPED.polymer_table)[:, columns]
             assert torch.allclose(ratio[~ratio.isnan()], torch.tensor(0.8, dtype=torch.float64))
         else:
-            assert (moved_constants(moved), int(columns.sum())) == ([name], 0), name
-            assert getattr(moved.params, name) == 0.8 * getattr(shipped.params, name)
+            assert (params, columns) == ([name], []), name
+            assert getattr(model.params, name) == 0.8 * getattr(SHIPPED.params, name)
     highest = sensitivity.perturbed({"cohesion": 100.0})
-    changed = (highest.polymer_table != shipped.polymer_table).any(0)
-    assert (highest.polymer_table[:, changed] == 1.0).all()
+    assert (highest.polymer_table[:, moved(highest)[1]] == 1.0).all()
 
 
 def test_cases_are_the_shipped_model_both_ends_of_an_assumption_and_seeded_draws():
@@ -50,66 +49,56 @@ def test_cases_are_the_shipped_model_both_ends_of_an_assumption_and_seeded_draws
     nominal, low, high, first, held, second, _ = every
     kinds = ["nominal", "constant", "constant", "joint", "joint-held", "joint", "joint-held"]
     assert [case.kind for case in every] == kinds
-    assert moved_constants(nominal.model) == []
+    assert moved(nominal.model) == ([], [])
     assert (low.factor, high.factor) == (0.8, 1.2)
-    assert low.model.params.efficacy_floor == 0.8 * nominal.model.params.efficacy_floor
-    graded = set(MechanisticParams.names_graded("D"))
-    assert set(moved_constants(first.model)) == graded
-    assert graded - set(moved_constants(held.model)) == {"integrity_cohesion_gain"}
-    assert (first.model.polymer_table != held.model.polymer_table).any(0).sum() == 1
+    assert low.model.params.efficacy_floor == 0.8 * SHIPPED.params.efficacy_floor
+    (graded, columns), (others, fewer) = moved(first.model), moved(held.model)
+    assert set(graded) == set(MechanisticParams.names_graded("D"))
+    assert set(graded) - set(others) == {"integrity_cohesion_gain"}
+    assert (len(columns), len(fewer)) == (6, 5)
     assert not torch.equal(first.model.polymer_table, second.model.polymer_table)
     again = list(sensitivity.cases([], 1))[1].model.polymer_table
     assert torch.equal(first.model.polymer_table, again)
-    ratios = (again / nominal.model.polymer_table).nan_to_num(1.0)
-    assert ratios.min() >= 0.8 - 1e-9
-    assert ratios.max() <= 1.2 + 1e-9
+    ratios = (again / SHIPPED.polymer_table).nan_to_num(1.0)
+    assert 0.8 - 1e-9 <= ratios.min() <= ratios.max() <= 1.2 + 1e-9
 
 
 def test_measured_features_are_within_their_error_independent_and_within_limits():
     truth = HOLDOUT.features
     seen = sensitivity.measured(truth, torch.Generator().manual_seed(0))
+    error = seen / truth - 1.0
     for column, field in enumerate(PATIENT_FIELDS):
         assert field.low <= seen[:, column].min() <= seen[:, column].max() <= field.high
-        error = seen[:, column] / truth[:, column] - 1.0
-        assert error.abs().max() <= 0.05 + 1e-12
-        assert error.min() < -0.04
-        assert error.max() > 0.04
-    correlation = torch.corrcoef((seen / truth).T) - torch.eye(len(PATIENT_FIELDS))
+        assert -0.05 - 1e-12 <= error[:, column].min() < -0.04
+        assert 0.04 < error[:, column].max() <= 0.05 + 1e-12
+    correlation = torch.corrcoef(error.T) - torch.eye(len(PATIENT_FIELDS))
     assert correlation.abs().max() < 0.2  # 500 independent draws
 
 
 def test_figures_count_what_a_person_counts(three_patients, toy_model):
     formulation = torch.tensor([[10.0, 30.0, 0.2, 5.0], [10.0, 30.0, 0.1, 5.0], [10, 30, 0.1, 3.0]])
     design = Design(torch.tensor([1, 2, 3]), formulation, torch.tensor([0, 1, 1]))
-    best_score = torch.tensor([4.0, 7.0])
     # Ann is over the toxicity limit, Bo over that of fibrosis, Cy under that of integrity and over
     # that of fibrosis; each first use of a polymer pays 0.1.
     scores = [3.6 - 2.0, 6.9 - 0.5, 9.9 - 1.0 - 0.5]
-    result = sensitivity.figures(toy_model, three_patients.features, design, best_score)
-    assert result == pytest.approx(
-        {
-            "mean_reward": sum(scores) / 3,
-            "toxicity_breach_rate": 1 / 3,
-            "integrity_breach_rate": 1 / 3,
-            "fibrosis_breach_rate": 2 / 3,
-            "limit_breach_rate": 1.0,
-            "best_reward": 5.5,
-            "regret": 5.5 - (scores[0] + scores[1]) / 2,
-        },
-        rel=1e-6,
-    )
+    best = torch.tensor([4.0, 7.0])
+    result = sensitivity.figures(toy_model, three_patients.features, design, best)
+    shares = zip(sensitivity.BREACHES, (1 / 3, 1 / 3, 2 / 3, 1.0), strict=True)
+    expected = {"mean_reward": sum(scores) / 3, "best_reward": 5.5} | dict(shares)
+    expected["regret"] = 5.5 - (scores[0] + scores[1]) / 2
+    assert result == pytest.approx(expected, rel=1e-6)
 
 
 def test_no_designs_are_ahead_of_the_best_and_changes_are_from_the_model_as_shipped():
-    few = first_patients(HOLDOUT, 3)
-    results = sensitivity.measure(few, Agent(), [], 1, 1, 2)
-    regret, is_best = results["regret"].dropna(), results["designs"] == sensitivity.SHIPPED
+    results = sensitivity.measure(first_patients(HOLDOUT, 3), Agent(), [], 1, 1, 2)
+    kind, is_best = results["kind"], results["designs"] == sensitivity.SHIPPED
+    regret = results["regret"].dropna()
     assert (regret > -1e-3).all()
-    assert regret[is_best & results["kind"].isin(["holdout", "nominal"])].max() < 1e-3
-    assert results.loc[results["kind"] == "joint-held", "regret"].isna().all()
-    usual = results[results["kind"] == "holdout"].set_index("designs")["mean_reward"]
-    others = results[~(is_best & (results["kind"] == "noise"))]
+    assert regret[is_best & kind.isin(["holdout", "nominal"])].max() < 1e-3
+    assert results.loc[kind == "joint-held", "regret"].isna().all()
+    usual = results[kind == "holdout"].set_index("designs")["mean_reward"]
+    others = results[~(is_best & (kind == "noise"))]
     expected = others["mean_reward"] - others["designs"].map(usual)
     assert others["change"].tolist() == pytest.approx(expected.tolist())
-    misled = results[is_best & (results["kind"] == "noise")].iloc[0]
+    misled = results[is_best & (kind == "noise")].iloc[0]
     assert misled["change"] == pytest.approx(-misled["regret"], abs=1e-4)

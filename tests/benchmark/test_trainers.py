@@ -11,7 +11,7 @@ from speed.trainers import cleanrl_manner, protocol
 
 import hydrogel_gym
 
-SIZES = "--num-envs 40 --num-steps 2 --num-iterations 2 --num-epochs 1 --minibatch-size 40"
+SIZES = "--num-envs 40 --num-steps 2 --num-iterations 2 --num-epochs 1 --minibatch-size"
 
 
 @pytest.fixture(autouse=True)
@@ -26,13 +26,13 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
     name, tmp_path, monkeypatch
 ):
     pytest.importorskip("stable_baselines3" if "baselines3" in name else "torch")
-    updates = []
-    monkeypatch.setattr(
-        torch.optim.Adam, "step", lambda self, *_, plain=torch.optim.Adam.step: updates.append(1)
-    )
-    output = tmp_path / "lines.jsonl"
-    flags = [*SIZES.split(), "--evaluate-every", "2", "--output", str(output)]
-    importlib.import_module(f"speed.trainers.{name}").main(flags)
+    updates, output = [], tmp_path / "lines.jsonl"
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: updates.append(1))
+    trainer = importlib.import_module(f"speed.trainers.{name}")
+    flags = ["--evaluate-every", "2", "--output", str(output)]
+    with pytest.raises(hydrogel_gym.errors.UsageError, match="which does not divide the batch"):
+        trainer.main([*SIZES.split(), "30", *flags])
+    trainer.main([*SIZES.split(), "40", *flags])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["iteration"], row["samples"]) for row in rows] == [(1, 80), (2, 160)]
     assert len(updates) == 2 * 80 // 40
@@ -41,32 +41,26 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
     assert -10 < rows[1]["holdout_deterministic_reward"] < 45
 
 
-@pytest.fixture(scope="module")
-def agent():
-    envs = hydrogel_gym.HydrogelVectorEnv(6, output="torch")
-    obs, _ = envs.reset(seed=0)
-    torch.manual_seed(0)
-    return cleanrl_manner.Agent(envs, obs), obs
-
-
-def test_cleanrl_manner_has_the_network_of_the_source_preset(agent, ppo):
+@torch.no_grad()
+def test_cleanrl_manner_has_the_network_of_the_source_preset_and_the_squashed_distribution(ppo):
     def multiplications(module):
         layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
         return sum(layer.weight.numel() for layer in layers)
 
     box = {"formulation_low": [5.0, 7.0, 0.0, 1.0], "formulation_high": [30.0, 180.0, 1.0, 5.0]}
     sizes = dict(obs_dim=13, num_polymers=24, num_coverages=4, hidden_dim=256, state_std=False)
+    envs = hydrogel_gym.HydrogelVectorEnv(6, output="torch")
+    obs, _ = envs.reset(seed=0)
+    torch.manual_seed(0)
+    agent = cleanrl_manner.Agent(envs, obs)
     ours = ppo.Agent(**sizes, **box, policy="factored")
-    assert multiplications(agent[0]) == multiplications(ours)
+    assert multiplications(agent) == multiplications(ours)
 
-
-@torch.no_grad()
-def test_cleanrl_manner_evaluates_formulations_as_the_squashed_distribution_of_torch(agent):
-    agent, obs = agent
     mean, std = agent.formulation_mean(agent.features(obs)), agent.formulation_logstd.exp()
-    tanh = torch.distributions.TanhTransform(cache_size=1)
-    normal = torch.distributions.Normal(mean, std.expand(6, 4))
-    squashed = torch.distributions.TransformedDistribution(normal, tanh)
+    squashed = torch.distributions.TransformedDistribution(
+        torch.distributions.Normal(mean, std.expand(6, 4)),
+        torch.distributions.TanhTransform(cache_size=1),
+    )
     action, first, _, _ = agent.get_action_and_value(obs)
     other = action._replace(presquash=torch.zeros(6, 4))
     _, second, _, _ = agent.get_action_and_value(obs, other)
@@ -88,27 +82,19 @@ def test_throughput_scales_a_process_to_the_unit_without_its_first_iteration():
     assert figures == {"iteration": 15.0, "rollout": 2.5, "update": 12.5, "first": 99.0}
 
 
-def test_throughput_takes_ratios_within_rounds():
+def test_tables_of_speed_say_how_many_times_as_fast_as_the_other_within_rounds():
+    def parts(prefix, names, seconds):
+        return {prefix + name: seconds for name in names.split()}
+
     # The second round met a machine half as fast.
-    seconds = {"CleanRL manner": (30.0, 60.0, 33.0), "fast bf16": (10.0, 20.0, 11.0)}
-    measured = {
-        name: [{"iteration": s, "rollout": 1.0, "update": s - 1.0, "first": s} for s in each]
-        for name, each in seconds.items()
-    }
-    slow, fast = throughput.speed_rows(measured)
-    assert slow[1:3] == ["33.00 [30.00, 60.00]", "1.00× [1.00×]"]
-    assert fast[1:] == ["11.00 [10.00, 20.00]", "3.00× [3.00×]", "1.00", "10.00", "11.0"]
-
-
-def test_scaling_takes_ratios_within_rounds_to_one_thread():
-    def iteration(seconds):
-        parts = ("seconds_iteration", "seconds_rollout", "seconds_update")
-        return pd.Series(dict.fromkeys(parts, seconds))
-
-    measured = {"1 thread": [8.0, 16.0], "2 ranks": [5.0, 10.0]}
-    measured = {name: [iteration(x) for x in each] for name, each in measured.items()}
-    one, two = scaling.speed_rows(measured)
-    assert (one[-1], two[-1], two[1]) == ("1.00×", "1.60×", "7.50 [5.00, 10.00]")
+    slow, fast = (30.0, 60.0, 33.0), (10.0, 20.0, 11.0)
+    pair = {"CleanRL manner": slow, "fast bf16": fast}
+    pair = {n: [parts("", "iteration rollout update first", x) for x in pair[n]] for n in pair}
+    _, row = throughput.speed_rows(pair)
+    assert row[1:4] == ["11.00 [10.00, 20.00]", "3.00× [3.00×]", "11.00"]
+    pair = {"1 thread": slow, "2 ranks": fast}
+    pair = {n: [parts("seconds_", "iteration rollout update", x) for x in pair[n]] for n in pair}
+    assert [row[-1] for row in scaling.speed_rows(pair)] == ["1.00×", "3.00×"]
     a = torch.tensor([3.0, 4.0], dtype=torch.float64)
     assert scaling.relative_difference(a, a + torch.tensor([0.0, 0.5])) == pytest.approx(0.1)
 
@@ -119,7 +105,6 @@ def test_time_to_quality_counts_a_seed_that_failed_as_the_slowest():
         pd.DataFrame({"seconds": [5.0 * k, 9.0 * k], goal.column: [20.0, final]})
         for k, final in ((1, 29.5), (2, 29.3), (3, 28.0))
     ]
-    assert time_to_quality.reached(runs[0], goal) == 9.0
     assert time_to_quality.cell(runs, goal) == "18 [9, 18], not reached by 1 of 3"
     assert time_to_quality.cell(runs[1:], goal).startswith("not reached by most [18, 18]")
     assert time_to_quality.cell(runs[2:], goal) == "not reached (28.00)"

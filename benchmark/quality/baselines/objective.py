@@ -54,7 +54,9 @@ class PatientObjective:
         self._patient = patient.to(torch.float32)
         self._model = CountingModel(model)
         self._rewards: list[np.ndarray] = []
-        self._overhead: list[np.ndarray] = []
+        self.overhead_seconds = (
+            0.0  # CPU seconds spent outside the reward model before the last call
+        )
         self._start = time.process_time()
 
     @property
@@ -67,11 +69,6 @@ class PatientObjective:
         """(calls,) float64, the best reward after each call."""
         return np.maximum.accumulate(np.concatenate(self._rewards).astype(float))
 
-    @property
-    def overhead_seconds(self) -> np.ndarray:
-        """(calls,) CPU seconds spent outside the reward model before each call, cumulative."""
-        return np.concatenate(self._overhead)
-
     @torch.no_grad()
     def __call__(self, design: Design) -> Tensor:
         """(B,) float32 rewards of B designs, unless B is more than `remaining`."""
@@ -80,8 +77,7 @@ class PatientObjective:
             raise RuntimeError(
                 f"{count} designs to evaluate, but {self.remaining} of {self.budget} calls remain"
             )
-        spent = time.process_time() - self._start - self._model.cpu_seconds
-        self._overhead.append(np.full(count, spent))
+        self.overhead_seconds = time.process_time() - self._start - self._model.cpu_seconds
         rewards = compute_reward(self._model(self._patient.expand(count, -1), *design), True)
         self._rewards.append(rewards.numpy())
         return rewards
