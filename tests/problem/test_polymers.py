@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-import dataclasses
 import re
 from importlib.resources import files
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -34,11 +32,6 @@ def frame() -> pd.DataFrame:
         return pd.read_csv(file, dtype=str, keep_default_na=False)
 
 
-def written(frame: pd.DataFrame, folder: Path) -> Path:
-    frame.to_csv(folder / "mine.csv", index=False)
-    return folder / "mine.csv"
-
-
 def test_packaged_table_has_texts_windows_and_indices_of_every_polymer(table):
     assert len(table) == NUM_POLYMERS
     assert all(len(getattr(table, name)) == NUM_POLYMERS for name in TEXTS)
@@ -48,9 +41,12 @@ def test_packaged_table_has_texts_windows_and_indices_of_every_polymer(table):
         assert (value.shape, value.dtype) == (shape, torch.float64)
         assert (value.isfinite() & (value >= 0)).all()
         assert name not in WINDOWS or (value[:, 0] <= value[:, 1]).all()
+    assert all(text.startswith("Windows: HYDRA-BERT") for text in table.sources)
+    assert all("Indices: ranks; " in text for text in table.sources)
+    assert all(text.startswith("windows D; indices D;") for text in table.confidences)
 
 
-def test_conductive_gel_row_is_read_column_by_column(table):
+def test_rows_of_gels_with_and_without_a_filler_are_read_column_by_column(table):
     row = table.index("GelMA_rGO")
     assert row == 6
     assert table.categories[row] == "conductive_hydrogel"
@@ -58,53 +54,33 @@ def test_conductive_gel_row_is_read_column_by_column(table):
     assert table.half_life_days[row].tolist() == [30.0, 120.0]
     assert table.conductivity_s_per_m[row].tolist() == [0.05, 0.5]
     assert {name: getattr(table, name)[row].item() for name in INDICES} == INDICES
-
-
-def test_only_polymers_with_a_filler_conduct_and_the_blank_dose_of_the_others_is_one(table):
+    with pytest.raises(ValueError, match=r"polymer is 'Jelly'; allowed: GelMA_3pct, GelMA_5pct"):
+        table.index("Jelly")
     unfilled = table.filler_toxicity == 0
     assert unfilled.any()
     assert torch.equal(table.conductivity_s_per_m[:, 1] > 0, ~unfilled)
     assert (table.filler_mid_dose_s_per_m[unfilled] == 1.0).all()
 
 
-def test_every_polymer_says_where_windows_and_indices_come_from(table):
-    assert all(text.startswith("Windows: HYDRA-BERT") for text in table.sources)
-    assert all("Indices: ranks; " in text for text in table.sources)
-    assert all(text.startswith("windows D; indices D;") for text in table.confidences)
-
-
-def test_table_cannot_be_reassigned(table):
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        table.names = ()
-
-
-def test_unknown_name_is_refused_with_the_known_ones(table):
-    with pytest.raises(ValueError, match=r"polymer is 'Jelly'; allowed: GelMA_3pct, GelMA_5pct"):
-        table.index("Jelly")
-
-
 def test_columns_are_found_by_name_whatever_their_order(table, frame, tmp_path):
     shuffled = frame[frame.columns[::-1]].assign(supplier="none")
-    other = load_polymers(written(shuffled, tmp_path))
+    shuffled.to_csv(tmp_path / "mine.csv", index=False)
+    other = load_polymers(tmp_path / "mine.csv")
     assert all(getattr(other, name) == getattr(table, name) for name in TEXTS)
     numbers = (*WINDOWS, *INDICES)
     assert all(torch.equal(getattr(other, name), getattr(table, name)) for name in numbers)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda frame: frame.drop(columns="cohesion"), "columns ['cohesion'] are missing"),
-        (lambda frame: frame[:-1], f"{NUM_POLYMERS - 1} rows; expected {NUM_POLYMERS}"),
-        (None, "columns ['polymer_id', "),
-    ],
-    ids=["column", "row", "header"],
-)
-def test_table_that_lacks_something_is_refused(frame, tmp_path, spoil, message):
+def test_table_that_lacks_something_is_refused(frame, tmp_path):
     path = tmp_path / "mine.csv"
-    path.write_text(spoil(frame).to_csv(index=False) if spoil else "")
-    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}"):
-        load_polymers(path)
+    for text, message in (
+        (frame.drop(columns="cohesion").to_csv(index=False), "columns ['cohesion'] are missing"),
+        (frame[:-1].to_csv(index=False), f"{NUM_POLYMERS - 1} rows; expected {NUM_POLYMERS}"),
+        ("", "columns ['polymer_id', "),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {message}')}"):
+            load_polymers(path)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +103,8 @@ def test_bad_cell_is_reported_with_file_row_column_and_value(
     frame, tmp_path, row, column, value, allowed
 ):
     frame.loc[row, column] = value
-    path = written(frame, tmp_path)
+    path = tmp_path / "mine.csv"
+    frame.to_csv(path, index=False)
     message = f"{path}, row {row}, column {column}: value {value!r}; allowed: {allowed}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         load_polymers(path)

@@ -55,6 +55,12 @@ def cohort_ids(path: Path) -> tuple[str, ...]:
     return load_cohort(path).patient_ids
 
 
+def as_text(frame: pd.DataFrame, path: Path, change) -> Path:
+    """A table in .csv whose lines, the header first, were changed."""
+    path.write_text("\n".join(change(*frame.to_csv(index=False).splitlines())))
+    return path
+
+
 @pytest.mark.parametrize("name", ["table.csv", "TABLE.CSV", "table.parquet", "table.Parquet"])
 def test_identifiers_are_text_in_cohorts_and_outcome_tables(name, tmp_path, outcomes):
     ids = ["7", "007", "NA", "12", "0012", "nan", "None", "1e3"]
@@ -62,13 +68,74 @@ def test_identifiers_are_text_in_cohorts_and_outcome_tables(name, tmp_path, outc
     assert cohort_ids(path) == tuple(ids)
     path = written(outcomes.assign(patient_id=ids * 5), tmp_path / name)
     assert len(np.unique(read_table(path).group)) == 8
+    if name == "table.parquet":
+        outcomes.set_index("patient_id").to_parquet(path)
+        assert len(read_table(path).group) == 40
 
 
-def test_parquet_with_the_identifier_as_its_index_is_read(tmp_path, outcomes):
-    SHIPPED.set_index("patient_id").to_parquet(tmp_path / "cohort.parquet")
-    assert cohort_ids(tmp_path / "cohort.parquet") == tuple(SHIPPED["patient_id"])
-    outcomes.set_index("patient_id").to_parquet(tmp_path / "outcomes.parquet")
-    assert len(read_table(tmp_path / "outcomes.parquet").group) == 40
+def test_empty_columns_at_the_end_are_left_out(tmp_path, outcomes):
+    for read, frame in ((cohort_ids, SHIPPED), (lambda p: read_table(p).group, outcomes)):
+        for end in (",,", ""):
+            path = as_text(
+                frame, tmp_path / "t.csv", lambda h, *rows, e=end: [h + e, *(r + "," for r in rows)]
+            )
+            assert len(read(path)) == len(frame)
+
+
+def twice(frame, column, path):
+    names = [*frame.columns, column]
+    columns = [pa.array(frame[c].to_list()) for c in names]
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_arrays(columns, names=names), path)
+    else:
+        frame[names].to_csv(path, index=False, header=names)
+
+
+def no_metadata(frame, column, path):
+    table = pa.Table.from_pandas(frame).replace_schema_metadata({b"pandas": b"{}"})
+    pq.write_table(table, path)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "make", "message"),
+    [
+        (".csv", twice, "occur twice: {column}$"),
+        (".parquet", twice, "occur twice: {column}$"),
+        (".parquet", no_metadata, "t.parquet: cannot be read: KeyError[^\n]*$"),
+        (
+            ".csv",
+            lambda t, c, path: as_text(t, path, lambda *rows: [*rows[:2], rows[2] + ",7"]),
+            r"row 2: '7' is in column \d+, for",
+        ),
+        (
+            ".csv",
+            lambda t, c, path: t.to_csv(path, sep=";", decimal=",", index=False),
+            "separated by a semicolon",
+        ),
+        (".csv", lambda t, c, path: t.to_csv(path, sep="\t", index=False), "separated by a tab"),
+        (
+            ".csv",
+            lambda t, c, path: written(t.assign(lvef_pct="4_0.48"), path),
+            "lvef_pct: '4_0.48'",
+        ),
+        (
+            ".parquet",
+            lambda t, c, path: written(t.assign(transmurality=True), path),
+            "transmurality: 'True'",
+        ),
+    ],
+)
+def test_table_that_cannot_be_read_as_it_is_meant_is_refused(
+    suffix, make, message, tmp_path, outcomes
+):
+    path = tmp_path / f"t{suffix}"
+    for read, frame, column, error in (
+        (load_cohort, SHIPPED, "lvef_pct", CohortError),
+        (read_table, outcomes, "toxicity_risk", UsageError),
+    ):
+        make(frame, column, path)
+        with pytest.raises(error, match=message.replace("{column}", column)):
+            read(path)
 
 
 def test_names_that_look_the_same_are_the_same(tmp_path):
@@ -79,72 +146,6 @@ def test_names_that_look_the_same_are_the_same(tmp_path):
         path = written(SHIPPED.assign(patient_id=[first, second, *ids[2:]]), tmp_path / "c.csv")
         with pytest.raises(CohortError, match="each name once"):
             load_cohort(path)
-
-
-@pytest.mark.parametrize("name", ["table.csv", "table.parquet"])
-def test_a_column_that_occurs_twice_is_refused(name, tmp_path, outcomes):
-    for read, frame, column in (
-        (load_cohort, SHIPPED, "lvef_pct"),
-        (read_table, outcomes, "toxicity_risk"),
-    ):
-        names = [*frame.columns, column]
-        columns = [pa.array(frame[c].to_list()) for c in names]
-        path = tmp_path / name
-        if name.endswith("csv"):
-            frame[names].to_csv(path, index=False, header=names)
-        else:
-            pq.write_table(pa.Table.from_arrays(columns, names=names), path)
-        with pytest.raises((CohortError, UsageError), match=f"occur twice: {column}"):
-            read(path)
-
-
-def lines_of(frame: pd.DataFrame) -> list[str]:
-    return frame.to_csv(index=False).splitlines()
-
-
-def test_empty_columns_at_the_end_are_left_out(tmp_path, outcomes):
-    for read, frame in ((cohort_ids, SHIPPED), (lambda p: read_table(p).group, outcomes)):
-        header, *rows = lines_of(frame)
-        for text in (
-            [header + ",,", *(r + ",," for r in rows)],
-            [header, *(r + "," for r in rows)],
-        ):
-            (tmp_path / "t.csv").write_text("\n".join(text))
-            assert len(read(tmp_path / "t.csv")) == len(frame)
-
-
-def test_a_cell_beyond_the_header_is_refused(tmp_path, outcomes):
-    for read, frame in ((load_cohort, SHIPPED), (read_table, outcomes)):
-        header, *rows = lines_of(frame)
-        (tmp_path / "t.csv").write_text("\n".join([header, rows[0], rows[1] + ",7", *rows[2:]]))
-        with pytest.raises((CohortError, UsageError), match=r"row 2: '7' is in column \d+, for"):
-            read(tmp_path / "t.csv")
-
-
-@pytest.mark.parametrize(("sep", "name"), [(";", "semicolon"), ("\t", "tab")])
-def test_another_separator_is_named(sep, name, tmp_path, outcomes):
-    for read, frame in ((load_cohort, SHIPPED), (read_table, outcomes)):
-        frame.to_csv(tmp_path / "t.csv", sep=sep, decimal=",", index=False)
-        with pytest.raises((CohortError, UsageError), match=f"separated by a {name}"):
-            read(tmp_path / "t.csv")
-
-
-def test_metadata_that_pandas_cannot_use_is_one_line(tmp_path):
-    table = pa.Table.from_pandas(SHIPPED).replace_schema_metadata({b"pandas": b"{}"})
-    pq.write_table(table, tmp_path / "c.parquet")
-    with pytest.raises(CohortError, match=r"c\.parquet: cannot be read: KeyError") as caught:
-        load_cohort(tmp_path / "c.parquet")
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("value", [True, "4_0.4889", "forty"])
-def test_what_only_looks_like_a_number_is_refused(value, tmp_path, outcomes):
-    column = "transmurality" if value is True else "lvef_pct"
-    suffix = "parquet" if value is True else "csv"
-    for read, frame in ((load_cohort, SHIPPED), (read_table, outcomes)):
-        path = written(frame.assign(**{column: value}), tmp_path / f"t.{suffix}")
-        with pytest.raises((CohortError, UsageError), match=f"{column}: '{value}'"):
-            read(path)
 
 
 def test_labels_may_be_truth_values_and_cells_of_outcomes_missing(tmp_path, outcomes):
@@ -177,14 +178,11 @@ def test_a_table_that_contradicts_itself_is_refused(change, message, tmp_path, o
     path = written(outcomes.assign(**change(outcomes)), tmp_path / "t.csv")
     with pytest.raises(UsageError, match=message):
         read_table(path)
-
-
-def test_values_far_from_others_are_no_mark_for_missing_where_they_are_usual(tmp_path, outcomes):
-    frame = outcomes.assign(
+    usual = outcomes.assign(  # values far from the others that are no mark for missing
         stress_reduction_pct=outcomes.stress_reduction_pct.where(outcomes.is_optimal == 1, 0.0),
         structural_integrity=outcomes.structural_integrity.where(outcomes.index % 2 == 0, 1.0),
     )
-    assert len(read_table(written(frame, tmp_path / "t.csv")).group) == 40
+    assert len(read_table(written(usual, path)).group) == 40
 
 
 @pytest.mark.parametrize(
