@@ -25,7 +25,7 @@ from hydrogel_gym.designs.schema import (
 )
 from hydrogel_gym.designs.store import partition
 from hydrogel_gym.designs.top import TopDesigns
-from hydrogel_gym.problem.fields import FORMULATION_FIELDS, FORMULATION_HIGH, FORMULATION_LOW
+from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW
 from hydrogel_gym.problem.polymers import load_polymers
 
 
@@ -58,9 +58,6 @@ def shown(best: TopDesigns) -> list[tuple[int, float]]:
     return list(zip(keys, best.numbers[REWARD].tolist(), strict=True))
 
 
-# The best
-
-
 @pytest.mark.parametrize("per_cell", [False, True])
 @given(seed=st.integers(0, 2**20), size=st.integers(1, 40), batch=st.integers(1, 700))
 @settings(max_examples=20, deadline=None)
@@ -74,24 +71,18 @@ def test_the_best_are_exact_whatever_the_batches(per_cell, seed, size, batch):
     assert shown(best) == best_of_all(cell, numbers, size, per_cell=per_cell)
 
 
-def test_fewer_unlike_designs_than_requested_are_all_kept():
-    cell, numbers = many(50, seed=0, levels=2)
-    best = TopDesigns(1000)
-    for _ in range(2):
-        best.add(np.tile(cell, 2), np.tile(numbers, 2))
-    assert len(best.cell) == len(set(design_keys(cell, numbers)))
-
-
-def test_a_floor_that_is_out_of_date_loses_nothing():
+def test_a_floor_that_is_out_of_date_and_designs_seen_twice_lose_nothing():
     cell, numbers = many(1000, seed=1)
     best = TopDesigns(10)
     early = best.promising(cell, numbers[REWARD])
     best.add(cell[:900], numbers[:, :900])
     best.add(cell[early], numbers[:, early])
     assert shown(best) == best_of_all(cell, numbers, 10)
-
-
-# The grid
+    cell, numbers = many(50, seed=0, levels=2)
+    best = TopDesigns(1000)
+    for _ in range(2):
+        best.add(np.tile(cell, 2), np.tile(numbers, 2))
+    assert len(best.cell) == len(set(design_keys(cell, numbers)))
 
 
 @given(st.lists(st.floats(0.0, 1.0, width=32), min_size=4, max_size=4))
@@ -108,14 +99,11 @@ def test_grid_is_within_the_box_and_within_half_a_step(shares):
     assert (found == np.array(decimals, np.float32)).all()
 
 
-def test_both_ends_of_every_range_are_on_the_grid():
+def test_both_ends_of_every_range_are_on_the_grid_and_neighbours_have_keys_of_their_own():
     ends = on_grid(torch.tensor([[0.0] * 4, [1.0] * 4])).numpy()
     assert (ends == np.stack([FORMULATION_LOW, FORMULATION_HIGH])).all()
-    for field, step, levels in zip(FORMULATION_FIELDS, RESOLUTION, NUM_LEVELS, strict=True):
-        assert field.low + step * (levels - 1) == pytest.approx(field.high)
-
-
-def test_neighbours_on_the_grid_have_keys_of_their_own():
+    steps = np.array(RESOLUTION) * (np.array(NUM_LEVELS) - 1)
+    assert FORMULATION_LOW + steps == pytest.approx(FORMULATION_HIGH)
     keys = set()
     for column, levels in enumerate(NUM_LEVELS):
         share = torch.zeros(levels, 4)
@@ -126,9 +114,6 @@ def test_neighbours_on_the_grid_have_keys_of_their_own():
     # The lower end of all four is one design.
     assert len(keys) == 2 * (sum(NUM_LEVELS) - 3)
     assert max(keys) < NUM_CELLS * np.prod([float(n) for n in NUM_LEVELS])
-
-
-# The files
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +158,11 @@ def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(f
     assert ranked["stiffness_kPa"].description == "stiffness requested, kPa"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_what_is_not_there_is_named(folder):
+    for arguments, message in (
         (dict(patient_id="P0002"), "no patient 'P0002'; nearest: P0001"),
         (dict(table="best"), "table is 'best'; allowed: "),
         (dict(table="diverse"), "contains no table 'diverse'"),
-    ],
-)
-def test_what_is_not_there_is_named(folder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        load_designs(folder, **arguments)
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_designs(folder, **arguments)
