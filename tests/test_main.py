@@ -21,14 +21,14 @@ def program():
 
 def test_reference_rewards_are_those_of_the_model_in_double_precision(program):
     polymer_id, formulation, coverage = program.REFERENCE_DESIGN
-    patients = load_cohort().features[: len(program.REFERENCE_REWARDS)]
-    outcomes = load_reward_model("mechanistic")(
-        patients,
-        torch.full((len(patients),), polymer_id),
-        torch.tensor([formulation] * len(patients), dtype=torch.float64),
-        torch.full((len(patients),), coverage),
-    )
     expected = torch.tensor(program.REFERENCE_REWARDS, dtype=torch.float64)
+    count = len(expected)
+    outcomes = load_reward_model("mechanistic")(
+        load_cohort().features[:count],
+        torch.full((count,), polymer_id),
+        torch.tensor([formulation] * count, dtype=torch.float64),
+        torch.full((count,), coverage),
+    )
     torch.testing.assert_close(compute_reward(outcomes), expected, rtol=0.0, atol=1e-6)
 
 
