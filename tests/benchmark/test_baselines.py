@@ -4,7 +4,7 @@ import torch
 from common import first_patients
 from quality import regret
 from quality.baselines import search, transfer
-from quality.baselines.objective import HIGH, LOW, PatientObjective, design_at
+from quality.baselines.objective import HIGH, LOW, PatientObjective
 
 from hydrogel_gym import load_cohort, load_reward_model
 from hydrogel_gym.oracle import best_designs
@@ -17,7 +17,7 @@ PATIENT = HOLDOUT.features[0]
 SEARCHES = [
     (search.random_search, 37, "torch"),
     (search.sobol_search, 37, "torch"),
-    pytest.param(search.cma_es, 101, "cma", marks=pytest.mark.nightly),
+    pytest.param(search.cma_es, 2_001, "cma", marks=pytest.mark.nightly),  # with restarts
     pytest.param(search.tpe, 25, "optuna", marks=pytest.mark.nightly),
     pytest.param(search.botorch_bo, search.NUM_INITIAL + 1, "botorch", marks=pytest.mark.nightly),
 ]
@@ -27,17 +27,6 @@ SEARCHES = [
 def training():
     cohort = first_patients(load_cohort("train"), 8)
     return cohort, best_designs(cohort).design
-
-
-class StubAgent:
-    """A policy that always takes polymer 4, and scatters formulations when it samples."""
-
-    def design(self, obs, generator=None):
-        share = torch.full((len(obs), 4), 0.5)
-        if generator:
-            share = torch.rand(len(obs), 4, generator=generator)
-        design = design_at(share, torch.full((len(obs),), 4), torch.full((len(obs),), 3))
-        return design._asdict(), torch.zeros(len(obs))
 
 
 def searched(method, model, budget, seed=3):
@@ -83,35 +72,19 @@ def test_search_spends_its_budget_within_the_box_and_repeats_under_its_seed(
     assert len(searched(method, MODEL, 1)) == 1
 
 
-@pytest.mark.nightly
-def test_cma_es_restarts_where_nothing_is_gained_until_its_budget_is_used(toy_model):
-    pytest.importorskip("cma")
-    flat = toy_model(PATIENT[None], *(torch.zeros(1), torch.ones(1, 4), torch.zeros(1)))
-
-    def model(patient, *_):
-        return type(flat)(*(part.expand(len(patient)) for part in flat))
-
-    assert len(searched(search.cma_es, model, 2_000)) == 2_000
-
-
-def test_one_size_is_no_worse_on_its_cohort_than_every_candidate(training):
+def test_one_size_beats_every_candidate_and_the_nearest_of_a_training_patient_is_itself(training):
     patients, best = training[0].features, training[1]
-    every = transfer.cohort_mean_reward(patients, best, MODEL)
     one, reward = transfer.one_size_fits_all(patients, best, MODEL, seed=0)
-    assert reward >= every.max()
+    assert reward >= transfer.cohort_mean_reward(patients, best, MODEL).max()
     again = transfer.cohort_mean_reward(patients, one, MODEL)
     assert again.item() == pytest.approx(reward, abs=1e-4)  # float32, another batch
+    nearest = transfer.nearest_patient(patients, best, patients)
+    assert all(map(torch.equal, nearest, best))
 
 
-def test_nearest_patient_of_a_training_patient_is_itself(training):
-    patients, best = training[0].features, training[1]
-    for got, expected in zip(transfer.nearest_patient(patients, best, patients), best, strict=True):
-        assert torch.equal(got, expected)
-
-
-def test_policy_tries_its_deterministic_design_first_and_then_samples():
+def test_policy_tries_its_deterministic_design_first_and_then_samples(agent):
     several, one, sample = (
-        regret.policy_designs(StubAgent(), PATIENT, name, budget, 1).formulation
+        regret.policy_designs(agent, PATIENT, name, budget, 1).formulation
         for name, budget in (("policy_best_of_k", 5), ("policy", 1), ("policy_sample", 1))
     )
     assert len(several.unique(dim=0)) == 5
@@ -120,14 +93,14 @@ def test_policy_tries_its_deterministic_design_first_and_then_samples():
     assert not torch.allclose(sample[0], (LOW + HIGH) / 2)
 
 
-def test_no_baseline_beats_the_oracle(training):
+def test_no_baseline_beats_the_oracle(training, agent):
     oracle, patients = best_designs(HOLDOUT).score.numpy().astype(float), HOLDOUT.features
     found = {
         name: regret.transferred(name, *training, patients, 0)[0]
         for name in ("one_size_fits_all", "nearest_patient")
     }
     found["random"] = regret.search_all("random", patients, 5_000, 0, processes=1)
-    tried = (regret.policy_designs(StubAgent(), p, "policy_best_of_k", 200, 0) for p in patients)
+    tried = (regret.policy_designs(agent, p, "policy_best_of_k", 200, 0) for p in patients)
     found["policy"] = list(map(regret.evaluated, patients, tried))
     every = {name: regret.compared(each, oracle) for name, each in found.items()}
     assert all((runs.regret > -0.02).all() for runs in every.values())
@@ -147,8 +120,7 @@ def test_regret_is_the_oracles_reward_less_the_best_so_far():
 
 def test_call_grid_has_the_first_calls_and_the_budget():
     for budget in (1, 7, 20, 21, 10_000):
-        grid, first = regret.call_grid(budget), min(budget, 20)
-        assert grid[:first].tolist() == list(range(1, first + 1))
-        assert grid[-1] == budget
+        grid = regret.call_grid(budget)
+        assert [*grid[:20], grid[-1]] == [*range(1, min(budget, 20) + 1), budget]
         assert (np.diff(grid) > 0).all()
         assert (grid[20:] <= 1.1 * grid[19:-1] + 1).all()

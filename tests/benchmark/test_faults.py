@@ -10,39 +10,33 @@ from robustness import faults, inflict, trials
 @pytest.fixture
 def pair(tmp_path):
     """Two finished runs that differ in their times alone."""
-    for number, name in enumerate(("undisturbed", "continued")):
+    for seconds, name in enumerate(("undisturbed", "continued")):
         (tmp_path / name / "checkpoints").mkdir(parents=True)
         for file in (*trials.FINISHED_FILES, "checkpoints/checkpoint-000003.pt"):
             (tmp_path / name / file).touch()
-        save_weight(tmp_path / name, -0.0)
-        summary = {"entropy": 0.1, "wall_seconds": number, "resumed_at_iteration": number or None}
-        (tmp_path / name / "summary.json").write_text(json.dumps(summary))
-        write_rows(tmp_path / name, [(k, 0.5, number) for k in (1, 2, 3)])
+        finish(tmp_path / name, seconds, [(k, 0.5, seconds) for k in (1, 2, 3)])
     return tmp_path / "undisturbed", tmp_path / "continued"
 
 
-def save_weight(run_dir, weight):
+def finish(run_dir, seconds, rows, weight=-0.0, entropy=0.1):
     weights = {"out": torch.tensor([1.0, weight]), "obs_mean": torch.zeros(2)}
     torch.save({"policy_state_dict": weights}, run_dir / "stage2_policy.pt")
-
-
-def write_rows(run_dir, rows):
-    columns = ("iteration", "mean_reward", "wall_seconds")
+    columns = ["iteration", "mean_reward", "wall_seconds"]
     pd.DataFrame(rows, columns=columns).to_csv(run_dir / "metrics.csv", index=False)
+    summary = {"entropy": entropy, "wall_seconds": seconds, "resumed_at_iteration": seconds or None}
+    (run_dir / "summary.json").write_text(json.dumps(summary))
 
 
 @pytest.mark.parametrize("rows", [[1, 3], [1, 2], [1, 2, 2, 3], [1, 3, 2], [1, 2, 3]])
 def test_runs_are_the_same_whose_times_alone_differ_and_not_if_a_row_is_amiss(pair, rows):
-    write_rows(pair[1], [(row, 0.5, 7) for row in rows])
+    finish(pair[1], 7, [(row, 0.5, 7) for row in rows])
     found = trials.differences(*pair)
     assert bool(found) == (rows != [1, 2, 3])
     assert ("iterations in metrics.csv" in "".join(found)) == bool(found)
 
 
 def test_a_value_a_weight_a_figure_or_a_file_that_differs_is_named(pair):
-    write_rows(pair[1], [(1, 0.5, 1), (2, 0.5000000000000001, 1), (3, 0.5, 1)])
-    save_weight(pair[1], 0.0)
-    (pair[1] / "summary.json").write_text(json.dumps({"entropy": 0.2, "wall_seconds": 3}))
+    finish(pair[1], 1, [(1, 0.5, 1), (2, 0.5000000000000001, 1), (3, 0.5, 1)], 0.0, 0.2)
     (pair[1] / "checkpoints" / ".checkpoint-000002.pt.abcdefgh").touch()
     assert trials.differences(*pair) == [
         "checkpoints/.checkpoint-000002.pt.abcdefgh was left behind",

@@ -16,11 +16,9 @@ assert len(SCRIPTS) == 17
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_script_says_first_what_it_measures(name, capsys, monkeypatch):
+def test_script_says_first_what_it_measures(name, capsys):
     if "baselines3" in name:
         pytest.importorskip("stable_baselines3")
-    # Of the process, which a test may not change for others.
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
     module = importlib.import_module(name)
     with pytest.raises(SystemExit) as stop:
         module.main(["--help"])
@@ -35,12 +33,6 @@ def test_every_name_has_its_turn_in_every_round_another_one_first():
     measured = common.in_turn("abc", 4, lambda name, k: calls.append(name) or k)
     assert measured == {name: [0, 1, 2, 3] for name in "abc"}
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
-
-
-def test_ratio_is_the_median_of_those_within_rounds():
-    # The second round met a machine half as fast; a ratio of medians would be off.
-    assert common.ratio([11.0, 22.0, 13.2], [10.0, 20.0, 11.0]) == pytest.approx(1.1)
-    assert common.spread([3.0, 1.0, 2.5], ".1f", " s") == "2.5 s [1.0, 3.0]"
 
 
 def test_a_process_is_told_with_what_it_took_or_why_it_failed():
