@@ -57,38 +57,26 @@ def trace(device: str, *, wrap=lambda envs: envs, **kwargs) -> list[torch.Tensor
     results = [envs.reset(seed=0), envs.step(action)]
     results.append(envs.reset(options={"reset_mask": mask, "patient_id": [1, 2, 3]}))
     # The first of these ends an episode in the middle.
-    results += [envs.step(action), envs.step(action)]
-    return tree_leaves(results)
+    return tree_leaves([*results, envs.step(action), envs.step(action)])
 
 
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(autoreset_mode="SameStep", obs_format="dict", action_format="multidiscrete"),
-        dict(autoreset_mode="SameStep", obs_format="box", action_format="dict"),
-        dict(autoreset_mode="NextStep", obs_format="dict", action_format="tuple")
-        | dict(horizon=5, max_episode_steps=2),
-        dict(autoreset_mode="Disabled", obs_format="box", action_format="box", dtype="float64"),
+        dict(autoreset_mode="SameStep", obs_format="dict", wrap=wrappers.VectorFlattenHybridAction),
+        dict(autoreset_mode="SameStep", action_format="multidiscrete"),
+        dict(autoreset_mode="NextStep", action_format="tuple", horizon=5, max_episode_steps=2),
+        dict(autoreset_mode="NextStep", wrap=wrappers.VectorDiscretizeHybridAction),
+        dict(autoreset_mode="Disabled", action_format="box", obs_format="dict", dtype="float64"),
+        dict(autoreset_mode="Disabled", wrap=wrappers.VectorRescaleFormulation),
     ],
-    ids=lambda settings: "-".join(map(str, settings.values())),
+    ids=lambda settings: "-".join(map(str, [*settings.values()][:2])),
 )
 def test_environments_step_and_reset_on_a_device_without_values(settings):
     settings = settings | {"observe_explored": True, "patient_assignment": "random"}
     there, here = (trace(device, **settings) for device in ("meta", "cpu"))
     assert {x.device.type for x in there} == {"meta"}
     assert [(x.shape, x.dtype) for x in there] == [(x.shape, x.dtype) for x in here]
-
-
-@pytest.mark.parametrize(
-    "wrapper",
-    [
-        wrappers.VectorFlattenHybridAction,
-        wrappers.VectorDiscretizeHybridAction,
-        wrappers.VectorRescaleFormulation,
-    ],
-)
-def test_wrapped_environments_step_on_a_device_without_values(wrapper):
-    assert {x.device.type for x in trace("meta", wrap=wrapper)} == {"meta"}
 
 
 @no_cuda
@@ -98,20 +86,17 @@ def test_step_on_cuda_equals_the_cpu_and_never_waits_for_the_device(mode):
         HydrogelVectorEnv(3, horizon=2, device=device, output="torch", autoreset_mode=mode)
         for device in ("cuda", "cpu")
     )
-    action = sampled(envs, "cuda")
-    mask = torch.ones(3, dtype=torch.bool, device="cuda")
-    envs.reset(seed=0)
-    envs.step(action)
+    action, mask = sampled(envs, "cuda"), torch.ones(3, dtype=torch.bool, device="cuda")
+    for each in (envs, cpu_envs):
+        each.reset(seed=0)
+        each.step(sampled(each, each.device.type))
     try:
         torch.cuda.set_sync_debug_mode("error")
         returned = envs.step(action)
         envs.reset(options={"reset_mask": mask})
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    cpu_envs.reset(seed=0)
-    cpu_action = sampled(cpu_envs, "cpu")
-    cpu_envs.step(cpu_action)
-    expected = tree_leaves(cpu_envs.step(cpu_action))
+    expected = tree_leaves(cpu_envs.step(sampled(cpu_envs, "cpu")))
     for one, other in zip(tree_leaves(returned), expected, strict=True):
         assert one.is_cuda
         torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-4)
@@ -140,16 +125,10 @@ def test_candidates_are_drawn_and_evaluated_on_a_device_without_values(ppo):
     model = load_reward_model("mechanistic", "meta")
     with torch.device("meta"):
         formulation = ppo.SquashedNormal(torch.empty(24, 4), torch.empty(24, 4), torch.empty(2, 8))
-        sampler = sampling.Sampler(
-            torch.empty(11),
-            formulation,
-            torch.empty(192),
-            torch.empty(192, dtype=torch.int64),
-        )
+        probability, cells = torch.empty(192), torch.empty(192, dtype=torch.int64)
         cell, numbers = sampling.evaluate(
-            sampler,
-            torch.empty(64),
-            torch.empty(64, 4),
+            sampling.Sampler(torch.empty(11), formulation, probability, cells),
+            *(torch.empty(64), torch.empty(64, 4)),
             squash=torch.tanh,
             temperature=1.0,
             reward_model=model,

@@ -30,6 +30,9 @@ def test_designs_and_regret_are_those_of_the_run(finished_run, patients):
     assert patients.reward.mean() == pytest.approx(summary["train_deterministic_reward"], rel=1e-5)
     assert patients.regret.mean() == pytest.approx(summary["train_regret"], rel=1e-4)
     assert patients.regret.min() >= 0.0
+    for shown, is_known in ((patients, True), (patients._replace(best=None), False)):
+        assert ("best" in patient_data(shown)["columns"]) == is_known
+        assert ("regret" in [heading for heading, *_ in patient_columns(shown)]) == is_known
 
 
 def test_slice_through_the_chosen_polymer_and_coverage_is_the_design_itself(patients):
@@ -83,30 +86,19 @@ def test_page_carries_the_slices_to_the_hundredth_and_huge_ones_in_sixteen_bits(
     np.testing.assert_allclose(rewards[1:], huge[1:], atol=0.51 * data["step"])
 
 
-def test_regret_is_a_column_where_the_best_possible_reward_is_known(patients):
-    with_best = patients._replace(best=patients.reward + 0.5)
-    np.testing.assert_allclose(with_best.regret, 0.5)
-    for shown, is_known in ((with_best, True), (patients._replace(best=None), False)):
-        assert ("best" in patient_data(shown)["columns"]) == is_known
-        assert ("regret" in [heading for heading, *_ in patient_columns(shown)]) == is_known
-
-
 def test_margins_are_distances_to_the_limits_on_the_safe_side(patients):
     outcomes = {
-        "toxicity_risk": np.array([0.10, 0.15, 0.25], np.float32),
-        "structural_integrity": np.array([0.90, 0.80, 0.75], np.float32),
-        "fibrosis_risk": np.array([0.20, 0.21, 0.0], np.float32),
+        "toxicity_risk": np.float32([0.10, 0.15, 0.25]),
+        "structural_integrity": np.float32([0.90, 0.80, 0.75]),
+        "fibrosis_risk": np.float32([0.20, 0.21, 0.0]),
     }
     margins = patients._replace(predicted=patients.predicted | outcomes).margins
-    np.testing.assert_allclose(margins["toxicity"], [0.05, 0.0, -0.10], atol=1e-6)
-    np.testing.assert_allclose(margins["integrity"], [0.10, 0.0, -0.05], atol=1e-6)
-    np.testing.assert_allclose(margins["fibrosis"], [0.0, -0.01, 0.20], atol=1e-6)
-    # At a limit, none is broken, whatever the limit is rounded to.
-    assert [(m < 0).tolist() for m in margins.values()] == [
-        [False, False, True],
-        [False, False, True],
-        [False, True, False],
-    ]
+    expected = [[0.05, 0.0, -0.10], [0.10, 0.0, -0.05], [0.0, -0.01, 0.20]]
+    assert list(margins) == ["toxicity", "integrity", "fibrosis"]
+    for found, margin in zip(margins.values(), expected, strict=True):
+        np.testing.assert_allclose(found, margin, atol=1e-6)
+        # At a limit, none is broken, whatever the limit is rounded to.
+        np.testing.assert_array_equal(found < 0, np.array(margin) < 0)
 
 
 def test_figures_count_every_patient_once(patients):

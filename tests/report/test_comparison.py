@@ -53,31 +53,25 @@ def test_group_is_named_by_the_settings_that_tell_it_from_others(trained, change
     assert [group.label for group in group_runs(runs)] == (labels or ["run-0", "run-1"])
 
 
-def test_comparison_tabulates_mean_and_deviation_over_the_seeds_of_a_group(several, content):
+def test_comparison_tabulates_mean_and_deviation_over_the_seeds_of_a_group(
+    several, content, edit_json
+):
     shown = content(*several)
     figures, runs, differing = shown["sections"][0].tables
     assert figures.header == ["figure", "hidden_dim 16 (n = 3)", "hidden_dim 32 (n = 1)"]
-    deviation = np.std([20.0, 23.0, 21.5], ddof=1)
-    name = "mean reward, sampled designs, training patients"
-    assert figures.rows[0] == [name, f"21.50 ± {deviation:.2f}", "10.00"]
+    assert figures.rows[0][1:] == [f"21.50 ± {np.std([20.0, 23.0, 21.5], ddof=1):.2f}", "10.00"]
     assert [row[0] for row in runs.rows] == [path.name for path in several]
     assert differing.rows == [["hidden_dim", "16", "32"]]
     assert shown["patients"] is None
-
-
-def test_comparison_marks_unfinished_runs_and_leaves_them_out_of_the_figures(
-    several, content, edit_json
-):
+    # Unfinished runs are marked and left out of the figures.
     (several[1] / "summary.json").unlink()
     edit_json(several[2] / "summary.json", interrupted=True)
     shown = content(*several)
     figures, runs, _ = shown["sections"][0].tables
-    assert figures.header[1] == "hidden_dim 16 (n = 1)"
-    assert figures.rows[0][1] == "20.00"
+    assert (figures.header[1], figures.rows[0][1]) == ("hidden_dim 16 (n = 1)", "20.00")
     assert [row[3] for row in runs.rows] == ["finished", "unfinished", "unfinished", "finished"]
     assert "Unfinished, in the curves only: run-1, run-2." in shown["sections"][0].texts
     assert any(gap.startswith("run-1: summary.json is missing") for gap in shown["gaps"])
-    assert not any("designs are those" in gap for gap in shown["gaps"])  # none is shown
 
 
 def test_comparison_draws_every_run_and_their_mean_as_far_as_all_got(several, content):
@@ -108,7 +102,6 @@ def test_comparison_page_is_whole_and_names_in_its_legends_are_no_markup(
 ):
     edit_json(several[3] / "config.json", hidden_dim="<b>x</b>")
     page = comparison_page([read_run(path) for path in several]).decode()
-    assert "Comparison of 4 runs" in page
     assert "21.50 ± 1.50" in page
     assert "<b>x</b>" not in page
     assert len(page) < 6e6
