@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import gymnasium as gym
 import torch
@@ -37,6 +37,10 @@ from hydrogel_gym.problem.fields import FORMULATION_FIELDS
 HYBRID_FORMATS: tuple[ActionFormat, ...] = ("dict", "tuple")
 Env: TypeAlias = gym.Env[Any, Any]
 VectorEnv: TypeAlias = gym.vector.VectorEnv[Any, Any, Any]
+if TYPE_CHECKING:
+    VectorActionWrapper: TypeAlias = gym.vector.VectorActionWrapper[Any, Any, Any, Any]
+else:  # not generic before Gymnasium 1.3
+    VectorActionWrapper = gym.vector.VectorActionWrapper
 AnyEnv: TypeAlias = Env | VectorEnv
 
 
@@ -167,9 +171,7 @@ class HybridActionWrapper(gym.ActionWrapper[Any, Any, Any], RecordConstructorArg
         return self._conversion.backward(action)
 
 
-class VectorHybridActionWrapper(
-    gym.vector.VectorActionWrapper[Any, Any, Any, Any], RecordConstructorArgs
-):
+class VectorHybridActionWrapper(VectorActionWrapper, RecordConstructorArgs):
     """What the wrappers of a vector of environments share; wrap with one of them, not with this."""
 
     def __init__(
@@ -183,7 +185,7 @@ class VectorHybridActionWrapper(
             )
         space, batch_shape = env.single_action_space, (env.num_envs,)
         self._conversion = _Conversion(outer, name, env, space, batch_shape)
-        gym.vector.VectorActionWrapper.__init__(self, env)
+        VectorActionWrapper.__init__(self, env)
         self.single_action_space = self._conversion.outer.space
         self.action_space = batch_space(self.single_action_space, env.num_envs)
 
