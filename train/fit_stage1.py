@@ -168,9 +168,8 @@ class Fitter:
         torch.manual_seed(args.seed)
         network = Stage1Network(architecture, torch.from_numpy(embedding), category)
         self.network = network.to(self.device)
-        self.best_score = torch.full(
-            (args.num_members,), math.inf, dtype=torch.float32, device=self.device
-        )
+        self.numbers = {"dtype": torch.float32, "device": self.device}
+        self.best_score = torch.full((args.num_members,), math.inf, **self.numbers)
         self.best = {name: p.detach().clone() for name, p in network.named_parameters()}
         self.place_data(table, split)
         self.make_optimizer()
@@ -192,9 +191,7 @@ class Fitter:
         self.batch_size = min(self.args.batch_size, fewest)
         self.num_steps = fewest // self.batch_size
         shape = (self.args.num_members, len(OUTCOME_COLUMNS))
-        self.log_variance = nn.Parameter(
-            torch.zeros(shape, dtype=torch.float32, device=self.device)
-        )
+        self.log_variance = nn.Parameter(torch.zeros(shape, **self.numbers))
         members = list(self.network.parameters())
         groups = [
             {"params": members, "weight_decay": self.args.weight_decay},
@@ -206,15 +203,15 @@ class Fitter:
 
     def one_epoch(self) -> float:
         """Pass over each member's rows in random order; returns the mean loss."""
-        here = {"generator": self.generator, "device": self.device}
-        numbers = here | {"dtype": torch.float32}
-        shuffled = [rows[torch.randperm(len(rows), **here)] for rows in self.train]
+        random = {"generator": self.generator, "device": self.device}
+        shuffled = [rows[torch.randperm(len(rows), **random)] for rows in self.train]
         order = torch.stack([rows[: self.num_steps * self.batch_size] for rows in shuffled])
-        total = torch.zeros((), dtype=torch.float32, device=self.device)
+        total = torch.zeros((), **self.numbers)
         for rows in order.split(self.batch_size, dim=1):
             x = self.numeric[rows]
             patient = x[..., : len(PATIENT_FIELDS)]
-            patient += self.args.patient_noise * torch.randn(patient.shape, **numbers)
+            noise = torch.randn(patient.shape, generator=self.generator, **self.numbers)
+            patient += self.args.patient_noise * noise
             losses = task_losses(self.network(x, self.polymer_id[rows]), self.target[rows])
             self.optimizer.zero_grad()
             weighted(losses, self.log_variance).backward()

@@ -286,7 +286,6 @@ class Agent(nn.Module):
         self.register_buffer("return_std", torch.ones(()))
         nodes = np.stack([_NODES, _WEIGHTS / _WEIGHTS.sum()])
         self.register_buffer("nodes", torch.tensor(nodes, dtype=torch.float32), persistent=False)
-        # Whatever the default of the process.
         self.to(torch.float64 if precision == "fp64" else torch.float32)
 
     def head_inputs(self, obs: Tensor) -> tuple[Tensor, ...]:
@@ -727,9 +726,8 @@ def check_args(args: Args, world: runs.World) -> None:
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
         ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
         ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
+        ("target_kl", "above 0", lambda x: x is None or 0.0 < x < math.inf),
     )
-    if args.target_kl is not None:
-        runs.check_ranges(args, ("target_kl", "above 0", lambda x: 0.0 < x < math.inf))
     runs.check_shares(args.num_envs, args.num_steps, args.minibatch_size, world.size)
 
 

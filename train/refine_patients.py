@@ -269,11 +269,7 @@ def policy_file(saved: dict[str, Any], weights: dict[str, Tensor], patient_id: s
 
 
 def write(store: Store, saved: dict[str, Any], patient_ids: list[str], refined: Refined) -> None:
-    """Write the policies of several patients, and the best designs, of those who have none yet.
-
-    Raises:
-        OSError: a file cannot be written.
-    """
+    """Write policy and best designs of the patients who have none yet."""
     for i, patient_id in enumerate(patient_ids):
         if store.is_done(patient_id):
             continue
