@@ -6,7 +6,6 @@ import dataclasses
 
 import pytest
 import torch
-from torch.utils._pytree import tree_leaves, tree_map
 
 from hydrogel_gym import load_cohort, runs
 from hydrogel_gym.compiled import CompileError
@@ -20,22 +19,6 @@ def make_learner(ppo, small_run, tmp_path):
     args = small_run(tmp_path)
     cohort = load_cohort(args.cohort)
     return lambda: ppo.make_learner(args, cohort, torch.device("cpu"), ranks.ALONE, True)
-
-
-def test_a_graph_is_made_from_inputs_that_are_not_one_tensor(make_learner, uncompiled, monkeypatch):
-    seen = []
-
-    def record(function, device):
-        return lambda *inputs: (
-            seen.append(tree_map(torch.Tensor.data_ptr, inputs)) or function(*inputs)
-        )
-
-    monkeypatch.setattr(compiled, "compile_function", record)
-    make_learner()
-    assert len(seen) == 2  # acting and learning
-    for inputs in seen:
-        addresses = tree_leaves(inputs)
-        assert len(set(addresses)) == len(addresses) > 2
 
 
 def test_the_weights_of_a_compiled_step_stay_those_of_the_agent(ppo, make_learner, uncompiled):

@@ -4,22 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from hydrogel_gym import Outcomes
-from hydrogel_gym.problem.reward import RewardTerms
 from hydrogel_gym.runs import metrics
-from hydrogel_gym.runs.metrics import METRICS
-
-
-def test_names_of_logs_are_a_namespace_and_a_column_but_for_their_axis():
-    keys = [metric.key for metric in METRICS]
-    assert len(set(keys)) == len(metrics.KEYS) == len(METRICS)
-    for metric in METRICS:
-        assert metric.namespace in metrics.NAMESPACES or metric.name == "global_step"
-        assert metric.key in ("global_step", f"{metric.namespace}/{metric.name}")
-    assert {metric.name for metric in METRICS if metric.namespace == "reward"} == {
-        *RewardTerms._fields,
-        *(f"mean_{name}" for name in Outcomes._fields if name != "optimal_logit"),
-    }
 
 
 def test_metrics_of_a_rollout_are_what_their_infos_say():

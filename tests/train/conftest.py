@@ -17,7 +17,7 @@ def fitted_run(ppo, finished_run, make_stage1, tmp_path_factory):
     """
     folder = tmp_path_factory.mktemp("fitted")
     save_stage1(folder / "stage1.pt", make_stage1(pessimism=1.0), {})
-    changes = dict(num_iterations=2, oracle=False, reward_model="stage1.pt")
+    changes = dict(num_iterations=2, oracle=False, reward_model="stage1.pt", pessimism=1.0)
     args = dataclasses.replace(finished_run[0], output_dir=folder / "run", **changes)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -73,12 +73,13 @@ def test_model_that_moved_is_found_by_its_flag(fitted_run, tmp_path, monkeypatch
             (generate_candidates.main, ["--policy", str(run), *CANDIDATES]),
             (refine_patients.main, ["--policy", str(run), *REFINED]),
             (rank_designs.main, [str(run / "designs")]),
+            (evaluate.main, [str(run), "--no-oracle"]),
         ):
-            patient = [] if main is rank_designs.main else ["--patient", "P0001"]
+            patient = ["--patient", "P0001"] if "--policy" in flags else []
             assert main([*flags, *patient]) == 2
             error = capsys.readouterr().err
             assert error.count("\n") == 1
-            assert "there is no such file; the policy was trained on it: pass --rew" in error
+            assert "pass --reward-model" in error
             assert main([*flags, *patient, "--reward-model", moved]) == 0
             capsys.readouterr()
     finally:

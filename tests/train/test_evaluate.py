@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
 from importlib.resources import files
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -13,7 +15,7 @@ import torch
 
 from hydrogel_gym import compute_reward, load_cohort, load_reward_model
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.runs import policies
+from hydrogel_gym.runs import environments, evaluation, policies
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
 from hydrogel_gym.train import evaluate
 
@@ -59,59 +61,40 @@ def test_a_policy_repeats_the_figures_of_its_run(finished_run, run, capsys):
         assert figures["mean_reward"] == pytest.approx(summary["mean_reward"], rel=0.1)
         assert f"{summary['train_deterministic_reward']:.3f}" in capsys.readouterr().out
     assert (figures["num_patients"], figures["reward_model"]) == (12, "mechanistic")
-
-
-def test_a_seed_gives_the_same_samples_and_another_does_not(finished_run, run):
-    first, again, other = (
-        json.loads(run(finished_run[0].output_dir, "--no-oracle", *flags)[1])
-        for flags in ([], ["--seed", "1"], ["--seed", "2"])
+    again, other = (
+        json.loads(run(output_dir, "--no-oracle", "--seed", seed)[1]) for seed in ("1", "2")
     )
-    assert first["mean_reward"] == again["mean_reward"] != other["mean_reward"]
-    assert first["train_deterministic_reward"] == other["train_deterministic_reward"]
+    assert figures["mean_reward"] == again["mean_reward"] != other["mean_reward"]
 
 
-def test_a_policy_is_evaluated_on_any_cohort(ppo, finished_run, tmp_path):
-    policy = finished_run[0].output_dir / "stage2_policy.pt"
+def test_a_policy_is_evaluated_on_any_cohort_or_the_shipped_ones(ppo, finished_run, tmp_path):
+    policy = Path(shutil.copy(finished_run[0].output_dir / "stage2_policy.pt", tmp_path))
     table = pd.read_csv(files("hydrogel_gym.patients") / "cohort_holdout.csv").tail(50)
     table.to_parquet(tmp_path / "mine.parquet", index=False)
-    flags = ["--cohort", str(tmp_path / "mine.parquet"), "--output-dir", str(tmp_path)]
-    assert evaluate.main([str(policy.parent), *flags, "--no-oracle"]) == 0
-    (written,) = tmp_path.glob("evaluation-mine-????????.json")
-    figures = json.loads(written.read_text())
-    assert figures["num_patients"] == 50
-    assert "holdout_deterministic_reward" not in figures
-    assert figures["train_regret"] is None
+    for flags in (["--cohort", str(tmp_path / "mine.parquet")], []):
+        assert evaluate.main([str(policy), *flags, "--no-oracle"]) == 0
+    (mine,) = tmp_path.glob("evaluation-mine-????????.json")
+    mine, shipped = (
+        json.loads(path.read_text()) for path in (mine, tmp_path / "evaluation-shipped.json")
+    )
+    assert (mine["num_patients"], shipped["num_patients"]) == (50, len(load_cohort()))
+    assert "holdout_deterministic_reward" in set(shipped) - set(mine)
+    assert mine["train_regret"] is None
     rewards = designed(ppo, policy, tmp_path / "mine.parquet", load_reward_model("mechanistic"))
     expected = pytest.approx(rewards.mean().item(), rel=1e-5)
-    assert figures["train_deterministic_reward"] == expected
+    assert mine["train_deterministic_reward"] == expected
 
 
-def test_without_patients_the_shipped_ones_are_evaluated_beside_the_policy(finished_run, tmp_path):
-    shutil.copy(finished_run[0].output_dir / "stage2_policy.pt", tmp_path)
-    assert evaluate.main([str(tmp_path / "stage2_policy.pt"), "--no-oracle"]) == 0
-    figures = json.loads((tmp_path / "evaluation-shipped.json").read_text())
-    assert figures["num_patients"] == len(load_cohort())
-    assert "holdout_deterministic_reward" in figures
-
-
-def test_a_policy_is_evaluated_by_the_model_that_it_was_trained_on(fitted_run, run):
-    args, summary = fitted_run
-    own, hopeful = (
-        json.loads(run(args.output_dir, "--no-oracle", *flags)[1])
-        for flags in ([], ["--pessimism", "0"])
-    )
-    for cohort in COHORTS:
-        key = f"{cohort}_deterministic_reward"
-        assert own[key] == pytest.approx(summary[key], rel=1e-6)
-        assert hopeful[key] > summary[key]
-
-
-def test_another_model_evaluates_and_its_oracle_is_the_yardstick(
+def test_its_own_model_evaluates_or_another_whose_oracle_is_the_yardstick(
     ppo, finished_run, fitted_run, run
 ):
     args, summary = fitted_run
     output_dir, paths = args.output_dir, (args.cohort, args.holdout_cohort)
     oracle = finished_run[0].output_dir.parent / "oracle"
+    own, hopeful = (
+        json.loads(run(output_dir, "--no-oracle", *flags)[1])
+        for flags in ([], ["--pessimism", "0"])
+    )
     name, content = run(output_dir, "--reward-model", "mechanistic")
     figures = json.loads(content)
     assert re.fullmatch(r"evaluation-cohort-[0-9a-f]{8}-mechanistic\.json", name)
@@ -120,25 +103,12 @@ def test_another_model_evaluates_and_its_oracle_is_the_yardstick(
         model = load_reward_model("mechanistic")
         reward = designed(ppo, output_dir / "stage2_policy.pt", path, model)
         key = f"{cohort}_deterministic_reward"
+        assert own[key] == pytest.approx(summary[key], rel=1e-6)
+        assert hopeful[key] > summary[key]
         assert figures[key] == pytest.approx(reward.mean().item(), rel=1e-5)
         assert figures[key] != pytest.approx(summary[key], rel=1e-2)
         regret = (best_designs(path, cache_dir=oracle).score - reward).mean().item()
         assert figures[f"{cohort}_regret"] == pytest.approx(regret, rel=1e-4)
-
-
-def test_another_model_stands_in_for_one_that_is_gone(fitted_run, run, tmp_path, capsys):
-    output_dir = fitted_run[0].output_dir
-    saved = torch.load(output_dir / "stage2_policy.pt", weights_only=True)
-    saved["training_config"]["reward_model"] = str(tmp_path / "gone.pt2")
-    saved["training_config"]["pessimism"] = 0.5  # of that model, not of another
-    torch.save(saved, tmp_path / "policy.pt")
-    assert evaluate.main([str(tmp_path / "policy.pt"), "--no-oracle"]) == 2
-    assert "gone.pt2" in capsys.readouterr().err
-    flags = ["--no-oracle", "--reward-model", "mechanistic"]
-    there, gone = (
-        json.loads(run(policy, *flags)[1]) for policy in (output_dir, tmp_path / "policy.pt")
-    )
-    assert gone["mean_reward"] == there["mean_reward"]
 
 
 def test_every_checkpoint_is_a_row(finished_run, run):
@@ -160,7 +130,57 @@ def test_every_checkpoint_is_a_row(finished_run, run):
     assert shares.sum(axis=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
 
 
+def test_a_policy_is_rewarded_by_its_checkpoint_and_names_it_from_anywhere(ppo, fitted_run):
+    args, summary = fitted_run
+    checkpoint = str(args.output_dir.parent / "stage1.pt")
+    agent, saved = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
+    assert saved["training_config"]["reward_model"] == checkpoint
+    cohort = load_cohort(args.holdout_cohort)
+    envs = environments.make_envs(
+        dataclasses.replace(args, reward_model=checkpoint), cohort, torch.device("cpu")
+    )
+    designs = evaluation.policy_designs(agent.design, envs)
+    design = [designs[name] for name in ("polymer_id", "formulation", "coverage")]
+    predicted = load_reward_model(checkpoint)(cohort.features.float(), *design)
+    for name, value in predicted._asdict().items():
+        torch.testing.assert_close(designs[name], value)
+    torch.testing.assert_close(designs["reward"], compute_reward(predicted))
+    expected = pytest.approx(designs["reward"].mean().item(), rel=1e-5)
+    assert summary["holdout_deterministic_reward"] == expected
+
+
+def test_regret_is_to_the_oracle_of_the_checkpoint(fitted_run, tmp_path, monkeypatch):
+    searched = []
+
+    def search(cohort, reward_model, *_, **__):
+        searched.append(reward_model._get_name())
+        return type("Best", (), {"score": torch.full((len(cohort),), 40.0)})
+
+    monkeypatch.setattr(evaluation, "best_designs", search)
+    monkeypatch.chdir(fitted_run[0].output_dir.parent)
+    cohorts = {"holdout": load_cohort(fitted_run[0].holdout_cohort)}
+    sets = evaluation.evaluation_sets(
+        fitted_run[0], cohorts, torch.device("cpu"), cache_dir=tmp_path
+    )
+    assert searched == ["Stage1Ensemble"]
+    assert sets["holdout"].best_score.tolist() == [40.0] * 8
+
+
+@pytest.mark.slow
+def test_compiled_environment_pays_the_same_for_a_checkpoint(fitted_run, monkeypatch):
+    monkeypatch.chdir(fitted_run[0].output_dir.parent)
+    rewards = []
+    for compile in (False, True):
+        cohort, device = load_cohort(fitted_run[0].cohort), torch.device("cpu")
+        envs = environments.make_envs(fitted_run[0], cohort, device, num_envs=40, compile=compile)
+        envs.reset(seed=1)
+        envs.action_space.seed(1)
+        rewards.append(envs.step(envs.action_space.sample())[1])
+    torch.testing.assert_close(*rewards, rtol=1e-4, atol=1e-4)
+
+
 POLICY, CHECKPOINT = "stage2_policy.pt", "checkpoints/checkpoint-000004.pt"
+EVERY = "--every-checkpoint"
 
 
 def cut_off(path):
@@ -170,37 +190,16 @@ def cut_off(path):
 @pytest.mark.parametrize(
     ("spoil", "flags", "message"),
     [
-        (
-            lambda run: (run / POLICY).unlink(),
-            "",
-            "POLICY {run}: there is no {run}/stage2_policy.pt; `python ",
-        ),
+        (lambda run: (run / POLICY).unlink(), "", "POLICY {run}: there is no {run}/stage2_pol"),
         (lambda run: cut_off(run / POLICY), "", "policy {run}/{POLICY} cannot be used: it is cut"),
-        (
-            lambda run: shutil.rmtree(run / "checkpoints"),
-            "--every-checkpoint",
-            "{run} has no checkpoints",
-        ),
-        (
-            lambda run: cut_off(run / CHECKPOINT),
-            "--every-checkpoint",
-            "checkpoint {run}/{CHECKPOINT} cannot be used: it is ",
-        ),
+        (lambda run: shutil.rmtree(run / "checkpoints"), EVERY, "{run} has no checkpoints"),
+        (lambda run: cut_off(run / CHECKPOINT), EVERY, "checkpoint {run}/{CHECKPOINT} cannot be "),
         (None, "--cohort {run}/absent.csv", "{run}/absent.csv"),
-        (
-            lambda run: (run / "mine.csv").write_text("patient_id,age\nann,40\n"),
-            "--cohort {run}/mine.csv",
-            "{run}/mine.csv",
-        ),
-        (
-            lambda run: (run / "file").touch(),
-            "--output-dir {run}/file",
-            "{run}/file cannot be written to",
-        ),
+        (None, "--cohort {run}/metrics.csv", "{run}/metrics.csv"),
+        (None, "--output-dir {run}/metrics.csv", "{run}/metrics.csv cannot be written to"),
         (None, "--reward-model mine", "reward_model is 'mine'; allowed: 'mech"),
         (None, "--pessimism 1", "pessimism is 1.0; only a Stage-1 checkpoint"),
         (None, "--device abacus", "--device abacus cannot be used"),
-        (None, "--every", "--every"),
     ],
 )
 def test_a_bad_request_ends_in_one_line_and_writes_nothing(

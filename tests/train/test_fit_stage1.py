@@ -66,55 +66,58 @@ def fitted(made_up, embedding_file, tmp_path_factory):
     return folder / "run", json.loads((folder / "run" / "metrics.json").read_text())
 
 
-def refuse(capsys, tmp_path, frame: pd.DataFrame, *flags: str) -> str:
-    """Fit a table that must be refused before anything is written; returns the message."""
-    frame.to_csv(tmp_path / "outcomes.csv", index=False)
-    arguments = [str(tmp_path / "outcomes.csv"), "--output-dir", str(tmp_path / "run"), *flags]
-    assert fit_stage1.main(arguments) == 2
-    assert not (tmp_path / "run").exists()
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert message.count("\n") == 1
-    return message
+@pytest.fixture
+def refuse(capsys, tmp_path):
+    """Fits a table that must be refused before anything is written; returns the message."""
+
+    def refuse(frame: pd.DataFrame, *flags: str) -> str:
+        frame.to_csv(tmp_path / "outcomes.csv", index=False)
+        arguments = [str(tmp_path / "outcomes.csv"), "--output-dir", str(tmp_path / "run"), *flags]
+        assert fit_stage1.main(arguments) == 2
+        assert not (tmp_path / "run").exists()
+        message = capsys.readouterr().err
+        assert message.startswith("error: ")
+        assert message.count("\n") == 1
+        return message
+
+    return refuse
 
 
-def test_model_predicts_patients_it_has_not_seen(fitted):
-    _, report = fitted
-    assert (report["rows"], report["held_out_patients"]) == (ROWS, 3)
-    assert report["held_out"]["delta_ef_pct"]["r2"] > 0.4
-    assert report["held_out"]["stress_reduction_pct"]["r2"] > 0.6
-    assert report["held_out"]["is_optimal"]["auroc"] > 0.85
-
-
-def test_report_is_of_the_mean_and_not_of_what_is_rewarded(fitted):
+def test_report_is_of_patients_that_the_model_has_not_seen(fitted):
     run, report = fitted
+    assert (report["rows"], report["held_out_patients"]) == (ROWS, 3)
+    held_out = report["held_out"]
+    assert held_out["delta_ef_pct"]["r2"] > 0.4
+    assert held_out["stress_reduction_pct"]["r2"] > 0.6
+    assert held_out["is_optimal"]["auroc"] > 0.85
+    # Without noise the ceiling is the truth itself.
+    ceiling, truth = (report[name]["delta_ef_pct"] for name in ("ceiling", "against_truth"))
+    assert ceiling["mae"] == pytest.approx(0.0, abs=1e-4)
+    assert ceiling["r2"] == pytest.approx(1.0, abs=1e-5)
+    assert truth["mae"] == pytest.approx(held_out["delta_ef_pct"]["mae"], abs=1e-3)
+    # The mean is reported, and less is rewarded.
     table = outcome_table.read_table(run.parent / "outcomes.parquet")
     split = fit_stage1.split_patients(table.group, holdout_share=0.2, num_members=3, seed=1)
-    table = table.rows(split.test)
-    model = load_stage1(run / "stage1.pt")
+    table, model = table.rows(split.test), load_stage1(run / "stage1.pt")
     assert model.pessimism > 0.0
     prediction = model.predict(table.patient, table.polymer_id, table.formulation, table.coverage)
     error = (prediction.mean.delta_ef_pct - table.outcome[:, 0]).abs().mean().item()
-    assert report["held_out"]["delta_ef_pct"]["mae"] == pytest.approx(error, rel=1e-4)
-
-
-def test_without_noise_the_ceiling_is_the_truth_itself(fitted):
-    _, report = fitted
-    ceiling = report["ceiling"]["delta_ef_pct"]
-    assert ceiling["mae"] == pytest.approx(0.0, abs=1e-4)
-    assert ceiling["r2"] == pytest.approx(1.0, abs=1e-5)
-    truth, table = report["against_truth"]["delta_ef_pct"], report["held_out"]["delta_ef_pct"]
-    assert truth["mae"] == pytest.approx(table["mae"], abs=1e-3)
-
-
-def test_run_directory_has_the_model_its_report_and_pictures(fitted):
-    run, _ = fitted
+    assert held_out["delta_ef_pct"]["mae"] == pytest.approx(error, rel=1e-4)
+    history = pd.read_csv(run / "history.csv")
+    assert history["best_validation_loss"].iloc[-1] <= history["validation_loss"].min() + 1e-6
     names = "stage1.pt metrics.json history.csv reliability.png predictions.png"
     assert {path.name for path in run.iterdir()} == set(names.split())
-    history = pd.read_csv(run / "history.csv")
-    best = history["best_validation_loss"]
-    assert (best.diff().dropna() <= 1e-9).all()
-    assert best.iloc[-1] <= history["validation_loss"].min() + 1e-6
+
+
+def test_only_a_whole_fit_is_not_overwritten_unasked(fitted, tmp_path, capsys):
+    run, table = fitted[0], str(fitted[0].parent / "outcomes.parquet")
+    before = (run / "stage1.pt").read_bytes()
+    assert fit_stage1.main([table, "--output-dir", str(run)]) == 2
+    assert "metrics.json exists; pass --overwrite" in capsys.readouterr().err
+    assert (run / "stage1.pt").read_bytes() == before
+    (tmp_path / "stage1.pt").write_bytes(b"of a fit that was killed")
+    assert fit_stage1.main(["none.csv", "--output-dir", str(tmp_path)]) == 2
+    assert "none.csv" in capsys.readouterr().err  # got as far as the table
 
 
 def test_fitting_is_the_same_for_the_same_seed(table, embedding_file, tmp_path, monkeypatch):
@@ -145,15 +148,22 @@ def test_no_patient_is_on_two_sides_of_a_split():
     assert seen_by_someone == set(range(30)) - test  # every patient stops one member
 
 
-def test_one_patient_of_two_names_is_one_patient(table, tmp_path):
+def test_a_twin_is_no_other_patient_and_wrong_rows_do_not_move_the_scaling(table, tmp_path):
+    table.to_parquet(tmp_path / "clean.parquet")
     rows = table["patient_id"] == table["patient_id"].iloc[0]
     table.loc[table.index[rows][::2], "patient_id"] = "twin"
-    table.to_parquet(tmp_path / "outcomes.parquet")
-    group = outcome_table.read_table(tmp_path / "outcomes.parquet").group
-    assert len(np.unique(group)) == 12
+    table.loc[:1, "delta_ef_pct"] = [99.0, 97.5]
+    table.to_parquet(tmp_path / "wrong.parquet")
+    clean, wrong = (
+        outcome_table.read_table(tmp_path / f"{name}.parquet") for name in ("clean", "wrong")
+    )
+    assert len(np.unique(wrong.group)) == len(np.unique(clean.group)) == 12
+    clean, wrong = clean.scaling(), wrong.scaling()
+    torch.testing.assert_close(clean.outcome_std, wrong.outcome_std, rtol=0.02, atol=0.0)
+    torch.testing.assert_close(clean.outcome_mean, wrong.outcome_mean, rtol=0.05, atol=0.01)
 
 
-def test_a_missing_outcome_is_not_learned_from():
+def test_a_missing_outcome_is_not_learned_from_and_a_wrong_one_no_more_than_a_noisy_one():
     prediction = torch.randn(2, 5, 6, requires_grad=True)
     target = torch.rand(2, 5, 6).round()
     complete = fit_stage1.task_losses(prediction, target)
@@ -164,11 +174,8 @@ def test_a_missing_outcome_is_not_learned_from():
     losses.sum().backward()
     assert prediction.grad[0, 1, 3] == 0.0
     assert (prediction.grad != 0.0).sum() == prediction.numel() - 1
-
-
-def test_a_row_gone_wrong_pulls_no_harder_than_a_noisy_one():
     target = torch.zeros(1, 2, 6)
-    target[0, 0, 0], target[0, 1, 0] = 1.0, 50.0
+    target[0, :, 0] = torch.tensor([1.0, 50.0])
     prediction = torch.zeros(1, 2, 6, requires_grad=True)
     fit_stage1.task_losses(prediction, target)[0, 0].backward()
     assert prediction.grad[0, 0, 0] == prediction.grad[0, 1, 0] != 0.0
@@ -185,18 +192,6 @@ def test_learned_weights_settle_at_the_inverse_of_the_loss():
     torch.testing.assert_close(log_variance.exp(), 2.0 * losses, rtol=1e-2, atol=1e-3)
 
 
-def test_scaling_is_not_moved_by_a_few_wrong_rows(table, tmp_path):
-    table.to_parquet(tmp_path / "clean.parquet")
-    table.loc[:1, "delta_ef_pct"] = [99.0, 97.5]
-    table.to_parquet(tmp_path / "wrong.parquet")
-    clean, wrong = (
-        outcome_table.read_table(tmp_path / f"{name}.parquet").scaling()
-        for name in ("clean", "wrong")
-    )
-    torch.testing.assert_close(clean.outcome_std, wrong.outcome_std, rtol=0.02, atol=0.0)
-    torch.testing.assert_close(clean.outcome_mean, wrong.outcome_mean, rtol=0.05, atol=0.01)
-
-
 def test_calibration_error_of_a_calibrated_prediction_is_small():
     pick = np.random.default_rng(0)
     probability = pick.uniform(size=20_000).astype(np.float32)
@@ -210,23 +205,19 @@ def test_calibration_error_of_a_calibrated_prediction_is_small():
         assert figures["auroc"] == pytest.approx(5 / 6, abs=0.01)
 
 
-def test_default_embedding_tells_all_polymers_apart():
-    pytest.importorskip("rdkit")
-    embedding, origin = polymer_embedding(None)
-    assert "RDKit" in origin
-    assert (len(embedding), embedding.dtype) == (24, np.float32)
-    assert np.isfinite(embedding).all()
-    assert len(np.unique(embedding.round(4), axis=0)) == 24
-    like, unlike = embedding[0] @ embedding[1], embedding[0] @ embedding[10]  # GelMA, PEGDA
-    assert like > unlike
-
-
-def test_embedding_of_a_file_is_taken_by_name(embedding_file, tmp_path):
+def test_embedding_tells_polymers_apart_and_that_of_a_file_is_taken_by_name(
+    embedding_file, tmp_path
+):
     shuffled, _ = polymer_embedding(embedding_file)
     frame = pd.read_csv(embedding_file).set_index("name").loc[list(load_polymers().names)]
     np.save(tmp_path / "e.npy", frame.to_numpy())
     ordered, _ = polymer_embedding(tmp_path / "e.npy")
     np.testing.assert_allclose(shuffled, ordered, rtol=1e-5)
+    pytest.importorskip("rdkit")
+    embedding, _ = polymer_embedding(None)
+    assert np.isfinite(embedding).all()
+    assert len(np.unique(embedding.round(4), axis=0)) == 24
+    assert embedding[0] @ embedding[1] > embedding[0] @ embedding[10]  # GelMA, GelMA; PEGDA
 
 
 @pytest.mark.parametrize(
@@ -235,7 +226,6 @@ def test_embedding_of_a_file_is_taken_by_name(embedding_file, tmp_path):
         (lambda f: f.iloc[:-1], r"no row for "),
         (lambda f: pd.concat([f, f.iloc[:1]]), r"two rows for "),
         (lambda f: f.assign(e0=np.nan), r" is not finite"),
-        (lambda f: f.assign(e0="a"), r"is not finite"),
         (lambda f: f.drop(columns="name"), r"missing columns: name"),
     ],
 )
@@ -261,14 +251,9 @@ def put(column: str, value, rows=slice(0, 1)):
     ("spoil", "message"),
     [
         (put("polymer_name", "GelMA_rG0"), r"'GelMA_rG0' is unknown; nearest: GelMA_rGO"),
-        (put("coverage", "all"), r"row 1, coverage: 'all' is unknown; allowed: scar_only, "),
         (
             lambda f: f.assign(youngs_modulus_kpa=1000.0 * f["youngs_modulus_kpa"]),
             r"youngs_modulus_kpa: .*allowed: 5 to 30 .*of 576; is it in another unit\? 0\.001 ti",
-        ),
-        (
-            lambda f: f.assign(half_life_days=24.0 * f["half_life_days"]),
-            r"half_life_days: .*is it in another unit\? 0\.0416667 times",
         ),
         (
             lambda f: f.assign(lvef_pct=f["lvef_pct"] / 100.0),
@@ -296,36 +281,17 @@ def put(column: str, value, rows=slice(0, 1)):
     ],
 )
 def test_table_that_cannot_be_fitted_is_refused_before_anything_is_done(
-    capsys, tmp_path, table, embedding_file, spoil, message
+    refuse, table, embedding_file, spoil, message
 ):
-    flags = ["--polymer-embeddings", str(embedding_file)]
-    assert re.search(message, refuse(capsys, tmp_path, spoil(table), *flags))
+    assert re.search(message, refuse(spoil(table), "--polymer-embeddings", str(embedding_file)))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--num-members", "0"], "--num-members is 0; allowed: 1 or more"),
-        (["--holdout-share", "1.0"], "--holdout-share is 1.0; allowed: above 0, below 1"),
-        (["--pessimism", "-1"], "--pessimism is -1.0; allowed: a finite number, at least 0"),
-        (["--truth", "mechanical"], "--truth: reward_model is 'mechanical'"),
-        (["--polymer-embeddings", "no.csv"], "--polymer-embeddings no.csv: no such file"),
-    ],
-)
-def test_flag_out_of_range_is_refused(capsys, tmp_path, table, flags, message):
-    assert message in refuse(capsys, tmp_path, table, *flags)
-
-
-@pytest.mark.parametrize("name", ["outcomes.xlsx", "missing.csv"])
-def test_file_that_is_no_table_is_refused(capsys, tmp_path, embedding_file, name):
-    arguments = [str(tmp_path / name), "--polymer-embeddings", str(embedding_file)]
-    assert fit_stage1.main(arguments) == 2
-    assert name in capsys.readouterr().err
-
-
-def test_fitted_model_is_not_overwritten_unasked(fitted, capsys):
-    run, _ = fitted
-    before = (run / "stage1.pt").read_bytes()
-    assert fit_stage1.main([str(run.parent / "outcomes.parquet"), "--output-dir", str(run)]) == 2
-    assert "exists; pass --overwrite" in capsys.readouterr().err
-    assert (run / "stage1.pt").read_bytes() == before
+def test_flag_out_of_range_is_refused(refuse, table):
+    for flags, message in (
+        ("--num-members 0", "--num-members is 0; allowed: 1 or more"),
+        ("--holdout-share 1.0", "--holdout-share is 1.0; allowed: above 0, below 1"),
+        ("--pessimism -1", "--pessimism is -1.0; allowed: a finite number, at least 0"),
+        ("--truth mechanical", "--truth: reward_model is 'mechanical'"),
+        ("--polymer-embeddings no.csv", "--polymer-embeddings no.csv: no such file"),
+    ):
+        assert message in refuse(table, *flags.split())
