@@ -23,47 +23,34 @@ from hydrogel_gym.oracle.cache import sources
 
 CHECKOUT = Path(__file__).parents[1]
 # Top-level folders that are installed as packages.
-FOLDERS = {
-    "hydrogel_gym": CHECKOUT / "hydrogel_gym",
-    "hydrogel_gym.patients": CHECKOUT / "patients",
-    "hydrogel_gym.train": CHECKOUT / "train",
-}
+FOLDERS = {"hydrogel_gym": CHECKOUT / "hydrogel_gym"}
+FOLDERS |= {f"hydrogel_gym.{name}": CHECKOUT / name for name in ("patients", "train")}
 LEAVES = ("archives", "compiled", "errors", "files", "memory", "output")
 # Names that users and saved specs import; what they stand for lives in the rooms.
 SHIMS = ("__init__", "__main__", "env", "spaces", "wrappers", "sb3")
-# Each room with those it may import, itself included; imports go one way.
+SCRIPTS = ("patients", "train")  # which use the package as anybody does
+# Each room with those it may import beside itself; imports go one way.
 MAY_IMPORT = {
-    name: {name, *others.split()}
-    for name, others in {
-        "leaves": "",
-        "problem": "leaves",
-        "models": "leaves problem",
-        "envs": "leaves problem models",
-        "oracle": "leaves problem models envs",
-        "designs": "leaves problem models envs",
-        "runs": "leaves problem models envs oracle designs",
-        "report": "leaves problem models envs oracle designs runs",
-        "shims": "leaves problem models envs",
-        # Scripts, which use the package as anybody does.
-        "patients": "leaves problem models envs shims",
-        "train": "leaves problem models envs oracle designs runs report shims",
-    }.items()
+    "leaves": "",
+    "problem": "leaves",
+    "models": "leaves problem",
+    "envs": "leaves problem models",
+    "oracle": "leaves problem models envs",
+    "designs": "leaves problem models envs",
+    "runs": "leaves problem models envs oracle designs",
+    "report": "leaves problem models envs oracle designs runs",
+    "shims": "leaves problem models envs",
+    "patients": "leaves problem models envs shims",
+    "train": "leaves problem models envs oracle designs runs report shims",
 }
 # What is slow to import, and what only some of its users have installed.
 HEAVY = {"PIL", "matplotlib", "pandas", "plotly", "wandb"}
-
-
-def module_files() -> dict[str, Path]:
-    """Every module of the packages by its dotted name; a package stands for its `__init__`."""
-    found = {}
-    for package, folder in FOLDERS.items():
-        for path in sorted(folder.rglob("*.py")):
-            parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts).removesuffix(".__init__")] = path
-    return found
-
-
-MODULES = module_files()
+# Every module of the packages by its dotted name; a package stands for its `__init__`.
+MODULES = {
+    ".".join([name, *path.relative_to(top).with_suffix("").parts]).removesuffix(".__init__"): path
+    for name, top in FOLDERS.items()
+    for path in sorted(top.rglob("*.py"))
+}
 
 
 def room(module: str) -> str | None:
@@ -76,9 +63,28 @@ def room(module: str) -> str | None:
     return first if first in MAY_IMPORT and first not in ("leaves", "shims") else None
 
 
+def may_import(module: str, used: str) -> bool:
+    own = room(module)
+    return room(used) == own or room(used) in MAY_IMPORT[own].split()
+
+
 @cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def at_import(path: Path) -> ast.Module:
+    """What runs at an import: no bodies of functions, nothing for type checkers alone."""
+
+    class Trimmed(ast.NodeTransformer):
+        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+            return None
+
+        def visit_If(self, node: ast.If) -> ast.AST | None:
+            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
+
+    return Trimmed().visit(parse.__wrapped__(path))  # in place
 
 
 def imports(tree: ast.AST) -> Iterator[str]:
@@ -91,24 +97,21 @@ def imports(tree: ast.AST) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def third_party(names: Iterator[str]) -> set[str]:
-    return {name.partition(".")[0] for name in names} - sys.stdlib_module_names
+def third_party(tree: ast.AST) -> set[str]:
+    return {name.partition(".")[0] for name in imports(tree)} - sys.stdlib_module_names
 
 
-def module_of(name: str, importer: str) -> str | None:
-    """The module of the packages that an imported name is in, if it is in one."""
-    beside = f"{importer.rpartition('.')[0]}.{name.partition('.')[0]}"
-    if beside in MODULES and room(importer) in ("train", "patients"):
-        return beside  # as a script imports the one that lies beside it
-    while name and name not in MODULES:
-        name = name.rpartition(".")[0]
-    return name or None
-
-
-def used_by(module: str, tree: ast.AST | None = None) -> set[str]:
-    """Modules of the packages that one imports, or that a part of it does."""
-    names = imports(tree or parse(MODULES[module]))
-    return {used for name in names if (used := module_of(name, module))}
+def used_by(module: str, tree: ast.AST) -> set[str]:
+    """Modules of the packages that one imports in a part of it."""
+    used = set()
+    for name in imports(tree):
+        beside = f"{module.rpartition('.')[0]}.{name.partition('.')[0]}"
+        if beside in MODULES and room(module) in SCRIPTS:
+            name = beside  # as a script imports the one that lies beside it
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        used.add(name)
+    return used - {""}
 
 
 def reached_from(module: str, part: Callable[[Path], ast.Module]) -> set[str]:
@@ -121,60 +124,26 @@ def reached_from(module: str, part: Callable[[Path], ast.Module]) -> set[str]:
     return reached
 
 
-@cache
-def at_import(path: Path) -> ast.Module:
-    """What runs at an import: no bodies of functions, nothing for type checkers alone."""
-
-    class Trimmed(ast.NodeTransformer):
-        def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-            return None
-
-        visit_AsyncFunctionDef = visit_FunctionDef
-
-        def visit_If(self, node: ast.If) -> ast.AST | None:
-            return None if "TYPE_CHECKING" in ast.unparse(node.test) else self.generic_visit(node)
-
-    return Trimmed().visit(parse.__wrapped__(path))  # in place
-
-
-# Rooms
-
-
-def test_every_module_imports_only_from_known_rooms_before_its_own():
+def test_every_module_imports_only_from_known_rooms_before_its_own_and_in_no_circle():
     assert [module for module in MODULES if room(module) is None] == []
     assert room("hydrogel_gym.utils") is None
-    against = {m: [u for u in used_by(m) if room(u) not in MAY_IMPORT[room(m)]] for m in MODULES}
-    assert {module: used for module, used in against.items() if used} == {}
+    used = {module: used_by(module, parse(path)) for module, path in MODULES.items()}
+    assert [(m, u) for m in used for u in used[m] if not may_import(m, u)] == []
+    graphlib.TopologicalSorter(used).prepare()
     (used,) = used_by("hydrogel_gym.oracle.search", ast.parse("import hydrogel_gym.runs"))
-    assert room(used) not in MAY_IMPORT["oracle"]
+    assert not may_import("hydrogel_gym.oracle.search", used)
 
 
-def test_modules_import_each_other_in_no_circle():
-    graphlib.TopologicalSorter({module: used_by(module) for module in MODULES}).prepare()
-
-
-def test_library_imports_no_script():
-    scripts = {"train", "patients"}
-    scripts |= {path.stem for name in scripts for path in (CHECKOUT / name).glob("*.py")}
+def test_library_imports_no_script_gymnasium_only_to_adapt_to_it_and_torch_alone_for_dynamics():
+    scripts = {*SCRIPTS, *(path.stem for name in SCRIPTS for path in (CHECKOUT / name).glob("*"))}
     for module, path in MODULES.items():
-        if room(module) not in ("train", "patients"):
-            used = {name.partition(".")[0] for name in imports(parse(path))} & scripts
-            assert (module, used) == (module, set())
-
-
-# Other libraries
-
-
-def test_gymnasium_is_imported_only_by_what_adapts_to_it_and_nothing_but_torch_by_the_dynamics():
-    for module, path in MODULES.items():
-        used = {name for name in imports(parse(path)) if name.startswith("gymnasium")}
+        others = third_party(parse(path))
+        if room(module) not in SCRIPTS:
+            assert (module, others & scripts) == (module, set())
         if room(module) in ("leaves", "problem", "models", "oracle", "designs", "report"):
-            assert (module, used) == (module, set())
-        elif module == "hydrogel_gym.envs.spaces":
-            assert used == {"gymnasium.spaces"}
-    for name in ("dynamics", "reward"):
-        used = third_party(imports(parse(MODULES[f"hydrogel_gym.problem.{name}"])))
-        assert used == {"hydrogel_gym", "torch"}
+            assert (module, others & {"gymnasium"}) == (module, set())
+        if module in ("hydrogel_gym.problem.dynamics", "hydrogel_gym.problem.reward"):
+            assert others == {"hydrogel_gym", "torch"}
 
 
 @pytest.mark.parametrize(
@@ -190,11 +159,8 @@ def test_import_loads_neither_heavy_libraries_nor_rooms_that_it_does_without(
     reached = reached_from(module, at_import)
     assert "hydrogel_gym.envs.vector" in reached
     assert {name for name in reached if room(name) in rooms} == set()
-    heavy = {name: third_party(imports(at_import(MODULES[name]))) & libraries for name in reached}
+    heavy = {name: third_party(at_import(MODULES[name])) & libraries for name in reached}
     assert {name: used for name, used in heavy.items() if used} == {}
-
-
-# The oracle's cache
 
 
 def test_cache_of_the_oracle_depends_on_all_the_code_that_it_searches_with():
@@ -205,37 +171,17 @@ def test_cache_of_the_oracle_depends_on_all_the_code_that_it_searches_with():
     assert {p.relative_to(CHECKOUT / "hydrogel_gym").as_posix() for p in needed} - keyed == set()
 
 
-# What is installed
-
-
-@pytest.fixture(scope="module")
-def config() -> ConfigParser:
-    parser = ConfigParser()
-    parser.read(CHECKOUT / "setup.cfg", encoding="utf-8")
-    return parser
-
-
-def packages() -> dict[str, Path]:
-    """Every package in the checkout with its folder."""
-    return {name: path.parent for name, path in MODULES.items() if path.name == "__init__.py"}
-
-
-def test_every_package_is_installed_from_its_folder(config):
-    folders = {path.parent for path in FOLDERS["hydrogel_gym"].rglob("*.py")}
-    assert folders - set(packages().values()) == set()
-    options = config["options"]
-    assert set(options["packages"].split()) == set(packages())
-    places = dict(line.split(" = ") for line in options["package_dir"].strip().splitlines())
-    for name, folder in packages().items():
-        around = max((known for known in places if f"{name}.".startswith(f"{known}.")), key=len)
-        below = name.removeprefix(around).strip(".").replace(".", "/")
-        assert CHECKOUT / places[around] / below == folder
-
-
-def test_every_data_file_of_a_package_is_installed(config):
-    folders = {folder: name for name, folder in packages().items()}
+def test_every_package_and_data_file_is_installed_from_its_folder():
+    config = ConfigParser()
+    config.read(CHECKOUT / "setup.cfg", encoding="utf-8")
+    folders = {p.parent: name for name, p in MODULES.items() if p.name == "__init__.py"}
+    assert {path.parent for path in FOLDERS["hydrogel_gym"].rglob("*.py")} <= set(folders)
+    assert set(config["options"]["packages"].split()) == set(folders.values())
+    places = config["options"]["package_dir"].strip().splitlines()
+    places = dict(line.split(" = ") for line in places)
+    assert {name: CHECKOUT / place for name, place in places.items()} == FOLDERS
     left_out = []
-    for folder in {FOLDERS[name] for name in FOLDERS if name in packages()}:
+    for folder in FOLDERS.values():
         for path in folder.rglob("*"):
             # Of the recipes' folder a launcher's files are used from the checkout alone.
             wanted = path.suffix == ".html" if folder.name == "train" else path.suffix != ".py"
@@ -247,18 +193,7 @@ def test_every_data_file_of_a_package_is_installed(config):
             if not any(fnmatch(name, pattern) for pattern in patterns):
                 left_out.append(path.relative_to(CHECKOUT).as_posix())
     assert left_out == []
-
-
-def test_installed_package_has_its_version_and_carries_its_data():
     assert hydrogel_gym.__version__ == version("hydrogel_gym")
-    for name, start in {"polymers.csv": "polymer_id,", "py.typed": ""}.items():
-        assert (files("hydrogel_gym") / name).read_text(encoding="utf-8").startswith(start)
-    for name in ("cohort.csv", "cohort_holdout.csv"):
-        text = (files("hydrogel_gym.patients") / name).read_text(encoding="utf-8")
-        assert text.startswith("patient_id,")
-
-
-# Public names
 
 
 @pytest.mark.parametrize(
