@@ -1,6 +1,5 @@
 import importlib
 import json
-import time
 
 import pandas as pd
 import pytest
@@ -97,10 +96,8 @@ def test_time_to_quality_counts_a_seed_that_failed_as_the_slowest():
 
 
 def test_a_run_directory_counts_from_the_launch_of_its_process(tmp_path):
-    columns = {"iteration": [1], "global_step": [10], "wall_seconds": [4.0]}
-    columns |= {"rollout_seconds": [1.0], "update_seconds": [2.0]}
-    pd.DataFrame(columns).to_csv(tmp_path / "metrics.csv", index=False)
-    launched = time.time()
-    (tmp_path / "summary.json").write_text(json.dumps({"training_began": launched + 2.5}))
-    row = protocol.read_iterations(tmp_path, launched).iloc[0]
+    columns = "iteration,global_step,wall_seconds,rollout_seconds,update_seconds"
+    (tmp_path / "metrics.csv").write_text(f"{columns}\n1,10,4.0,1.0,2.0\n")
+    (tmp_path / "summary.json").write_text('{"training_began": 102.5}')
+    row = protocol.read_iterations(tmp_path, launched=100.0).iloc[0]
     assert (row["seconds"], row["seconds_iteration"], row["samples"]) == (6.5, 3.0, 10)
