@@ -26,14 +26,13 @@ from hydrogel_gym.envs.rendering import (
     HEART_CENTRE_PX,
     HEART_RADIUS_PX,
     HEIGHT_PX,
-    TISSUES,
     WIDTH_PX,
     Evaluation,
     Scene,
+    cavity_radius_mm,
     describe,
     draw,
     pixels_per_mm,
-    scene_axis,
     short_axis,
 )
 from hydrogel_gym.problem.fields import (
@@ -111,6 +110,10 @@ def test_patch_covers_the_scar_and_its_share_of_the_border_zone_within_the_pictu
     assert bare == axis._replace(patch_mm=axis.epicardium_mm, patch_rad=0.0)
 
 
+def test_cavity_has_the_end_diastolic_volume_of_a_sphere():
+    assert cavity_radius_mm(36.0 * math.pi) == pytest.approx(30.0)
+
+
 @given(st.floats(1.0, 5000.0), st.floats(0.0, 300.0), st.floats(0.0, 300.0))
 def test_ventricle_that_no_cohort_may_have_stays_within_circle_and_picture(edv_ml, scar, border):
     patient = TYPICAL | {"edv_ml": edv_ml, "scar_fraction_pct": scar, "bz_fraction_pct": border}
@@ -122,38 +125,6 @@ def test_ventricle_that_no_cohort_may_have_stays_within_circle_and_picture(edv_m
 
 
 @pytest.mark.parametrize("name", SCENES)
-def test_every_pixel_off_the_edges_has_the_colour_of_what_is_there(name):
-    axis = scene_axis(SCENES[name])
-    picture, scale = draw(SCENES[name]), pixels_per_mm(axis)
-    y, x = np.mgrid[:HEIGHT_PX, :WIDTH_PX] + 0.5
-    x, y = x - HEART_CENTRE_PX[0], y - HEART_CENTRE_PX[1]
-    radius, angle = np.hypot(x, y), np.abs(np.arctan2(x, -y))
-    cavity, scar, outside, patch = (scale * value for value in axis[:4])
-    is_wall = (radius > cavity) & (radius < outside)
-    expected = {
-        "remote": is_wall,
-        "border": is_wall & (angle < axis.border_rad),
-        "scar": is_wall & (angle < axis.scar_rad) & (radius < scar),
-        "patch": (radius > outside) & (radius < patch) & (angle < axis.patch_rad),
-    }
-    # Where the scar is not as deep as the wall, remote muscle is behind it.
-    expected["border"] &= angle > axis.scar_rad
-    painted = np.full_like(picture, 255)
-    for tissue, mask in expected.items():
-        painted[mask] = list(bytes.fromhex(TISSUES[tissue][0][1:]))
-    edges = [np.abs(radius - edge) for edge in np.array(axis[:4]) * scale]
-    edges += [radius * np.abs(angle - edge) for edge in axis[4:] if edge > 0.0]
-    # The line round the wall lies within it.
-    is_clear = np.min(edges, axis=0) > np.where(radius > outside, 1.15, 1.75)
-    is_heart = is_clear & (radius > cavity) & (radius < patch + 5.0)
-    assert (picture[is_heart] == painted[is_heart]).all()
-    seen = {tissue for tissue, mask in expected.items() if (mask & is_clear).any()}
-    # The smallest scar is two pixels deep and so all edge.
-    missing = {"patient": {"patch"}, "thin_scar_only": {"scar"}}
-    assert seen == set(TISSUES) - missing.get(name, set())
-
-
-@pytest.mark.parametrize("name", SCENES)
 def test_picture_is_the_stored_one(name):
     with Image.open(REFERENCES / f"{name}.png") as image:
         stored = np.array(image.convert("RGB"), float)
@@ -162,9 +133,13 @@ def test_picture_is_the_stored_one(name):
     assert picture.shape == stored.shape == (HEIGHT_PX, WIDTH_PX, 3)
     difference = np.abs(picture - stored)
     assert difference.mean() < 0.5
-    # A patch that is missing would be no more than a twentieth of a grey level of the whole.
     tiles = difference.reshape(HEIGHT_PX // 32, 32, WIDTH_PX // 32, 32, 3).mean((1, 3, 4))
     assert tiles.max() < 5.0
+    # No font is in the heart, so that nothing there but an edge may differ from one Pillow to
+    # another; an edge that is two pixels off would be some hundred of them.
+    y, x = np.mgrid[:HEIGHT_PX, :WIDTH_PX] + 0.5
+    is_heart = np.hypot(x - HEART_CENTRE_PX[0], y - HEART_CENTRE_PX[1]) < HEART_RADIUS_PX
+    assert (difference[is_heart].max(-1) > 50.0).sum() < 50
 
 
 def texts_of(monkeypatch, *scenes: Scene) -> list[list[tuple[str, tuple]]]:
