@@ -29,12 +29,6 @@ def training():
     return cohort, best_designs(cohort).design
 
 
-def searched(method, model, budget, seed=3):
-    objective = PatientObjective(PATIENT, model, budget)
-    method(objective, seed)
-    return objective.trace
-
-
 def test_objective_pays_what_can_be_worked_out_by_hand_within_its_budget(three_patients, toy_model):
     objective = PatientObjective(three_patients.features[0], toy_model, 3)
     formulation = torch.tensor([[10.0, 30.0, 0.1, 5.0], [10.0, 30.0, 0.5, 1.0]])
@@ -60,13 +54,18 @@ def test_search_spends_its_budget_within_the_box_and_repeats_under_its_seed(
         assert set(coverage.tolist()) <= set(range(4))
         return MODEL(patient, polymer_id, formulation, coverage)
 
-    first = searched(method, model, budget)
+    def trace(budget, seed=3):
+        objective = PatientObjective(PATIENT, model, budget)
+        method(objective, seed)
+        return objective.trace
+
+    first = trace(budget)
     assert len(first) == budget
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002 (what a library may draw from)
-    np.testing.assert_array_equal(searched(method, model, budget), first)
-    assert not np.array_equal(searched(method, model, budget, seed=4), first)
-    assert len(searched(method, model, 1)) == 1
+    np.testing.assert_array_equal(trace(budget), first)
+    assert not np.array_equal(trace(budget, seed=4), first)
+    assert len(trace(1)) == 1
 
 
 def test_one_size_beats_every_candidate_and_the_nearest_of_a_training_patient_is_itself(training):
@@ -89,7 +88,7 @@ def test_policy_tries_its_deterministic_design_first_and_then_samples(agent):
     assert len(torch.cat([several, other, designs("policy_sample", 1, 3)]).unique(dim=0)) == 10
 
 
-def test_no_baseline_beats_the_oracle(training, agent):
+def test_no_baseline_beats_the_oracle_at_any_number_of_calls_up_to_the_budget(training, agent):
     oracle, patients = best_designs(HOLDOUT).score.numpy().astype(float), HOLDOUT.features
     found = {
         name: regret.transferred(name, *training, patients, 0)[0]

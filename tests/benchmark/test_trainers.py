@@ -10,7 +10,7 @@ from speed.trainers import cleanrl_manner, protocol
 
 import hydrogel_gym
 
-SIZES = "--num-envs 40 --num-steps 2 --num-iterations 2 --num-epochs 1 --minibatch-size"
+SIZES = "--num-envs 40 --num-steps 2 --num-iterations 2 --num-epochs 1 --minibatch-size 40"
 
 
 @pytest.mark.parametrize("name", ["cleanrl_manner", "stable_baselines3_manner"])
@@ -24,9 +24,7 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
     monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     trainer = importlib.import_module(f"speed.trainers.{name}")
     flags = ["--evaluate-every", "2", "--output", str(output)]
-    with pytest.raises(hydrogel_gym.errors.UsageError, match="which does not divide the batch"):
-        trainer.main([*SIZES.split(), "30", *flags])
-    trainer.main([*SIZES.split(), "40", *flags])
+    trainer.main([*SIZES.split(), *flags])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["iteration"], row["samples"]) for row in rows] == [(1, 80), (2, 160)]
     assert len(updates) == 2 * 80 // 40
@@ -59,20 +57,6 @@ def test_cleanrl_manner_has_the_network_of_the_source_preset_and_the_squashed_di
     torch.testing.assert_close(first - second, expected[0] - expected[1], rtol=1e-4, atol=1e-4)
 
 
-def test_cleanrl_manner_stops_advantages_where_an_episode_ends():
-    rewards, values = torch.tensor([[1.0], [2.0]]), torch.tensor([[0.5], [0.25]])
-    dones, following = torch.tensor([[1.0], [0.0]]), torch.tensor([3.0])
-    advantages = cleanrl_manner.gae(rewards, values, dones, following)
-    torch.testing.assert_close(advantages, torch.tensor([[0.5], [2.0 + 0.99 * 3.0 - 0.25]]))
-
-
-def test_throughput_scales_a_process_to_the_unit_without_its_first_iteration():
-    columns = {"samples": [40_000, 80_000, 120_000], "seconds_iteration": [99.0, 2.0, 4.0]}
-    columns |= {"seconds_rollout": [9.0, 0.5, 0.5], "seconds_update": [90.0, 1.5, 3.5]}
-    figures = throughput.per_unit(pd.DataFrame(columns))
-    assert figures == {"iteration": 15.0, "rollout": 2.5, "update": 12.5, "first": 99.0}
-
-
 def test_tables_of_speed_say_how_many_times_as_fast_as_the_other_within_rounds():
     parts = ["iteration", "rollout", "update", "first"]
     parts += [f"seconds_{part}" for part in parts]
@@ -95,9 +79,12 @@ def test_time_to_quality_counts_a_seed_that_failed_as_the_slowest():
     assert time_to_quality.cell(runs[2:], goal) == "not reached (28.00)"
 
 
-def test_a_run_directory_counts_from_the_launch_of_its_process(tmp_path):
+def test_a_run_counts_from_its_launch_and_per_unit_of_samples_without_its_first_iteration(tmp_path):
     columns = "iteration,global_step,wall_seconds,rollout_seconds,update_seconds"
-    (tmp_path / "metrics.csv").write_text(f"{columns}\n1,10,4.0,1.0,2.0\n")
-    (tmp_path / "summary.json").write_text('{"training_began": 102.5}')
-    row = protocol.read_iterations(tmp_path, launched=100.0).iloc[0]
-    assert (row["seconds"], row["seconds_iteration"], row["samples"]) == (6.5, 3.0, 10)
+    rows = "1,40000,100,9,90", "2,80000,103,0.5,1.5", "3,120000,107,0.5,3.5"
+    (tmp_path / "metrics.csv").write_text("\n".join([columns, *rows]))
+    (tmp_path / "summary.json").write_text('{"training_began": 52.5}')
+    iterations = protocol.read_iterations(tmp_path, launched=50.0)
+    assert iterations["seconds"].tolist() == [102.5, 105.5, 109.5]
+    figures = throughput.per_unit(iterations)
+    assert figures == {"iteration": 15.0, "rollout": 2.5, "update": 12.5, "first": 99.0}
