@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
 import pickle
-import re
-import subprocess
-import sys
 
 import gymnasium as gym
 import numpy as np
@@ -88,15 +84,14 @@ def test_traced_steps_equal_those_that_are_not_and_refuse_the_same(
     )
     assert_close(trace(env), trace(twin))
     env.reset(seed=0), twin.reset(seed=0)
-    good = np.zeros((3, 6), np.int64)
+    good, row = np.zeros((3, 6), np.int64), np.array([[0], [1], [0]])
     for polymer, message in [
         (7, r"env 1: the reward model returned .* polymer_id=7, "),
         (24, r"env 1: action\[0\] is 24; allowed: whole numbers 0 to 23"),
+        (-(2**62), r"env 1: action\[0\] is -46\d+; allowed: whole numbers 0 to 23"),
     ]:
-        bad = good.copy()
-        bad[1, 0] = polymer
         with pytest.raises(ValueError, match=message):
-            env.step(bad)
+            env.step(good + row * [polymer, 0, 0, 0, 0, 0])
     assert_close(env.step(good), twin.step(good))
 
 
@@ -115,18 +110,6 @@ def test_compiled_environment_made_by_name_equals_one_that_is_not_and_its_spec_s
             action = {k: torch.from_numpy(v) for k, v in env.action_space.sample().items()}
             action["formulation"].requires_grad_()
             assert not env.step(action)[1].requires_grad
-    env.reset(seed=0), twin.reset(seed=0)
-    good = env.action_space.sample()
-    for field, value, message in [
-        ("polymer_id", -(2**62), "env 2: polymer_id is -46"),
-        ("coverage", 2**40, "env 2: coverage is 1099511627776; allowed: whole numbers 0 to 3"),
-        ("formulation", np.nan, "env 2: formulation[0] is nan; allowed: a finite number, clipped"),
-    ]:
-        bad = copy.deepcopy(good)
-        bad[field][2] = value
-        with pytest.raises(ValueError, match=re.escape(message)):
-            env.step(bad)
-    assert_close(env.step(good), twin.step(good))
 
 
 @SLOW
@@ -180,18 +163,6 @@ def test_reward_model_with_a_graph_break_is_refused_with_its_reason(three_patien
         HydrogelVectorEnv(3, compile=True, cohort=three_patients, reward_model=reading_model)
     assert str(caught.value).endswith("compile=False runs the same step uncompiled")
     assert "\n" not in str(caught.value)
-
-
-@SLOW
-def test_machine_without_a_compiler_is_refused_in_one_line(tmp_path):
-    code = "import hydrogel_gym as h; h.HydrogelVectorEnv(3, compile=True)"
-    environ = os.environ | {"CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
-    assert re.search(
-        "CompileError: compile=True failed: .*No working C\\+\\+ compiler.*"
-        "compile=False runs the same step uncompiled$",
-        done.stderr.strip().splitlines()[-1],
-    )
 
 
 @pytest.mark.parametrize("compile", [False, True])

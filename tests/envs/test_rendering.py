@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import functools
 import math
 import random
 import sys
@@ -186,22 +188,10 @@ def test_picture_and_text_tell_the_design_and_the_limits_that_it_breaks(monkeypa
         assert fact in told
 
 
-# The environments.
-
 ACTION = (4, np.array([12.0, 60.0, 0.5, 3.0], np.float32), 3)
-BOTH = pytest.mark.parametrize("env_class", [HydrogelEnv, HydrogelVectorEnv])
-
-
-def made(**kwargs) -> HydrogelEnv:
-    return HydrogelEnv(action_format="tuple", **kwargs)
-
-
-def batch(num: int) -> tuple:
-    return np.full(num, 4), np.tile(ACTION[1], (num, 1)), np.full(num, 3)
-
-
-def same(one, other) -> bool:
-    return np.array_equal(one, other)
+BATCH = (np.full(3, 4), np.tile(ACTION[1], (3, 1)), np.full(3, 3))
+made = functools.partial(HydrogelEnv, action_format="tuple")
+same = np.array_equal
 
 
 def test_picture_has_patient_clipped_design_outcomes_and_reward_until_the_reset():
@@ -226,24 +216,21 @@ def test_picture_has_patient_clipped_design_outcomes_and_reward_until_the_reset(
     assert same(env.render(), draw(bare))
 
 
-@BOTH
-def test_render_needs_a_mode_and_a_patient(env_class):
+@pytest.mark.parametrize("env_class", [HydrogelEnv, HydrogelVectorEnv])
+def test_render_needs_a_mode_a_patient_and_a_library_that_it_names(env_class, monkeypatch):
     with pytest.warns(UserWarning, match="draws nothing without a render_mode"):
         assert env_class().render() is None
+    env = env_class(render_mode="rgb_array")
     with pytest.raises(ResetNeeded, match="before render"):
-        env_class(render_mode="ansi").render()
-
-
-def test_missing_library_is_named_with_the_extra_that_brings_it(monkeypatch):
+        env.render()
     monkeypatch.setitem(sys.modules, "PIL", None)
-    env, text = made(render_mode="rgb_array"), made(render_mode="ansi")
-    env.reset(seed=0), text.reset(seed=0)
+    env.reset(seed=0)
     with pytest.raises(DependencyNotInstalled, match=r'Pillow: pip install -e "\.\[render\]"'):
         env.render()
-    assert text.render().endswith("No design yet")
 
 
-def test_rendering_touches_no_generator_and_changes_no_step():
+@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
+def test_rendering_is_sound_touches_no_generator_and_changes_no_step(mode):
     def trace(mode) -> list[str]:
         env = made(render_mode=mode, horizon=2)
         trace = [env.reset(seed=5)]
@@ -254,11 +241,7 @@ def test_rendering_touches_no_generator_and_changes_no_step():
         legacy = np.random.get_state()  # noqa: NPY002
         return [str(x) for x in (*trace, random.getstate(), legacy, torch.get_rng_state().tolist())]
 
-    assert trace(None) == trace("rgb_array")
-
-
-@pytest.mark.parametrize("mode", ["rgb_array", "ansi"])
-def test_checker_finds_nothing_wrong_with_rendering(mode):
+    assert trace(None) == trace(mode)
     env = gym.make("HydrogelDesignFlat-v0", render_mode=mode)
     check_env(env.unwrapped, skip_render_check=False)  # a warning is an error here
 
@@ -278,7 +261,7 @@ def test_frames_of_a_vector_are_those_of_single_environments(mode, output):
     envs = vector(render_mode=mode, horizon=2, output=output)
     envs.reset(seed=0)
     frames = [envs.render()]
-    action = batch(3)
+    action = copy.deepcopy(BATCH)
     envs.step(tuple(map(torch.from_numpy, action)) if output == "torch" else action)
     action[1][:] = 0.0  # the caller's own array
     frames.append(envs.render())
@@ -294,7 +277,7 @@ def test_vector_that_resets_in_the_same_step_shows_the_design_and_the_patient_it
     envs = vector(patient_assignment="random", validate_actions=False)
     envs.reset(seed=4)
     patients = [frame.splitlines()[0] for frame in envs.render()]
-    polymers, *others = batch(3)
+    polymers, *others = BATCH
     envs.step((polymers * [1, 99, 1], *others))
     frames = envs.render()
     assert designs(frames) == ["Design 1 of 1", "No design yet", "Design 1 of 1"]
@@ -307,17 +290,17 @@ def test_vector_that_resets_in_the_same_step_shows_the_design_and_the_patient_it
 def test_vector_shows_no_design_in_a_row_that_was_reset():
     envs = vector("Disabled", horizon=2)
     envs.reset(seed=0)
-    envs.step(batch(3))
+    envs.step(BATCH)
     envs.reset(options={"reset_mask": np.array([False, True, False])})
     assert designs(envs.render()) == ["Design 1 of 2", "No design yet", "Design 1 of 2"]
-    envs.step(batch(3))
+    envs.step(BATCH)
     assert designs(envs.render()) == ["Design 2 of 2", "Design 1 of 2", "Design 2 of 2"]
     envs.load_state_dict(envs.state_dict())
     assert designs(envs.render()) == ["No design yet"] * 3
     envs = vector("NextStep")
     envs.reset(seed=0)
     for seen in ("Design 1 of 1", "No design yet", "Design 1 of 1"):
-        envs.step(batch(3))
+        envs.step(BATCH)
         assert designs(envs.render()) == [seen] * 3
 
 

@@ -172,14 +172,3 @@ def test_slices_of_the_page_are_those_of_the_reward_model(visit, patients):
         "[...document.querySelectorAll('.slice')].slice(0, 4).map((e) => e.data[1].x.length)"
     )
     assert sum(unsafe) == patients.slices.is_unsafe[9, : 4 * SLICE_POINTS].sum()
-
-
-def test_print_shows_the_patient_and_no_controls(visit):
-    page = visit()
-    controls = page.locator(".controls, nav, .dt-search, .dt-paging")
-    assert all(control.is_visible() for control in controls.all())
-    page.emulate_media(media="print")
-    assert not any(control.is_visible() for control in controls.all())
-    assert page.locator("#short-axis").is_visible()
-    assert len(page.pdf(format="A4")) > 100_000
-    assert page.locator("details:not([open])").count() == 0
