@@ -13,7 +13,6 @@ import torch
 import hydrogel_gym
 from hydrogel_gym import errors
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.problem.dynamics import State
 from hydrogel_gym.runs import checkpoints, directory, ranks
 
 # --- going on
@@ -112,28 +111,14 @@ def test_the_newest_checkpoints_are_kept_and_those_of_later_iterations(tmp_path,
     assert of_runs.iterations_saved(tmp_path) == [2, 3, 9]
 
 
-def test_a_checkpoint_is_read_by_torch_alone_and_holds_what_it_promises(finished_run, of_runs):
-    saved = torch.load(of_runs.checkpoint(finished_run[0].output_dir, 4), weights_only=True)
-    assert saved["iteration"] == 4
-    assert set(saved["environments"]) == {*State._fields, "done"}
-    assert {len(rows) for rows in saved["environments"].values()} == {48}
-    assert saved["optimizer_state_dict"]["num_updates"] == 4 * 4
-    assert set(saved["random"]) == {"sampling", "cpu"}
-    assert saved["args"]["num_envs"] == 48
-    assert saved["surroundings"]["torch"] == torch.__version__
-    assert [row["iteration"] for row in saved["metrics"]] == [1, 2, 3, 4]
-
-
 def test_environments_that_cannot_be_saved_are_refused_unless_nothing_is(
-    ppo, small_run, of_runs, tmp_path, monkeypatch
+    ppo, small_run, tmp_path, monkeypatch
 ):
     monkeypatch.delattr(hydrogel_gym.HydrogelVectorEnv, "state_dict")
-    args = small_run(tmp_path / "run", num_iterations=2)
+    args = small_run(tmp_path / "run", num_iterations=1)
     with pytest.raises(errors.UsageError, match="have no state_dict.*pass --checkpoint-interval 0"):
         ppo.train(args)
-    assert not args.output_dir.exists()
-    ppo.train(dataclasses.replace(args, checkpoint_interval=0))
-    assert of_runs.iterations_saved(args.output_dir) == []
+    assert ppo.train(dataclasses.replace(args, checkpoint_interval=0))["iterations"] == 1
 
 
 # --- damage
@@ -201,20 +186,21 @@ def test_no_flipped_bit_and_no_cut_goes_unnoticed(finished_run, of_runs):
             checkpoints.unseal(sealed[:length])
 
 
-def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(ppo, cut, of_runs):
+def test_where_no_checkpoint_is_whole_or_there_nothing_is_begun_anew(
+    ppo, cut, of_runs, tmp_path, capsys
+):
     for iteration in (2, 4):
         damage(of_runs.checkpoint(cut.output_dir, iteration), "replaced")
     expected = r"000004.pt cannot be used.*000002.pt.*--overwrite"
     with pytest.raises(errors.UsageError, match=expected):
         ppo.train(cut)
     assert len(of_runs.metrics(cut.output_dir)) == 5
-
-
-def test_a_checkpoint_that_does_not_exist_is_a_bad_request(ppo, tmp_path, capsys):
-    assert ppo.main(["--resume", str(tmp_path / "absent.pt")]) == 2
-    assert "absent.pt cannot be used: No such file" in capsys.readouterr().err
-    assert ppo.main(["--resume", str(tmp_path)]) == 2
-    assert "it has no checkpoints/checkpoint-*.pt" in capsys.readouterr().err
+    for path, message in (
+        (tmp_path / "absent.pt", "absent.pt cannot be used: No such file"),
+        (tmp_path, "it has no checkpoints/checkpoint-*.pt"),
+    ):
+        assert ppo.main(["--resume", str(path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "checkpoint-000006.pt"])
