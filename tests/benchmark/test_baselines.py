@@ -34,8 +34,7 @@ def test_objective_pays_what_can_be_worked_out_by_hand_within_its_budget(three_p
     formulation = torch.tensor([[10.0, 30.0, 0.1, 5.0], [10.0, 30.0, 0.5, 1.0]])
     design = Design(torch.tensor([2, 1]), formulation, torch.tensor([1, 0]))
     # 3 polymer + 0.3 coverage + 0.5 and the novelty bonus of 0.1; the second breaks two limits.
-    expected = torch.tensor([6.0 + 0.3 + 0.6, 3.0 + 0.6 - 2.0 - 1.0])
-    np.testing.assert_allclose(objective(design), expected, rtol=1e-6)
+    np.testing.assert_allclose(objective(design), [6.9, 3.6 - 2.0 - 1.0], rtol=1e-6)
     np.testing.assert_allclose(objective.trace, [6.9, 6.9], rtol=1e-6)
     with pytest.raises(RuntimeError, match="2 designs to evaluate, but 1 of 3 calls remain"):
         objective(design)
@@ -99,11 +98,10 @@ def test_no_baseline_beats_the_oracle_at_any_number_of_calls_up_to_the_budget(tr
     found["policy"] = list(map(regret.evaluated, patients, tried))
     every = {name: regret.compared(each, oracle) for name, each in found.items()}
     assert all((runs.regret > -0.02).all() for runs in every.values())
-    calls = every["random"].calls
+    calls, rewards = every["random"][:2]
     assert [*calls[:20], calls[-1]] == [*range(1, 21), 5_000]
-    assert (np.diff(calls) > 0).all()
-    assert (calls[20:] <= 1.1 * calls[19:-1] + 1).all()
-    assert every["random"].rewards[:, -1].mean() > every["random"].rewards[:, 0].mean()
+    assert (np.diff(calls) <= 0.1 * calls[:-1] + 1).all()
+    assert (rewards[:, -1] > rewards[:, 0]).all()
 
 
 def test_regret_is_the_oracles_reward_less_the_best_so_far():

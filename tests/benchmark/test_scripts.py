@@ -23,8 +23,7 @@ def test_script_says_first_what_it_measures(name, capsys):
         module.main(["--help"])
     assert stop.value.code == 0
     said, first = " ".join(capsys.readouterr().out.split()), module.__doc__.splitlines()[0]
-    assert first in said
-    assert said.startswith(first) or "trainers" in name
+    assert first in (said if "trainers" in name else said[: len(first)])
 
 
 def test_every_name_has_its_turn_in_every_round_another_one_first():
@@ -38,8 +37,7 @@ def test_a_process_is_told_with_what_it_took_or_why_it_failed():
     script = "import os, time; x = b'x' * 10**8; time.sleep(0.2); print(os.environ['SAID'])"
     ended = common.run(["{python}", "-c", script], threads=1, SAID="yes")
     assert ended.output == "yes\n"
-    assert ended.processor_seconds < ended.seconds
-    assert ended.seconds > 0.2
+    assert ended.seconds > max(0.2, ended.processor_seconds)
     assert 100 < ended.megabytes < 200
     with pytest.raises(ChildProcessError, match="code 1: IndexError: list index out of range"):
         common.run(["{python}", "-c", "print('before'); [][0]"])

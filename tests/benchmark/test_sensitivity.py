@@ -71,11 +71,11 @@ def test_figures_count_what_a_person_counts(three_patients, toy_model):
     # Ann is over the toxicity limit, Bo over that of fibrosis, Cy under that of integrity and over
     # that of fibrosis; each first use of a polymer pays 0.1.
     scores = [3.6 - 2.0, 6.9 - 0.5, 9.9 - 1.0 - 0.5]
-    best = torch.tensor([4.0, 7.0])
-    result = sensitivity.figures(toy_model, three_patients.features, design, best)
+    patients, best = three_patients.features, torch.tensor([4.0, 7.0])
     shares = zip(sensitivity.BREACHES, (1 / 3, 1 / 3, 2 / 3, 1.0), strict=True)
     expected = {"mean_reward": sum(scores) / 3, "best_reward": 5.5} | dict(shares)
     expected["regret"] = 5.5 - (scores[0] + scores[1]) / 2
+    result = sensitivity.figures(toy_model, patients, design, best)
     assert result == pytest.approx(expected, rel=1e-6)
 
 

@@ -7,6 +7,7 @@ import torch
 from quality import time_to_quality
 from speed import scaling, throughput
 from speed.trainers import cleanrl_manner, protocol
+from torch.distributions import Distribution, Normal, TanhTransform, TransformedDistribution
 
 import hydrogel_gym
 
@@ -21,7 +22,7 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
     updates, output = [], tmp_path / "lines.jsonl"
     monkeypatch.setattr(torch.optim.Adam, "step", lambda *_: updates.append(1))
     # Stable-Baselines3's trainer switches it off for good.
-    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
+    monkeypatch.setattr(Distribution, "_validate_args", True)
     trainer = importlib.import_module(f"speed.trainers.{name}")
     flags = ["--evaluate-every", "2", "--output", str(output)]
     trainer.main([*SIZES.split(), *flags])
@@ -36,20 +37,16 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
 @torch.no_grad()
 def test_cleanrl_manner_has_the_network_of_the_source_preset_and_the_squashed_distribution(agent):
     def multiplications(module):
-        layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
-        return sum(layer.weight.numel() for layer in layers)
+        return sum(x.weight.numel() for x in module.modules() if isinstance(x, torch.nn.Linear))
 
     envs = hydrogel_gym.HydrogelVectorEnv(6, output="torch")
     obs, _ = envs.reset(seed=0)
-    torch.manual_seed(0)
     theirs = cleanrl_manner.Agent(envs, obs)
     assert multiplications(theirs) == multiplications(agent)
 
     mean, std = theirs.formulation_mean(theirs.features(obs)), theirs.formulation_logstd.exp()
-    squashed = torch.distributions.TransformedDistribution(
-        torch.distributions.Normal(mean, std.expand(6, 4)),
-        torch.distributions.TanhTransform(cache_size=1),
-    )
+    normal, tanh = Normal(mean, std.expand(6, 4)), TanhTransform(cache_size=1)
+    squashed = TransformedDistribution(normal, tanh)
     action, first, _, _ = theirs.get_action_and_value(obs)
     other = action._replace(presquash=torch.zeros(6, 4))
     _, second, _, _ = theirs.get_action_and_value(obs, other)
