@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import os
-import subprocess
 import sys
 import zipfile
 
@@ -34,17 +34,20 @@ def test_new_file_follows_the_umask_where_its_folder_cannot_be_flushed(tmp_path,
     assert os.listdir(tmp_path) == ["a.json"]
 
 
-def test_file_that_cannot_be_flushed_is_not_written(tmp_path, monkeypatch):
-    (tmp_path / "a.json").write_bytes(b"old")
+def test_file_that_cannot_be_flushed_is_not_written_and_a_file_is_no_folder(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    path.write_bytes(b"old")
 
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(OSError, match="Input/output error"):
-        write_atomically(tmp_path / "a.json", b"new")
-    assert (tmp_path / "a.json").read_bytes() == b"old"
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.json"]
+    with pytest.raises(UsageError, match=r"--output-dir .*json cannot be written to: File exists"):
+        make_folder(path, "--output-dir")
 
 
 def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
@@ -54,26 +57,13 @@ def test_what_killed_processes_left_is_removed_and_nothing_else(tmp_path):
     for path in (left, *kept):
         path.touch()
     writing = tmp_path / ".part-00001.parquet.89abcdef"
-    script = (
-        "import fcntl, sys; file = open(sys.argv[1], 'w'); "
-        "fcntl.flock(file, fcntl.LOCK_EX); print(flush=True); input()"
-    )
-    other = subprocess.Popen(
-        [sys.executable, "-c", script, str(writing)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    other.stdout.readline()
-    remove_unfinished(tmp_path)
-    assert not left.exists()
-    assert all(path.exists() for path in (writing, *kept))
-    other.communicate(b"\n")
+    with writing.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process that still writes
+        remove_unfinished(tmp_path)
+        assert not left.exists()
+        assert all(path.exists() for path in (writing, *kept))
     remove_unfinished(tmp_path)
     assert not writing.exists()
-
-
-def test_folder_that_is_a_file_is_refused_in_one_line(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--output-dir .*file cannot be written to: File exists"):
-        make_folder(tmp_path / "file", "--output-dir")
 
 
 def test_any_flipped_bit_of_an_archive_is_noticed(tmp_path):

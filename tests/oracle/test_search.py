@@ -121,54 +121,43 @@ def test_same_seed_finds_the_same_on_the_device_asked_for(cohort, best, device):
         assert torch.equal(again.seed_gap, best.seed_gap)
 
 
-@pytest.mark.parametrize("where", ["anywhere", "near the best"])
-def test_random_designs_never_beat_the_oracle(cohort, best, mechanistic, where):
+def test_random_designs_anywhere_or_near_the_best_never_beat_the_oracle(cohort, best, mechanistic):
     generator = torch.Generator().manual_seed(3)
     size = (len(cohort), 20_000)
-    polymer_id = torch.randint(24, size, generator=generator)
-    coverage = torch.randint(4, size, generator=generator)
-    formulation = torch.lerp(LOW, HIGH, torch.rand(*size, 4, generator=generator))
-    if where == "near the best":
-        polymer_id, coverage = (
-            part[:, None].expand(size) for part in (best.design.polymer_id, best.design.coverage)
-        )
-        widths = 10.0 ** -torch.linspace(0.5, 4.0, size[1])[:, None] * (HIGH - LOW)
-        noise = torch.randn(*size, 4, generator=generator) * widths
-        formulation = (best.design.formulation[:, None] + noise).clamp(LOW, HIGH)
-    patients = cohort.features.float()[:, None]
-    reward = compute_reward(mechanistic(patients, polymer_id, formulation, coverage))
-    assert (reward.amax(1) <= best.score + TOLERANCE).all()
+    widths = 10.0 ** -torch.linspace(0.5, 4.0, size[1])[:, None] * (HIGH - LOW)
+    noise = torch.randn(*size, 4, generator=generator) * widths
+    for polymer_id, coverage, formulation in (
+        (
+            torch.randint(24, size, generator=generator),
+            torch.randint(4, size, generator=generator),
+            torch.lerp(LOW, HIGH, torch.rand(*size, 4, generator=generator)),
+        ),
+        (
+            best.design.polymer_id[:, None].expand(size),
+            best.design.coverage[:, None].expand(size),
+            (best.design.formulation[:, None] + noise).clamp(LOW, HIGH),
+        ),
+    ):
+        patients = cohort.features.float()[:, None]
+        reward = compute_reward(mechanistic(patients, polymer_id, formulation, coverage))
+        assert (reward.amax(1) <= best.score + TOLERANCE).all()
 
 
 @pytest.mark.slow
 def test_differential_evolution_of_scipy_finds_nothing_better(cohort, best, mechanistic):
     optimize = pytest.importorskip("scipy.optimize")
     bounds = [(0, 23), (0, 3), *((f.low, f.high) for f in FORMULATION_FIELDS)]
-    for row in range(len(cohort)):
-        patient = cohort.features[row].float()
+    settings = dict(popsize=100, maxiter=300, vectorized=True, updating="deferred", polish=False)
+    settings["integrality"] = [True, True, False, False, False, False]
+    for row, patient in enumerate(cohort.features.float()):
 
         def loss(x, patient=patient):
             x = torch.tensor(x.T, dtype=torch.float32)
             polymer_id, coverage = x[:, 0].round().long(), x[:, 1].round().long()
             return -compute_reward(mechanistic(patient, polymer_id, x[:, 2:], coverage)).numpy()
 
-        result = optimize.differential_evolution(
-            loss,
-            bounds,
-            popsize=100,
-            maxiter=300,
-            rng=row,
-            integrality=[True, True, False, False, False, False],
-            **{"vectorized": True, "updating": "deferred", "polish": False},
-        )
+        result = optimize.differential_evolution(loss, bounds, rng=row, **settings)
         assert -result.fun <= best.score[row] + TOLERANCE
-
-
-def test_reward_config_moves_the_optimum(cohort, best):
-    config = RewardConfig(toxicity_penalty=0.0, integrity_penalty=0.0, fibrosis_penalty=0.0)
-    free = best_designs(cohort, reward_config=config)
-    assert (free.score >= best.score - TOLERANCE).all()
-    assert free.score.mean() > best.score.mean()
 
 
 def test_table_names_designs_in_the_box_with_the_reward_that_the_environment_pays(cohort, best):

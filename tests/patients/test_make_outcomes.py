@@ -37,12 +37,9 @@ def residuals(script):
     """Noise of a clean table in units of its stated deviation, beside the noiseless outcomes."""
     clean = script.make_outcomes(patients=4, rows=40_000, **CLEAN)
     truth = script.noiseless(clean)
-    return pd.DataFrame(
-        {
-            name: (clean[name] - truth[name]) / noise.sd(truth[name], truth["feasibility"])
-            for name, noise in script.NOISE.items()
-        }
-    ), truth
+    feasibility = truth["feasibility"]
+    sd = {name: noise.sd(truth[name], feasibility) for name, noise in script.NOISE.items()}
+    return pd.DataFrame({name: (clean[name] - truth[name]) / sd[name] for name in sd}), truth
 
 
 @pytest.fixture
@@ -116,18 +113,25 @@ def test_same_arguments_give_the_same_table_and_another_seed_another(script, tab
 
 
 @pytest.mark.parametrize("outcome_scale", ["source", "literature"])
-def test_without_noise_the_same_designs_have_the_outcomes_of_the_model(
+def test_noise_scale_multiplies_the_noise_of_the_outcomes_of_the_model(
     script, table, outcome_scale
 ):
-    clean = script.make_outcomes(**SMALL, **CLEAN, noise_scale=0.0, outcome_scale=outcome_scale)
+    scaled = {"outcome_scale": outcome_scale}
+    clean, once, twice = (
+        script.make_outcomes(**SMALL, **CLEAN, **scaled, noise_scale=n) for n in (0.0, 1.0, 2.0)
+    )
     designs = list(table.columns[:18])
     pd.testing.assert_frame_equal(clean[designs], table[designs], check_exact=True)
     truth = script.noiseless(clean, outcome_scale)
     for name in script.NOISE:
         np.testing.assert_allclose(clean[name], truth[name], rtol=1e-6)
-    ceiling = script.noise_ceiling(clean, outcome_scale)
-    assert ceiling["delta_ef_pct"]["mae"] == pytest.approx(0.0, abs=1e-6)
-    assert ceiling["delta_ef_pct"]["r2"] == pytest.approx(1.0)
+    noise = [frame["delta_ef_pct"] - truth["delta_ef_pct"] for frame in (once, twice)]
+    np.testing.assert_allclose(noise[1], 2.0 * noise[0], atol=1e-5)
+    ceiling = script.noise_ceiling(clean, outcome_scale)["delta_ef_pct"]
+    assert (ceiling["mae"], ceiling["r2"]) == pytest.approx((0.0, 1.0), abs=1e-6)
+    wild = script.make_outcomes(patients=1, rows=2_400, noise_scale=50.0, outlier_share=0.5)
+    for name in script.NOISE:
+        assert wild[name].dropna().between(*script.LIMITS[name]).all()
 
 
 def test_noise_is_as_stated_and_independent_of_the_other_outcomes(residuals, script):
@@ -146,18 +150,6 @@ def test_noise_is_as_stated_and_independent_of_the_other_outcomes(residuals, scr
         assert inside.sum() > 4_000
         assert z[name][inside].std() == pytest.approx(1.0, abs=0.04)
     assert abs(z.corr().to_numpy() - np.eye(5)).max() < 0.03
-
-
-def test_noise_scale_multiplies_the_noise_and_outcomes_stay_in_their_range(script):
-    sizes = {"patients": 1, "rows": 2_400, **CLEAN}
-    once, twice = (script.make_outcomes(**sizes, noise_scale=scale) for scale in (1.0, 2.0))
-    truth = script.noiseless(once)["delta_ef_pct"]
-    np.testing.assert_allclose(
-        twice["delta_ef_pct"] - truth, 2.0 * (once["delta_ef_pct"] - truth), atol=1e-5
-    )
-    wild = script.make_outcomes(patients=1, rows=2_400, noise_scale=50.0, outlier_share=0.5)
-    for name in script.NOISE:
-        assert wild[name].dropna().between(*script.LIMITS[name]).all()
 
 
 def test_outliers_and_gaps_come_in_the_stated_share(script):
@@ -236,9 +228,11 @@ def test_parquet_gives_the_table_back_and_csv_the_same_numbers(command, script, 
     assert all(arrow[name].null_count > 0 for name in script.OUTCOME_COLUMNS)
 
 
-@pytest.mark.parametrize(
-    ("flags", "expected"),
-    [
+def test_argument_out_of_range_or_failed_write_is_one_line_and_writes_nothing(
+    command, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    for flags, expected in (
         (["--rows", 1439], "--rows is 1439; allowed: 1440 or more, one per patient and polymer"),
         (["--patients", 2001], "--patients is 2001; allowed: 1 to 2000, the cohort"),
         (["--seed", -1], "--seed is -1; allowed: 0 or more"),
@@ -248,31 +242,20 @@ def test_parquet_gives_the_table_back_and_csv_the_same_numbers(command, script, 
         (["--outcome-scale", "mine"], "--outcome-scale is mine; allowed: source, literature"),
         (["--output", "x.txt"], "--output is x.txt; allowed: a name in .csv or .parquet"),
         (["--output", "no/x.csv"], "--output is no/x.csv; allowed: a file in a folder that exists"),
-    ],
-)
-def test_argument_out_of_range_is_refused_in_one_line(
-    command, tmp_path, monkeypatch, flags, expected
-):
-    monkeypatch.chdir(tmp_path)
-    status, out, err = command("--output", "outcomes.csv", *flags)
-    assert (status, out) == (2, "")
-    assert err.startswith(f"error: {expected}")
-    assert err.count("\n") == 1
+    ):
+        status, out, err = command("--output", "outcomes.csv", *flags)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"error: {expected}")
+        assert err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
-
-def test_failed_write_leaves_the_old_table(command, script, tmp_path, monkeypatch):
-    path = tmp_path / "outcomes.csv"
-    path.write_bytes(b"old")
-
-    def full(descriptor):
+    def full(*_):
         raise OSError("disk full")
 
     monkeypatch.setattr("hydrogel_gym.files.os.fsync", full)
-    status, out, err = command("--output", path, "--patients", 1, "--rows", 24)
-    assert (status, out, err) == (1, "", "error: disk full\n")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+    failed = command("--output", "outcomes.csv", "--patients", 1, "--rows", 24)
+    assert failed == (1, "", "error: disk full\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_data_card_describes_every_column_and_its_noise(script):

@@ -97,7 +97,6 @@ def test_table_that_lacks_something_is_refused(frame, tmp_path):
         (6, "filler_mid_dose_s_per_m", "", "a finite number, at least 0"),
         (6, "filler_mid_dose_s_per_m", "0", "a number above 0"),
     ],
-    ids=lambda value: str(value).replace(" ", "_") or "blank",
 )
 def test_bad_cell_is_reported_with_file_row_column_and_value(
     frame, tmp_path, row, column, value, allowed
