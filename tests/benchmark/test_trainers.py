@@ -11,8 +11,6 @@ from torch.distributions import Distribution, Normal, TanhTransform, Transformed
 
 import hydrogel_gym
 
-SIZES = "--num-envs 40 --num-steps 2 --num-iterations 2 --num-epochs 1 --minibatch-size 40"
-
 
 @pytest.mark.parametrize("name", ["cleanrl_manner", "stable_baselines3_manner"])
 def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
@@ -24,8 +22,8 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
     # Stable-Baselines3's trainer switches it off for good.
     monkeypatch.setattr(Distribution, "_validate_args", True)
     trainer = importlib.import_module(f"speed.trainers.{name}")
-    flags = ["--evaluate-every", "2", "--output", str(output)]
-    trainer.main([*SIZES.split(), *flags])
+    flags = "--num-envs 40 --num-steps 2 --num-iterations 2 --num-epochs 1 --minibatch-size 40"
+    trainer.main([*flags.split(), "--evaluate-every", "2", "--output", str(output)])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(row["iteration"], row["samples"]) for row in rows] == [(1, 80), (2, 160)]
     assert len(updates) == 2 * 80 // 40
@@ -60,8 +58,11 @@ def test_tables_of_speed_say_how_many_times_as_fast_as_the_other_within_rounds()
     # The second round met a machine half as fast; a ratio of medians would be off.
     seconds = {"CleanRL manner": (11.0, 22.0, 13.2), "fast bf16": (10.0, 20.0, 11.0)}
     measured = {name: [dict.fromkeys(parts, x) for x in each] for name, each in seconds.items()}
-    _, row = throughput.speed_rows(measured)
-    assert row[1:4] == ["11.00 [10.00, 20.00]", "1.10× [1.10×]", "11.00"]
+    assert throughput.speed_rows(measured)[1][1:4] == [
+        "11.00 [10.00, 20.00]",
+        "1.10× [1.10×]",
+        "11.00",
+    ]
     assert [row[-1] for row in scaling.speed_rows(measured)] == ["1.00×", "1.10×"]
 
 
