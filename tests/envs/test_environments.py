@@ -127,54 +127,39 @@ def test_checker_says_nothing_but_that_physical_units_are_not_normalised(
     assert all("we recommend using a symmetric and normalized" in text for text in messages)
 
 
-@pytest.mark.parametrize(
-    ("form", "space"),
-    [("", gym.spaces.Dict), ("Flat", gym.spaces.Box), ("Discrete", gym.spaces.MultiDiscrete)],
-)
-def test_ids_make_single_and_vector_environments_that_agree(form, space):
-    env_id = f"HydrogelDesign{form}-v0"
-    single = gym.make(env_id)
-    assert isinstance(single.action_space, space)
-    envs = gym.make_vec(env_id, 2, patient_assignment="random", autoreset_mode="NextStep")
-    assert isinstance(envs, HydrogelVectorEnv)
-    actions = sampled(envs, 3)
-    trace = rollout(envs, actions)
-    for row in range(2):
-        own = [list(gym.vector.utils.iterate(envs.action_space, x))[row] for x in actions]
-        alone = rollout(single, own, seed=row)
-        for (obs, _, flags), (obs_alone, _, flags_alone) in zip(trace, alone, strict=True):
-            assert_same(obs[row], obs_alone)
-            if flags:
-                assert flags[0][row] == (flags_alone[0] if flags_alone else 0.0)
-            if flags_alone:
-                assert [type(flag) for flag in flags_alone] == [float, bool, bool]
-
-
 EVERY_KEYWORD = dict(device="cpu", horizon=3, cohort="holdout", reward_model="mechanistic")
 EVERY_KEYWORD |= dict(action_format="tuple", obs_format="dict", observe_explored=True)
 EVERY_KEYWORD |= dict(reward_mode="improvement", patient_assignment="random")
 
 
 @pytest.mark.parametrize(
-    ("kind", "env_id", "kwargs"),
+    ("kind", "form", "kwargs", "space"),
     [
-        ("single", "HydrogelDesignFlat-v0", {}),
-        ("single", "HydrogelDesign-v0", EVERY_KEYWORD),
-        ("vector", "HydrogelDesign-v0", EVERY_KEYWORD),
+        ("single", "", EVERY_KEYWORD, gym.spaces.Tuple),
+        ("vector", "", EVERY_KEYWORD, gym.spaces.Tuple),
+        ("single", "", {}, gym.spaces.Dict),
+        ("single", "Flat", {}, gym.spaces.Box),
+        ("vector", "Flat", {}, gym.spaces.Box),
+        ("single", "Discrete", {}, gym.spaces.MultiDiscrete),
+        ("vector", "Discrete", {}, gym.spaces.MultiDiscrete),
     ],
-    ids=["flat", "every keyword", "vector"],
 )
-def test_spec_survives_json(kind, env_id, kwargs):
-    maker = gym.make
+def test_environment_made_by_its_id_is_made_again_by_its_spec(kind, form, kwargs, space):
+    maker, env_class, flags = gym.make, HydrogelEnv, [float, bool, bool]
     if kind == "vector":
-        maker, kwargs = gym.make_vec, kwargs | {"num_envs": 3, "max_episode_steps": 2}
-    env = maker(env_id, **kwargs)
+        maker, env_class, flags = gym.make_vec, HydrogelVectorEnv, [np.ndarray] * 3
+        kwargs = kwargs | {"num_envs": 3, "max_episode_steps": 2}
+    env = maker(f"HydrogelDesign{form}-v0", **kwargs)
+    assert isinstance(env.unwrapped, env_class)
+    assert isinstance(getattr(env, "single_action_space", env.action_space), space)
     spec = EnvSpec.from_json(env.spec.to_json())
     assert spec.kwargs.items() >= kwargs.items()
     again = maker(spec)
     assert again.unwrapped.spec.to_json() == env.unwrapped.spec.to_json()
     actions = sampled(env, 4)
-    assert_same(rollout(again, actions), rollout(env, actions))
+    trace = rollout(env, actions)
+    assert_same(rollout(again, actions), trace)
+    assert [type(flag) for flag in trace[1][2]] == flags
 
 
 @KINDS

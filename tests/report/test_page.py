@@ -38,7 +38,11 @@ def html(trained, read_run):
     return run_page(read_run(trained)).decode()
 
 
-def test_page_has_all_that_a_finished_run_shows_and_fetches_nothing(trained, content, html):
+def test_page_has_all_that_a_finished_run_shows_the_same_each_time_and_fetches_nothing(
+    trained, content, read_run, html, monkeypatch
+):
+    assert run_page(read_run(trained)).decode() == html
+    monkeypatch.setattr("hydrogel_gym.report.patient_view.PATIENTS_SHOWN", 4)  # listed, not counted
     shown = content(trained)
     assert shown["gaps"] == []
     plots = [plot for section in shown["sections"] for plot in section.plots]
@@ -47,7 +51,10 @@ def test_page_has_all_that_a_finished_run_shows_and_fetches_nothing(trained, con
     for plot in plots:
         assert f'data-plot="{plot.name}"' in html
         assert plot.figure.layout.xaxis.title.text
-    assert len(shown["patients"].cohort) == 12
+    ids = shown["patients"].cohort.patient_ids
+    assert len(ids) == len(shown["patients"].reward) == 12
+    assert patient_data(shown["patients"])["ids"] == list(ids[::3])
+    assert "Listed are 4 of the 12 patients" in shown["notes"][1]
     for tag, attributes in Tags(html).found:
         for name in FETCHING & attributes.keys():
             assert tag == "a" or attributes[name] == "data:,"
@@ -64,10 +71,6 @@ def test_run_without_an_oracle_lacks_what_it_would_show_and_says_so(copy, conten
     assert fraction.startswith("Fraction of the oracle: not recorded")
     assert regret.startswith("Regret: not recorded")
     assert "regret by patient is left out" in by_patient
-
-
-def test_same_run_gives_the_same_page(trained, read_run, html):
-    assert run_page(read_run(trained)).decode() == html
 
 
 def test_hostile_names_are_text(copy, read_run, edit_json, tmp_path, html):
@@ -116,15 +119,6 @@ def test_table_beside_the_source_says_what_was_not_reached(trained, read_run):
     assert table.rows[1] == ["20", "4 M", f"{SOURCE_MEAN_REWARD[20]:.1f}", *["not reached"] * 3]
     long = SavedRun(run.path, metrics=run.metrics.assign(global_step=5e6))
     assert beside_the_source(long).rows[1][3] == f"{first:.1f}"
-
-
-def test_large_cohort_is_listed_in_part_and_shown_as_a_whole(trained, content, monkeypatch):
-    monkeypatch.setattr("hydrogel_gym.report.patient_view.PATIENTS_SHOWN", 4)
-    shown = content(trained)
-    ids = shown["patients"].cohort.patient_ids
-    assert patient_data(shown["patients"])["ids"] == list(ids[::3])
-    assert "Listed are 4 of the 12 patients" in shown["notes"][1]
-    assert len(shown["patients"].reward) == 12
 
 
 # The command line
