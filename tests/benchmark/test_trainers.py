@@ -38,8 +38,7 @@ def test_cleanrl_manner_has_the_network_of_the_source_preset_and_the_squashed_di
         return sum(x.weight.numel() for x in module.modules() if isinstance(x, torch.nn.Linear))
 
     envs = hydrogel_gym.HydrogelVectorEnv(6, output="torch")
-    obs, _ = envs.reset(seed=0)
-    theirs = cleanrl_manner.Agent(envs, obs)
+    theirs = cleanrl_manner.Agent(envs, obs := envs.reset(seed=0)[0])
     assert multiplications(theirs) == multiplications(agent)
 
     mean, std = theirs.formulation_mean(theirs.features(obs)), theirs.formulation_logstd.exp()
@@ -58,11 +57,8 @@ def test_tables_of_speed_say_how_many_times_as_fast_as_the_other_within_rounds()
     # The second round met a machine half as fast; a ratio of medians would be off.
     seconds = {"CleanRL manner": (11.0, 22.0, 13.2), "fast bf16": (10.0, 20.0, 11.0)}
     measured = {name: [dict.fromkeys(parts, x) for x in each] for name, each in seconds.items()}
-    assert throughput.speed_rows(measured)[1][1:4] == [
-        "11.00 [10.00, 20.00]",
-        "1.10× [1.10×]",
-        "11.00",
-    ]
+    row = throughput.speed_rows(measured)[1]
+    assert row[1:4] == ["11.00 [10.00, 20.00]", "1.10× [1.10×]", "11.00"]
     assert [row[-1] for row in scaling.speed_rows(measured)] == ["1.00×", "1.10×"]
 
 
