@@ -42,12 +42,8 @@ def three_patients() -> Cohort:
         [40.0, -12.0, 250.0, 150.0, 16.0, 12.0, 30.0, 20.0, 1.5, 0.5, 7.0],
         [25.0, -8.0, 320.0, 240.0, 24.0, 14.0, 48.0, 16.0, 3.0, 0.75, 6.0],
     ]
-    return Cohort(
-        ("ann", "bo", "cy"),
-        torch.tensor(features, dtype=torch.float64),
-        pd.DataFrame(index=range(3)),
-        "three patients",
-    )
+    features = torch.tensor(features, dtype=torch.float64)
+    return Cohort(("ann", "bo", "cy"), features, pd.DataFrame(index=range(3)), "three patients")
 
 
 def _toy_model(
@@ -129,8 +125,7 @@ def load_script(path: str):
     """A script of the checkout as a module, under a name of its own."""
     path = Path(__file__).parents[1] / path
     spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # for dataclasses
     spec.loader.exec_module(module)
     return module
 
@@ -201,14 +196,8 @@ def make_stage1():
     def make(seed: int = 0, *, network=None, **settings) -> stage1.Stage1Ensemble:
         torch.manual_seed(seed)
         if network is None:
-            architecture = stage1.Architecture(
-                polymer_dim=7,
-                num_categories=4,
-                num_members=3,
-                encoder_dim=16,
-                trunk_dim=16,
-                head_dim=4,
-            )
+            widths = dict(encoder_dim=16, trunk_dim=16, head_dim=4)
+            architecture = stage1.Architecture(7, 4, num_members=3, **widths)
             polymers = torch.randn(NUM_POLYMERS, 7), torch.arange(NUM_POLYMERS) % 4
             network = stage1.Stage1Network(architecture, *polymers)
         scaling = stage1.Scaling(

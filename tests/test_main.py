@@ -54,7 +54,9 @@ def test_sound_package_says_what_it_is_and_passes_its_checks_from_an_empty_folde
     assert verdicts == ["ok"] * len(program.CHECKS)
 
 
-def test_wrong_reward_fails_the_self_check_with_both_figures(program, capsys, monkeypatch):
+def test_wrong_reward_fails_the_self_check_and_a_missing_device_is_one_line(
+    program, capsys, monkeypatch
+):
     right = dynamics.reward_terms
 
     def wrong(*args, **kwargs):
@@ -67,11 +69,7 @@ def test_wrong_reward_fails_the_self_check_with_both_figures(program, capsys, mo
     assert "FAILED: rewards: AssertionError: found [" in out
     assert "expected [33.423765 25.805065 30.246383]" in out
     assert "ok: data" in out
-
-
-def test_device_that_is_not_there_is_one_line(program, capsys):
     assert program.main(["--device", "cupboard"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("--device is 'cupboard', which is not there: ")
-    assert captured.err.count("\n") == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("--device is 'cupboard', which is not there: ")

@@ -22,9 +22,9 @@ from hydrogel_gym.designs.ranking import (
     safety_margins,
     window_distance,
 )
-from hydrogel_gym.designs.schema import RANKED_SCHEMA, columns_of
+from hydrogel_gym.designs.schema import FORMULATION_COLUMNS, RANKED_SCHEMA, columns_of
 from hydrogel_gym.models.mechanistic import MechanisticModel
-from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
+from hydrogel_gym.problem.fields import Design, Outcomes, formulation_at
 from hydrogel_gym.runs.policies import load_policy
 from hydrogel_gym.train import generate_candidates, ppo_hybrid, rank_designs
 
@@ -35,12 +35,11 @@ def outcomes(**columns: list[float]) -> Outcomes:
 
 
 def random_designs(count: int, seed: int) -> Design:
-    generator = torch.Generator().manual_seed(seed)
-    low, high = torch.tensor([(f.low, f.high) for f in FORMULATION_FIELDS]).T
+    rng = torch.Generator().manual_seed(seed)
     return Design(
-        torch.randint(24, (count,), generator=generator),
-        torch.lerp(low, high, torch.rand(count, 4, generator=generator)),
-        torch.randint(4, (count,), generator=generator),
+        torch.randint(24, (count,), generator=rng),
+        formulation_at(torch.rand(4, count, generator=rng)),
+        torch.randint(4, (count,), generator=rng),
     )
 
 
@@ -60,9 +59,14 @@ def test_a_margin_is_negative_where_the_reward_takes_the_penalty():
 def test_distance_is_a_share_of_the_range_to_the_nearest_edge_and_negative_outside():
     designs, polymers = random_designs(3000, 1), load_polymers()
     distance = window_distance(designs, polymers)
+    inside = torch.ones(3000, dtype=torch.bool)
+    for i, name in enumerate(("youngs_modulus_kpa", "half_life_days", "conductivity_s_per_m")):
+        low, high = getattr(polymers, name)[designs.polymer_id].unbind(-1)
+        inside &= (designs.formulation[:, i] >= low) & (designs.formulation[:, i] <= high)
+    assert ((distance >= 0.0) == inside).all()
     feasibility = MechanisticModel().feasibility(designs.polymer_id, designs.formulation)
-    assert ((distance >= 0.0) == (feasibility == 1.0)).all()
-    assert 0 < (distance >= 0.0).sum() < 3000
+    assert (feasibility[inside] == 1.0).all()
+    assert 0 < inside.sum() < 3000
     (low, _), (slow, fast) = polymers.youngs_modulus_kpa[0], polymers.half_life_days[0]
     middle = torch.tensor([[low + 0.25, (slow + fast) / 2, 0.0, 3.0]]).repeat(2, 1)
     middle[1, 2] = 0.1
@@ -151,16 +155,13 @@ def test_all_of_stage_2_is_one_file_of_plain_types(ranked):
     assert set(source.split()) | {"per_patient_designs"} <= set(saved)
     agent, _ = load_policy(run / "stage2_policy.pt", ppo_hybrid.Agent, "cpu")
     agent.load_state_dict(saved["policy_state_dict"])
-    summary = json.loads((run / "summary.json").read_text())
-    assert saved["final_metrics"] == summary
+    assert saved["final_metrics"] == json.loads((run / "summary.json").read_text())
     assert saved["training_config"]["num_iterations"] == 6
     designs = saved["per_patient_designs"]
     assert {patient: len(rows) for patient, rows in designs.items()} == {"P0001": 15, "P0002": 15}
-    table = pd.read_csv(folder / "ranked_designs.csv")
-    assert designs["P0002"][0]["polymer_name"] == table["polymer_name"][15]
-    assert designs["P0002"][0]["formulation"] == pytest.approx(
-        table.loc[15, ["stiffness_kPa", "degradation_days", "conductivity_S_m", "thickness_mm"]]
-    )
+    first, best = pd.read_csv(folder / "ranked_designs.csv").loc[15], designs["P0002"][0]
+    assert best["polymer_name"] == first["polymer_name"]
+    assert best["formulation"] == pytest.approx(first[list(FORMULATION_COLUMNS)].tolist())
 
 
 def test_designs_of_another_policy_and_folders_without_any_are_one_line(ranked, tmp_path, capsys):

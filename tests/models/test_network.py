@@ -7,15 +7,12 @@ from hydrogel_gym.models.network import NUMERIC_FIELDS, MemberLinear, raw_numeri
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 
 
-def test_members_are_as_many_separate_networks():
+def test_members_are_as_many_separate_networks(make_stage1):
     layer = MemberLinear(3, 5, 2)
     x = torch.randn(3, 8, 5)
     alone = [nn.functional.linear(x[k], layer.weight[k].T, layer.bias[k, 0]) for k in range(3)]
     torch.testing.assert_close(layer(x), torch.stack(alone))
     torch.testing.assert_close(layer(x[0]), layer(x[0].repeat(3, 1, 1)))
-
-
-def test_a_member_does_not_depend_on_the_others(make_stage1):
     network = make_stage1().network
     numeric, polymer = torch.randn(3, 8, 19), torch.randint(24, (3, 8))
     before = network(numeric, polymer)

@@ -55,9 +55,13 @@ def test_cache_is_passed_over_when_anything_it_depends_on_changes(
 ):
     model = torch.nn.Linear(1, 1)
     model.forward = toy_model
+    arguments["reward_model"] = model
+
+    def other_outcomes(*design):
+        return toy_model(*design)._replace(delta_ef_pct=design[2][..., 3])
+
     features = three_patients.features.clone()
     features[2, 3] += 1e-6
-    arguments["reward_model"] = model
     for number, change in enumerate(
         (
             lambda: {},
@@ -65,17 +69,13 @@ def test_cache_is_passed_over_when_anything_it_depends_on_changes(
             lambda: {"reward_config": RewardConfig(novelty_bonus=0.2)},
             lambda: {"seed": 1},
             lambda: torch.nn.init.constant_(model.weight, 3.0) is None or {},
-            lambda: setattr(model, "forward", other_outcomes(toy_model)) or {},
+            lambda: setattr(model, "forward", other_outcomes) or {},
         ),
         start=1,
     ):
         best_designs(**(arguments | change()))
         assert len(searched) == 2 * number
         assert len(list(arguments["cache_dir"].iterdir())) == number
-
-
-def other_outcomes(model):
-    return lambda *design: model(*design)._replace(delta_ef_pct=design[2][..., 3])
 
 
 def test_key_of_the_cache_changes_with_each_source_it_depends_on(

@@ -33,23 +33,18 @@ def test_module_runs_as_a_command(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("usage: python -m hydrogel_gym.oracle")
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--output", "x.txt"], "--output is 'x.txt'; allowed: a .csv or .parquet file"),
-        (["--output", "no/x.csv"], "in a folder that does not exist"),
-        (["--output", "x.csv", "--cohort", "absent.csv"], "absent.csv"),
-        (["--output", "x.csv", "--reward-model", "nonsense"], "'nonsense'"),
-        (["--output", "x.csv", "--seed", "-1"], "--seed is -1; allowed: 0 or more"),
-        (["--output", "x.csv", "--device", "nonsense"], "nonsense"),
-    ],
-)
-def test_bad_command_line_is_one_line_and_writes_nothing(
-    tmp_path, monkeypatch, capsys, flags, message
-):
+def test_bad_command_line_is_one_line_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert command_line.main(flags) == 2
-    printed = capsys.readouterr().err
-    assert message in printed
-    assert printed.count("\n") == 1
+    for *flags, message in (
+        ("--output", "x.txt", "--output is 'x.txt'; allowed: a .csv or .parquet file"),
+        ("--output", "no/x.csv", "in a folder that does not exist"),
+        ("--cohort", "absent.csv", "absent.csv"),
+        ("--reward-model", "nonsense", "'nonsense'"),
+        ("--seed", "-1", "--seed is -1; allowed: 0 or more"),
+        ("--device", "nonsense", "nonsense"),
+    ):
+        assert command_line.main(["--output", "x.csv", *flags]) == 2
+        printed = capsys.readouterr().err
+        assert message in printed
+        assert printed.count("\n") == 1
     assert list(tmp_path.iterdir()) == []

@@ -74,12 +74,10 @@ def test_identifiers_are_text_in_cohorts_and_outcome_tables(name, tmp_path, outc
 
 
 def test_empty_columns_at_the_end_are_left_out(tmp_path, outcomes):
-    for read, frame in ((cohort_ids, SHIPPED), (lambda p: read_table(p).group, outcomes)):
-        for end in (",,", ""):
-            path = as_text(
-                frame, tmp_path / "t.csv", lambda h, *rows, e=end: [h + e, *(r + "," for r in rows)]
-            )
-            assert len(read(path)) == len(frame)
+    for end in (",,", ""):
+        path = tmp_path / "t.csv"
+        as_text(outcomes, path, lambda h, *rows, e=end: [h + e, *(r + "," + e[1:] for r in rows)])
+        assert len(read_table(path).group) == len(outcomes)
 
 
 def twice(frame, column, path):
@@ -194,7 +192,6 @@ def test_a_table_that_contradicts_itself_is_refused(change, message, tmp_path, o
         ("half_life_days", 24.0, r"0.0416667 times the values would fit \(hours\)$"),
         ("thickness_mm", 0.1, r"10 times the values would fit \(cm\)$"),
         ("youngs_modulus_kpa", 3.0, None),
-        ("conductivity_s_per_m", 1.4, None),
     ],
 )
 def test_a_unit_is_named_only_if_all_values_then_fit(column, factor, hint, tmp_path, outcomes):
