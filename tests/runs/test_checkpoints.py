@@ -13,7 +13,7 @@ import torch
 import hydrogel_gym
 from hydrogel_gym import errors
 from hydrogel_gym.files import write_atomically
-from hydrogel_gym.runs import checkpoints, directory, ranks
+from hydrogel_gym.runs import RunOptions, checkpoints, directory, ranks
 
 # --- going on
 
@@ -109,6 +109,10 @@ def test_the_newest_checkpoints_are_kept_and_those_of_later_iterations(tmp_path,
         content = {"format": checkpoints.CHECKPOINT_FORMAT, "iteration": iteration}
         checkpoints.write_checkpoint(tmp_path, content, keep=2)
     assert of_runs.iterations_saved(tmp_path) == [2, 3, 9]
+    # What was left between writing one and removing another goes when the run goes on.
+    options = RunOptions(output_dir=tmp_path, resume="auto", keep_checkpoints=2)
+    directory.prepare_output_dir(tmp_path, options, 9)
+    assert of_runs.iterations_saved(tmp_path) == [3, 9]
 
 
 def test_environments_that_cannot_be_saved_are_refused_unless_nothing_is(

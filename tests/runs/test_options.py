@@ -62,13 +62,18 @@ def test_a_flag_of_earlier_versions_is_answered_with_what_replaces_it(
         ("--pessimism 1", "pessimism is 1.0; only a Stage-1 checkpoint (.pt) has an ensemble"),
         ("--reward-model no.pt", "reward_model 'no.pt': Stage-1 checkpoint no.pt: no such file"),
         ("--no-such-flag", "--no-such-flag"),
+        ("--target-kl nan", "--target-kl is nan; allowed: above 0"),
+        ("--track", "$WANDB_MODE is 'off'; allowed: online, offline, "),
+        ("--env-id CartPole-v1 --compile off", "--env-id CartPole-v1 is no environment of this"),
+        ("--cohort nobody", "nobody: suffix ''; allowed: .csv, .parquet, or a shipped cohort: "),
     ],
 )
 def test_a_bad_request_ends_in_one_line_before_anything_is_written(
     ppo, flags, message, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    assert ppo.main(["--preset", "quick", *flags.split()]) == 2
+    monkeypatch.setenv("WANDB_MODE", "off")
+    assert ppo.main(["--preset", "quick", "--no-oracle", *flags.split()]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error

@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hydrogel_gym import load_cohort, runs
+from hydrogel_gym import errors, load_cohort, runs
 from hydrogel_gym.runs import environments, ranks
 
 ROOT = Path(__file__).parents[2]
@@ -206,6 +206,24 @@ def test_a_rank_that_does_not_come_in_time_is_named():
         threads.submit(ranks.unused_store_prefix, store, ranks.World(1, 3), LONG)
         with pytest.raises(ranks.RankLostError, match="rank 2 did not join within 0:00:00.2"):
             first.result(10)
+
+
+def test_ranks_that_no_launcher_set_or_that_cannot_meet_are_refused(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("localhost", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        there = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT=port)
+        for changed, message in (
+            (dict(RANK="first"), r"\$RANK is 'first'; allowed: a whole number"),
+            (dict(RANK="2"), r"\$RANK is 2; allowed: below \$WORLD_SIZE, 2"),
+            (dict(MASTER_PORT=""), r"\$MASTER_PORT is not set; allowed: a port"),
+            ({}, f"the ranks cannot meet at localhost:{port}: "),
+        ):
+            for name, value in (there | changed).items():
+                monkeypatch.setenv(name, value)
+            with pytest.raises(errors.UsageError, match=message):
+                ranks.connect(ranks.world_from_environment(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
