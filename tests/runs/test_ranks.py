@@ -21,8 +21,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hydrogel_gym import errors, load_cohort, runs
-from hydrogel_gym.runs import environments, ranks
+from hydrogel_gym import errors, runs
+from hydrogel_gym.runs import ranks
 
 ROOT = Path(__file__).parents[2]
 TRAINER = ROOT / "train" / "ppo_hybrid.py"
@@ -103,22 +103,6 @@ def test_several_ranks_learn_what_one_learns_and_the_first_alone_says_so(
     assert "holdout_deterministic_reward" in printed[0]
     assert f"written to  {tmp_path / 'several'}" in printed[0]
     assert printed[1:] == [""] * (size - 1)
-
-
-def test_ranks_treat_their_own_share_of_the_patients(small_run, tmp_path):
-    args = small_run(tmp_path, num_envs=60)
-    cohort, device = load_cohort(args.cohort), torch.device("cpu")
-
-    def observed(args, world):
-        envs = environments.make_envs(args, cohort, device, num_envs=60 // world.size)
-        seen = [environments.first_reset(envs, args, args.seed, len(cohort), world)]
-        seen += [envs.step(envs.action_space.sample())[0] for _ in range(3)]
-        return torch.stack(seen)
-
-    for assignment in ("fixed", "random"):
-        args = dataclasses.replace(args, patient_assignment=assignment)
-        shares = [observed(args, ranks.World(rank, 3)) for rank in range(3)]
-        assert torch.equal(torch.cat(shares, dim=1), observed(args, ranks.ALONE))
 
 
 # --- interruptions

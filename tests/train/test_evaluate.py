@@ -130,15 +130,16 @@ def test_every_checkpoint_is_a_row(finished_run, run):
     assert shares.sum(axis=1).tolist() == pytest.approx([1.0] * 3, abs=1e-5)
 
 
-def test_a_policy_is_rewarded_by_its_checkpoint_and_names_it_from_anywhere(ppo, fitted_run):
-    args, summary = fitted_run
+def test_reward_and_oracle_are_of_the_checkpoint_which_is_named_from_anywhere(
+    ppo, fitted_run, tmp_path, monkeypatch
+):
+    (args, summary), device, searched = fitted_run, torch.device("cpu"), []
     checkpoint = str(args.output_dir.parent / "stage1.pt")
     agent, saved = policies.load_policy(args.output_dir / "stage2_policy.pt", ppo.Agent, "cpu")
     assert saved["training_config"]["reward_model"] == checkpoint
+    args = dataclasses.replace(args, reward_model=checkpoint)
     cohort = load_cohort(args.holdout_cohort)
-    envs = environments.make_envs(
-        dataclasses.replace(args, reward_model=checkpoint), cohort, torch.device("cpu")
-    )
+    envs = environments.make_envs(args, cohort, device)
     designs = evaluation.policy_designs(agent.design, envs)
     design = [designs[name] for name in ("polymer_id", "formulation", "coverage")]
     predicted = load_reward_model(checkpoint)(cohort.features.float(), *design)
@@ -148,35 +149,14 @@ def test_a_policy_is_rewarded_by_its_checkpoint_and_names_it_from_anywhere(ppo, 
     expected = pytest.approx(designs["reward"].mean().item(), rel=1e-5)
     assert summary["holdout_deterministic_reward"] == expected
 
-
-def test_regret_is_to_the_oracle_of_the_checkpoint(fitted_run, tmp_path, monkeypatch):
-    searched = []
-
     def search(cohort, reward_model, *_, **__):
         searched.append(reward_model._get_name())
         return type("Best", (), {"score": torch.full((len(cohort),), 40.0)})
 
     monkeypatch.setattr(evaluation, "best_designs", search)
-    monkeypatch.chdir(fitted_run[0].output_dir.parent)
-    cohorts = {"holdout": load_cohort(fitted_run[0].holdout_cohort)}
-    sets = evaluation.evaluation_sets(
-        fitted_run[0], cohorts, torch.device("cpu"), cache_dir=tmp_path
-    )
+    sets = evaluation.evaluation_sets(args, {"holdout": cohort}, device, cache_dir=tmp_path)
     assert searched == ["Stage1Ensemble"]
     assert sets["holdout"].best_score.tolist() == [40.0] * 8
-
-
-@pytest.mark.slow
-def test_compiled_environment_pays_the_same_for_a_checkpoint(fitted_run, monkeypatch):
-    monkeypatch.chdir(fitted_run[0].output_dir.parent)
-    rewards = []
-    for compile in (False, True):
-        cohort, device = load_cohort(fitted_run[0].cohort), torch.device("cpu")
-        envs = environments.make_envs(fitted_run[0], cohort, device, num_envs=40, compile=compile)
-        envs.reset(seed=1)
-        envs.action_space.seed(1)
-        rewards.append(envs.step(envs.action_space.sample())[1])
-    torch.testing.assert_close(*rewards, rtol=1e-4, atol=1e-4)
 
 
 POLICY, CHECKPOINT = "stage2_policy.pt", "checkpoints/checkpoint-000004.pt"

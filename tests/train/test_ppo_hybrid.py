@@ -277,36 +277,6 @@ def test_the_pure_step_compiled_or_not_gives_the_same_updates_as_the_plain_one(
         assert not torch.equal(expected, start)
 
 
-def test_minibatches_of_all_ranks_make_up_those_of_one():
-    samples = torch.arange(240.0)
-    zeros = torch.zeros(240)
-    action = ppo.HybridAction(zeros, zeros, zeros)
-    batch = ppo.Batch(samples, action, zeros, samples.square(), zeros, zeros)
-    args = ppo.Args(minibatch_size=60, num_epochs=2)
-
-    def minibatches(world):
-        seen = []
-
-        def step(minibatch):
-            seen.append(minibatch)
-            return {"policy_loss": zeros.sum()}
-
-        ppo.update(step, batch, args, torch.Generator().manual_seed(0), world)
-        return seen
-
-    whole = minibatches(ranks.ALONE)
-    shares = [minibatches(ranks.World(rank, 3)) for rank in range(3)]
-    assert len(whole) == 8
-    for expected, *parts in zip(whole, *shares, strict=True):
-        assert [len(part.logprob) for part in parts] == [20, 20, 20]
-        for name in ("obs", "advantage"):
-            together = torch.cat([getattr(part, name) for part in parts])
-            assert torch.equal(together, getattr(expected, name))
-        # Of the whole minibatch, not of a rank's share.
-        assert abs(expected.advantage.mean()) < 1e-6
-        assert abs(expected.advantage.std(correction=0) - 1.0) < 1e-6
-
-
 def test_target_kl_ends_the_epochs_of_all_ranks_by_the_mean_over_them():
     zeros = torch.zeros(8)
     batch = ppo.Batch(zeros, ppo.HybridAction(zeros, zeros, zeros), *[zeros] * 4)
@@ -328,27 +298,6 @@ def test_target_kl_ends_the_epochs_of_all_ranks_by_the_mean_over_them():
 
 
 # --- rollouts
-
-
-def test_ranks_sample_from_one_stream_each_its_own_share(small_run, tmp_path):
-    args = small_run(tmp_path, num_envs=60, minibatch_size=60, patient_assignment="fixed")
-    cohort = hydrogel_gym.load_cohort(args.cohort)
-    agent = make_agent()
-
-    def presquash(world):
-        envs = environments.make_envs(args, cohort, CPU, num_envs=60 // world.size)
-        obs = environments.first_reset(envs, args, args.seed, len(cohort), world)
-        generator = torch.Generator().manual_seed(0)
-        # Not joined: what would be gathered is this rank's own.
-        _, batch, _ = ppo.rollout(envs, agent, obs, args, generator, world=world)
-        return batch.action.presquash.view(args.num_steps, -1, 4), generator.get_state()
-
-    whole, state = presquash(ranks.ALONE)
-    (first, first_state), (second, second_state) = (presquash(ranks.World(r, 2)) for r in range(2))
-    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
-    assert not torch.isclose(first, second).any()
-    assert torch.equal(first_state, state)
-    assert torch.equal(second_state, state)
 
 
 @pytest.mark.parametrize("mode", ["score", "improvement"])
