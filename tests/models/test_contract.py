@@ -121,29 +121,20 @@ def with_field(name, change):
         ),
         (
             with_field("delta_ef_pct", lambda x: x[:, None]),
-            r"delta_ef_pct is a \(96, 1\) torch.float32 tensor on cpu; expected a \(96,\)",
+            r"is a \(96, 1\) .*; expected a \(96,",
         ),
-        (
-            with_field("fibrosis_risk", torch.flatten),
-            r"fibrosis_risk is a \(96,\) torch.float32 tensor on cpu; expected a \(2, 48\)",
-        ),
+        (with_field("fibrosis_risk", torch.flatten), r"is a \(96,\) .*; expected a \(2, 48\)"),
         (
             with_field("fibrosis_risk", torch.Tensor.double),
-            r"fibrosis_risk is a \(96,\) torch.float64 tensor on cpu; expected .* torch.float32",
+            r"float64 .*; expected .* torch.float3",
         ),
-        (
-            with_field("optimal_logit", lambda x: x.to("meta")),
-            r"optimal_logit is a \(96,\) torch.float32 tensor on meta; expected .* on cpu",
-        ),
+        (with_field("optimal_logit", lambda x: x.to("meta")), r"on meta; expected .* on cpu"),
         (
             with_field("structural_integrity", lambda x: x + 1.0),
             r"structural_integrity is 1\.6 for polymer 0 \(GelMA_3pct\), coverage scar_only "
             r"\(and for 95 more of 96 designs\); expected finite values in \[0, 1\]$",
         ),
-        (
-            with_field("optimal_logit", lambda x: x + float("inf")),
-            r"optimal_logit is inf for polymer 0 .*; expected finite values in \[-inf, inf\]$",
-        ),
+        (with_field("optimal_logit", lambda x: x + float("inf")), r"is inf .* in \[-inf, inf\]$"),
         (
             bad_polymer,
             rf"delta_ef_pct is nan for polymer 13 \({load_polymers().names[13]}\), coverage "
@@ -151,8 +142,7 @@ def with_field(name, change):
         ),
         (
             lambda o, *_: o.no_such_field,
-            r"failed on \(96,\) designs \(patient \(96, 11\) float32, polymer_id \(96,\) int64, "
-            r"formulation \(96, 4\) float32, coverage \(96,\) int64\): .*no_such_field",
+            r"failed on \(96,\) designs \(patient \(96, 11\) float32, .*\): .*no_such_field",
         ),
         (one_dimension, r"failed on \(2, 48\) designs .* ValueError: too m"),
         (writing, r"^reward_model writes to patient; expected a model that only reads it$"),

@@ -241,11 +241,7 @@ EXPECTED = f"expected {WANTED}"
             r"has a static batch size: it takes patient \(2, 11\) .*; export it with dynamic_shapes"
             r"=\(\{0: batch\},\) \* 4, where batch = torch.export.Dim\('batch'\)",
         ),
-        (
-            (PATIENT, *REST, COVERAGE),
-            Dim("few", max=1024),
-            r"does not take any batch size: .*1024.*; export it with dynamic_shapes",
-        ),
+        ((PATIENT, *REST, COVERAGE), Dim("few", max=9), "does not take any batch size: .*; export"),
     ],
     ids=["number", "columns", "dtype", "static", "limited"],
 )

@@ -128,19 +128,19 @@ def test_identity_may_be_off_by_its_tolerance_and_no_more(table, path, sign):
     row = table.loc[BAD_ROW]
     lvef = 100.0 * (row["edv_ml"] - row["esv_ml"]) / row["edv_ml"]
     stress = row["stress_concentration"] * row["healthy_stress_kpa"]
-    for column, off_by, identity in (
+    lvef_off, stress_off = sign * LVEF_TOLERANCE_PP, sign * BZ_STRESS_TOLERANCE_FRAC
+    for column, (rounded, wrong), identity in (
         (
             "lvef_pct",
-            lambda share: lvef + sign * share * LVEF_TOLERANCE_PP,
+            [lvef + share * lvef_off for share in (0.95, 1.05)],
             "from 100 (edv_ml - esv_ml) / edv_ml",
         ),
         (
             "bz_stress_kpa",
-            lambda share: stress / (1.0 - sign * share * BZ_STRESS_TOLERANCE_FRAC),
+            [stress / (1.0 - share * stress_off) for share in (0.95, 1.05)],
             "from stress_concentration * healthy_stress_kpa",
         ),
     ):
-        rounded, wrong = off_by(0.95), off_by(1.05)
         with_cell(table, column, rounded).to_csv(path, index=False)
         read = load_cohort(path).features[BAD_ROW, FEATURE_COLUMNS.index(column)].item()
         assert read == rounded

@@ -94,33 +94,29 @@ def no_metadata(frame, column, path):
     pq.write_table(table, path)
 
 
+def one_cell_more(frame, column, path):
+    as_text(frame, path, lambda *rows: [*rows[:2], rows[2] + ",7"])
+
+
+def separated(sep):
+    return lambda frame, column, path: frame.to_csv(path, sep=sep, decimal=",", index=False)
+
+
+def filled(**columns):
+    return lambda frame, column, path: written(frame.assign(**columns), path)
+
+
 @pytest.mark.parametrize(
     ("suffix", "make", "message"),
     [
         (".csv", twice, "occur twice: {column}$"),
         (".parquet", twice, "occur twice: {column}$"),
         (".parquet", no_metadata, "t.parquet: cannot be read: KeyError[^\n]*$"),
-        (
-            ".csv",
-            lambda t, c, path: as_text(t, path, lambda *rows: [*rows[:2], rows[2] + ",7"]),
-            r"row 2: '7' is in column \d+, for",
-        ),
-        (
-            ".csv",
-            lambda t, c, path: t.to_csv(path, sep=";", decimal=",", index=False),
-            "separated by a semicolon",
-        ),
-        (".csv", lambda t, c, path: t.to_csv(path, sep="\t", index=False), "separated by a tab"),
-        (
-            ".csv",
-            lambda t, c, path: written(t.assign(lvef_pct="4_0.48"), path),
-            "lvef_pct: '4_0.48'",
-        ),
-        (
-            ".parquet",
-            lambda t, c, path: written(t.assign(transmurality=True), path),
-            "transmurality: 'True'",
-        ),
+        (".csv", one_cell_more, r"row 2: '7' is in column \d+, for"),
+        (".csv", separated(";"), "separated by a semicolon"),
+        (".csv", separated("\t"), "separated by a tab"),
+        (".csv", filled(lvef_pct="4_0.48"), "lvef_pct: '4_0.48'"),
+        (".parquet", filled(transmurality=True), "transmurality: 'True'"),
     ],
 )
 def test_table_that_cannot_be_read_as_it_is_meant_is_refused(
