@@ -5,57 +5,14 @@ from __future__ import annotations
 import dataclasses
 from types import SimpleNamespace
 
-import numpy as np
-import pandas as pd
 import pytest
 import torch
 
-import hydrogel_gym
 from hydrogel_gym import errors
-from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.problem.reward import SAFETY_LIMITS
-from hydrogel_gym.runs import evaluation, metrics, policies
-from hydrogel_gym.train.ppo_hybrid import Agent
+from hydrogel_gym.runs import evaluation
 
 LIMITS = [f"reward_{name}" for name in SAFETY_LIMITS]
-
-
-@pytest.fixture
-def agent(finished_run):
-    return policies.load_policy(finished_run[0].output_dir / "stage2_policy.pt", Agent, "cpu")[0]
-
-
-@pytest.mark.parametrize("cohort", ["train", "holdout"])
-def test_regret_is_the_distance_to_the_oracle_of_the_same_patients(finished_run, agent, cohort):
-    args, summary = finished_run
-    path = args.cohort if cohort == "train" else args.holdout_cohort
-    best = best_designs(path, cache_dir=args.output_dir.parent / "oracle").score
-    patients = hydrogel_gym.load_cohort(path).features.float()
-    action = agent(torch.cat([patients, torch.zeros(len(patients), 2)], -1)).action
-    model = hydrogel_gym.load_reward_model("mechanistic")
-    outcomes = model(patients, *agent.to_env(action).values())
-    reward = hydrogel_gym.compute_reward(outcomes).detach()
-    regret = best - reward
-    expected = {
-        "deterministic_reward": reward.mean().item(),
-        "deterministic_limit_breach_rate": breach_rate(outcomes),
-        "regret": regret.mean().item(),
-        "regret_p95": np.percentile(regret.numpy(), 95),
-        "fraction_of_oracle": (reward.mean() / best.mean()).item(),
-    }
-    for name, value in expected.items():
-        assert summary[f"{cohort}_{name}"] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    last = pd.read_csv(args.output_dir / "metrics.csv").iloc[-1]
-    for name in ("deterministic_reward", *metrics.YARDSTICK):
-        assert last[f"{cohort}_{name}"] == pytest.approx(summary[f"{cohort}_{name}"], rel=1e-6)
-
-
-def breach_rate(outcomes) -> float:
-    limits = hydrogel_gym.RewardConfig()
-    breached = outcomes.toxicity_risk > limits.toxicity_limit
-    breached |= outcomes.structural_integrity < limits.integrity_limit
-    breached |= outcomes.fibrosis_risk > limits.fibrosis_limit
-    return breached.float().mean().item()
 
 
 class TwoPatients:
