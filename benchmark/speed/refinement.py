@@ -22,10 +22,9 @@ from common import POLICY, Parser, count, designs_of, made_by, run, table, verdi
 
 from hydrogel_gym.designs import load_designs
 from hydrogel_gym.oracle import best_designs
-from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.problem.reward import compute_reward
 from hydrogel_gym.runs.command_line import run_script
-from hydrogel_gym.runs.designing import environments
+from hydrogel_gym.runs.designing import environments, problem_and_patients
 from hydrogel_gym.runs.policies import load_policy, policy_path
 from hydrogel_gym.train.ppo_hybrid import Agent
 
@@ -40,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--num-patients", type=count, default=2000, help="the first of the cohort")
     args = parser.parse_args(argv)
     agent, saved = load_policy(policy_path(args.policy), Agent, "cpu")
-    cohort = load_cohort(saved["training_config"]["cohort"])
+    options, cohort = problem_and_patients(saved, None, None)
     cohort = common.first_patients(cohort, args.num_patients)
     ids = list(cohort.patient_ids)
-    envs = environments(saved["training_config"], cohort, torch.device("cpu"))
+    envs = environments(saved, options, cohort, torch.device("cpu"))
     problem = envs.unwrapped.problem
     best = best_designs(cohort, cache_dir=common.ORACLE_CACHE, progress=True).score.double()
 
