@@ -78,16 +78,6 @@ def test_the_same_seed_gives_the_same_run_and_another_does_not(
     assert first["holdout_regret"] != expected["holdout_regret"]
 
 
-def test_without_the_oracle_nothing_is_searched_and_regret_is_left_blank(
-    ppo, small_run, of_runs, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("hydrogel_gym.oracle.best.search", None)
-    args = small_run(tmp_path / "run", num_iterations=1)
-    assert ppo.train(args)["train_regret"] is None
-    assert of_runs.metrics(args.output_dir)["holdout_regret"].isna().all()
-    assert not (tmp_path / "oracle").exists()
-
-
 @pytest.fixture
 def run(ppo, small_run, tmp_path):
     """Runs a loop that records, in every iteration, a loss besides those of the rollout."""
