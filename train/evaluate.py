@@ -26,13 +26,13 @@ from hydrogel_gym.files import make_folder
 from hydrogel_gym.problem.cohort import load_cohort
 from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
 from hydrogel_gym.runs.command_line import read_command_line, run_script
+from hydrogel_gym.runs.designing import model_content
 from hydrogel_gym.runs.devices import fast_float32, resolve_device
 from hydrogel_gym.runs.directory import write_csv, write_json
 from hydrogel_gym.runs.evaluation import evaluation_sets, final_figures
 from hydrogel_gym.runs.identity import (
     MODEL,
     check_origin,
-    content_of,
     digest,
     patients_of,
     versions,
@@ -103,7 +103,7 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
         policies, config, folder = [(agent, None)], content["training_config"], path.parent
         origin = content.get("origin")
     problem = problem_of(config, args)
-    model = content_of(problem.reward_model_name)
+    model = model_content(problem, args.reward_model)
     check_origin(origin, {MODEL: model}, {MODEL: args.reward_model})
     cohorts = {"train": load_cohort(args.cohort)}
     if args.cohort is None or args.holdout_cohort is not None:

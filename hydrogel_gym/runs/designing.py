@@ -123,16 +123,30 @@ def problem_and_patients(
     except CohortError as error:
         why = "" if cohort else "; the policy was trained on it: pass --cohort to say where it is"
         raise UsageError(f"{error}{why}") from error
+    model = model_content(options, reward_model)
+    here = dict(zip(ORIGIN, (digest(patients), model), strict=True))
+    given = dict(zip(ORIGIN, (cohort, reward_model), strict=True))
+    check_origin(saved.get("origin"), here, given)
+    return options, patients
+
+
+def model_content(options: ProblemOptions, given: str | None) -> str:
+    """Digest of the reward model of some options.
+
+    Args:
+        options: the problem.
+        given: the model that the flags name, if they do.
+
+    Raises:
+        UsageError: it is that of training, and its file is gone.
+    """
     name, path = options.reward_model_name, Path(options.reward_model_name)
-    if reward_model is None and path.suffix in (".pt", ".pt2") and not path.is_file():
+    if given is None and path.suffix in (".pt", ".pt2") and not path.is_file():
         raise UsageError(
             f"reward_model {name!r}: there is no such file; the policy was trained on it: pass "
             "--reward-model to say where it is"
         )
-    here = dict(zip(ORIGIN, (digest(patients), content_of(name)), strict=True))
-    given = dict(zip(ORIGIN, (cohort, reward_model), strict=True))
-    check_origin(saved.get("origin"), here, given)
-    return options, patients
+    return content_of(name)
 
 
 def environments(
