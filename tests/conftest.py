@@ -115,10 +115,12 @@ def without_pictures(monkeypatch):
 
 @pytest.fixture
 def interruptible():
-    """Python's own answer to SIGINT, even where the tests were started to ignore it."""
+    """The usual answers to SIGINT and SIGHUP, even where the tests were started to ignore them."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, hangup)
 
 
 def load_script(path: str):

@@ -32,7 +32,12 @@ no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA devi
 
 def free_port() -> int:
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        try:
+            listener.bind(("127.0.0.1", 0))
+            listener.listen()
+            socket.create_connection(listener.getsockname(), timeout=2).close()
+        except OSError as error:
+            pytest.skip(f"ranks of one machine talk by its loopback interface: {error}")
         return listener.getsockname()[1]
 
 

@@ -33,7 +33,9 @@ def send_in(ppo, monkeypatch):
     return send
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda n: n.name
+)
 def test_a_signal_to_stop_saves_the_iteration_it_came_in_and_says_so(
     ppo, cut, finished_run, of_runs, send_in, main_with, monkeypatch, capsys, interruptible, number
 ):
