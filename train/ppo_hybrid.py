@@ -4,7 +4,7 @@ One policy learns to design a hydrogel for every patient of a cohort: a polymer 
 formulation (four continuous parameters) and a coverage pattern (categorical).
 
     python train/ppo_hybrid.py --preset quick                                  # half a minute
-    python train/ppo_hybrid.py --preset full                                   # the best policy
+    python train/ppo_hybrid.py --preset full                                   # 2 M samples
     python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
     python train/ppo_hybrid.py --preset quick --track                          # log to W&B
