@@ -24,11 +24,11 @@ def check_zip(source: str | os.PathLike[str] | IO[bytes], size: int) -> None:
     """
     try:
         with zipfile.ZipFile(source) as archive:
-            members = archive.infolist()
-            if sum(member.file_size for member in members) > size:
+            total = sum(member.file_size for member in archive.infolist())
+            if total > size:
                 raise ValueError(
-                    f"its members add up to {sum(m.file_size for m in members):,} bytes, more than "
-                    f"the {size:,} of the file; expected an archive that is not compressed"
+                    f"its members add up to {total:,} bytes, more than the {size:,} of the file; "
+                    "expected an archive that is not compressed"
                 )
             damaged = archive.testzip()
     except zipfile.BadZipFile:

@@ -308,7 +308,7 @@ def run(args: Args) -> dict[str, float]:
     (output_dir / POLICIES).mkdir(exist_ok=True)
     rows = start.rows[world.rank :: world.size]
     left = [row for row in rows if not store.is_done(ids[row])]
-    num_refined, totals = 0, {"base": 0.0, "policy": 0.0, "design": 0.0}
+    unfinished, num_refined, totals = set(left), 0, {"base": 0.0, "policy": 0.0, "design": 0.0}
     progress = dict(unit="patient", desc="refining", disable=world.rank > 0)
     with (
         explaining_interruptions(store, [ids[row] for row in left]),
@@ -317,12 +317,12 @@ def run(args: Args) -> dict[str, float]:
         # Of all that are requested, since rounding depends on who is refined together: the command
         # given again refines the whole of a batch that it had not finished, to the same result.
         for chunk in (rows[first : first + AT_ONCE] for first in range(0, len(rows), AT_ONCE)):
-            if all(row not in left for row in chunk):
+            if not (new := len(unfinished.intersection(chunk))):
                 continue
             tuner = Tuner(agent, obs[chunk], patients[chunk], problem, learner_config, args)
             refined = refine(tuner, [ids[row] for row in chunk])
             write(store, start.saved, [ids[row] for row in chunk], refined)
-            bar.update(sum(row in left for row in chunk))
+            bar.update(new)
             num_refined += len(chunk)
             totals["base"] += float(refined.base_reward.sum())
             totals["policy"] += float(refined.reward.sum())

@@ -184,10 +184,8 @@ def parquet(table: pa.Table) -> pa.Buffer:
         use_dictionary=["patient_id", "polymer_name", "coverage"],
         # Bytes of one significance beside each other: random mantissas leave little else to gain.
         column_encoding=dict.fromkeys(NUMBERS, "BYTE_STREAM_SPLIT"),
-        write_statistics=[
-            "patient_id",
-            "reward",
-        ],  # those of all columns take as long as all the rest
+        # Those of all columns take as long as all the rest.
+        write_statistics=["patient_id", "reward"],
     )
     return buffer.getvalue()
 

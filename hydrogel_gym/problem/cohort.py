@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hydrogel_gym.problem.fields import PATIENT_FIELDS
 from hydrogel_gym.problem.tables import (
+    SUFFIXES,
     TableError,
     clean_identifier,
     identifiers,
@@ -119,7 +120,8 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
     try:
         frame = read_table_file(source, [ID_COLUMN, *FEATURE_COLUMNS])
     except TableError as error:
-        shipped = f", or a shipped cohort: {', '.join(SHIPPED)}" if "suffix" in str(error) else ""
+        is_table = os.path.splitext(path)[1].lower() in SUFFIXES
+        shipped = "" if is_table else f", or a shipped cohort: {', '.join(SHIPPED)}"
         raise CohortError(f"{name}: {error}{shipped}") from error
     ids = identifiers(frame[ID_COLUMN])
 
