@@ -23,7 +23,7 @@ from hydrogel_gym.errors import UsageError
 from hydrogel_gym.models.ensemble import OPTIMAL, FittedRange, Scaling
 from hydrogel_gym.models.network import raw_numeric
 from hydrogel_gym.problem import tables
-from hydrogel_gym.problem.cohort import patient_limits
+from hydrogel_gym.problem.cohort import patient_identities, violations
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
@@ -183,15 +183,13 @@ def _numbers(frame: pd.DataFrame, name: str, fail: Fail) -> np.ndarray:
 
 def _check_patients(numbers: dict[str, np.ndarray], fail: Fail) -> None:
     """Hold the patients to the identities of a cohort."""
-    for column, values, low, high, reason in patient_limits(numbers):
-        bad = ~((values >= low) & (values <= high))
-        if reason and bad.any():  # ranges were looked at with the units that may be confused
-            row = int(bad.argmax())
-            row_low, row_high = (np.broadcast_to(x, bad.shape)[row] for x in (low, high))
-            raise fail(
-                f"row {row + 1}, {column}: {values[row]:g}; allowed: {row_low:g} to "
-                f"{row_high:g}{reason}; rows with this fault: {int(bad.sum())} of {len(values)}"
-            )
+    # Numbers that were written as float32 come back a little beyond a limit.
+    for column, values, bad, allowed in violations(patient_identities(numbers), slack=1e-5):
+        row = int(bad.argmax())
+        raise fail(
+            f"row {row + 1}, {column}: {values[row]:g}; allowed: {allowed}; rows with this fault: "
+            f"{int(bad.sum())} of {len(values)}"
+        )
 
 
 def _check_outcomes(numbers: dict[str, np.ndarray], fail: Fail) -> None:

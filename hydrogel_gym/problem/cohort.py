@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -142,12 +142,12 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
         if bad.any():
             raise CohortError(fault(bad, ID_COLUMN, frame[ID_COLUMN], allowed))
     values_of = {column: numbers(frame[column]) for column in FEATURE_COLUMNS}
-    for column, values, low, high, reason in patient_limits(values_of):
-        bad = ~((values >= low) & (values <= high))  # NaN is bad
-        if bad.any():
-            row_low, row_high = (np.broadcast_to(x, bad.shape)[bad.argmax()] for x in (low, high))
-            allowed = f"a number from {row_low:g} to {row_high:g}{reason}"
-            raise CohortError(fault(bad, column, frame.get(column, values), allowed))
+    ranges = ((item.name, values_of[item.name], item.low, item.high, "") for item in PATIENT_FIELDS)
+    # Once every value is in its range, nothing divides by zero.
+    for column, values, bad, allowed in violations(
+        limit for limits in (ranges, patient_identities(values_of)) for limit in limits
+    ):
+        raise CohortError(fault(bad, column, frame.get(column, values), f"a number from {allowed}"))
     return Cohort(
         tuple(ids),
         torch.from_numpy(np.column_stack(list(values_of.values()))),
@@ -156,13 +156,29 @@ def load_cohort(path: str | os.PathLike[str] | None = None) -> Cohort:
     )
 
 
-def patient_limits(
-    values: dict[str, np.ndarray],
-) -> Iterator[tuple[str, np.ndarray, float | np.ndarray, float | np.ndarray, str]]:
-    """Column, its values, their lower and upper limit, and what these follow from."""
-    for field in PATIENT_FIELDS:
-        yield field.name, values[field.name], field.low, field.high, ""
-    # From here on every value is in its range, so nothing divides by zero.
+# Column, its values, their lower and upper limit, and what these follow from.
+Limits: TypeAlias = tuple[str, np.ndarray, float | np.ndarray, float | np.ndarray, str]
+
+
+def violations(
+    limits: Iterable[Limits], slack: float = 0.0
+) -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
+    """Of each limit that a row breaks: column, values, which rows, and what the first may be.
+
+    Args:
+        limits: in the order in which they are looked at, and made.
+        slack: share of a limit by which rounding may have moved a value beyond it.
+    """
+    for column, values, low, high, reason in limits:
+        within = (values >= low - slack * np.abs(low)) & (values <= high + slack * np.abs(high))
+        bad = ~within  # NaN is bad
+        if bad.any():
+            row_low, row_high = (np.broadcast_to(x, bad.shape)[bad.argmax()] for x in (low, high))
+            yield column, values, bad, f"{row_low:g} to {row_high:g}{reason}"
+
+
+def patient_identities(values: dict[str, np.ndarray]) -> Iterator[Limits]:
+    """What columns of a patient have to do with each other; each value is in its range."""
     lvef = 100.0 * (values["edv_ml"] - values["esv_ml"]) / values["edv_ml"]
     low, high = lvef - LVEF_TOLERANCE_PP, lvef + LVEF_TOLERANCE_PP
     yield "lvef_pct", values["lvef_pct"], low, high, ", from 100 (edv_ml - esv_ml) / edv_ml"

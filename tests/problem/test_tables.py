@@ -156,6 +156,10 @@ def test_labels_may_be_truth_values_and_cells_of_outcomes_missing(tmp_path, outc
     ("change", "message"),
     [
         (lambda t: {"lvef_pct": 50.0}, r"lvef_pct: 50; allowed: .* from 100 \(edv_ml - esv_ml\)"),
+        (
+            lambda t: {"scar_fraction_pct": 44.0, "bz_fraction_pct": 24.0},
+            r"scar_fraction_pct \+ bz_fraction_pct: 68; allowed: 0 to 65; rows",
+        ),
         (lambda t: {"delta_ef_pct": t.delta_ef_pct / 100}, "delta_ef_pct: all values lie in -1 to"),
         (
             lambda t: {"stress_reduction_pct": t.stress_reduction_pct / 100},
