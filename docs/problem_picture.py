@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 
@@ -28,6 +29,7 @@ from hydrogel_gym.problem.reward import SAFETY, RewardConfig
 
 PICTURE = Path(__file__).resolve().parent / "_static" / "problem.png"
 PATIENT = "H0002"
+PER_MM = 0.00148  # of the width of the picture
 CHOSEN, FAINT, RANGE, WINDOW = TISSUES["patch"][0], "#666666", "#E6E6E6", "#9CC6E4"
 FORMULATION_LABELS = {
     "youngs_modulus_kpa": "stiffness, kPa",
@@ -76,33 +78,9 @@ def draw_bar(
     ax.plot([at(value)], [y], marker="o", color=CHOSEN, markersize=8)
 
 
-def main() -> None:
-    """Search the patient's best design and draw the three parts from left to right."""
-    cohort = load_cohort("holdout")
-    at = cohort.patient_ids.index(PATIENT)
-    here = slice(at, at + 1)
-    one = Cohort((PATIENT,), cohort.features[here], cohort.extra[here], "one patient")
-    names = [field.name for field in PATIENT_FIELDS]
-    patient = dict(zip(names, one.features[0].tolist(), strict=True))
-    best = best_designs(one).to_frame().iloc[0]
-    polymers, config = load_polymers(), RewardConfig()
-    covered = COVERAGES.index(best["coverage"])
-
-    figure, ax = plt.subplots(figsize=(12, 4.4))
-    figure.subplots_adjust(0, 0, 1, 1)
-    ax.set(xlim=(0, 1), ylim=(0, 4.4 / 12))
-    ax.axis("off")
-    per_mm = 0.00148
-    titles = ((0.03, "1  A virtual patient"), (0.37, "2  A design"), (0.71, "3  What is predicted"))
-    for x, title in titles:
-        ax.text(x, 0.338, title, fontsize=15, weight="bold", color=TEXT)
-    for start in (0.305, 0.635):
-        arrow = FancyArrowPatch((start, 0.2), (start + 0.035, 0.2), mutation_scale=22, color=FAINT)
-        ax.add_patch(arrow)
-    ax.text(0.322, 0.222, "policy", ha="center", fontsize=11, color=FAINT)
-    ax.text(0.652, 0.222, "model", ha="center", fontsize=11, color=FAINT)
-
-    draw_heart(ax, short_axis(patient), 0.085, 0.215, per_mm)
+def draw_patient(ax: Axes, patient: dict[str, float]) -> None:
+    """The heart of a patient, and some of what is known of her."""
+    draw_heart(ax, short_axis(patient), 0.085, 0.215, PER_MM)
     known = (
         ("LVEF", f"{patient['lvef_pct']:.0f} %"),
         ("scar", f"{patient['scar_fraction_pct']:.0f} %"),
@@ -121,6 +99,10 @@ def main() -> None:
         ax.add_patch(Rectangle((x, y), 0.014, 0.017, color=TISSUES[tissue][0]))
         ax.text(x + 0.02, y + 0.002, TISSUES[tissue][1], fontsize=10, color=TEXT)
 
+
+def draw_design(ax: Axes, best: pd.Series) -> None:
+    """Which polymer, which formulation and which coverage are chosen."""
+    polymers, covered = load_polymers(), COVERAGES.index(best["coverage"])
     for polymer in range(len(polymers.names)):
         x, y = 0.37 + 0.0193 * (polymer % 12), 0.302 - 0.027 * (polymer // 12)
         colour = CHOSEN if polymer == best["polymer_id"] else RANGE
@@ -143,9 +125,13 @@ def main() -> None:
         )
     ax.text(0.37, 0.012, "pale blue: what this polymer can be made at", fontsize=9, color=TEXT)
 
+
+def draw_prediction(ax: Axes, patient: dict[str, float], best: pd.Series) -> None:
+    """The heart with its patch, what is predicted of it, and the limits."""
+    config, covered = RewardConfig(), COVERAGES.index(best["coverage"])
     thickness = best["thickness_mm"]
     treated = short_axis(patient, thickness, COVERAGE_FRACTIONS[covered])
-    draw_heart(ax, treated, 0.765, 0.215, per_mm)
+    draw_heart(ax, treated, 0.765, 0.215, PER_MM)
     ax.text(0.842, 0.285, "LVEF*", fontsize=10.5, color=TEXT)
     ax.text(0.99, 0.285, f"{best['delta_ef_pct']:+.1f} pp", fontsize=10.5, ha="right")
     ax.text(0.842, 0.255, "wall stress", fontsize=10.5, color=TEXT)
@@ -166,6 +152,34 @@ def main() -> None:
         fontsize=9,
         color=FAINT,
     )
+
+
+def main() -> None:
+    """Search the patient's best design and draw the three parts from left to right."""
+    cohort = load_cohort("holdout")
+    at = cohort.patient_ids.index(PATIENT)
+    here = slice(at, at + 1)
+    one = Cohort((PATIENT,), cohort.features[here], cohort.extra[here], "one patient")
+    names = [field.name for field in PATIENT_FIELDS]
+    patient = dict(zip(names, one.features[0].tolist(), strict=True))
+    best = best_designs(one).to_frame().iloc[0]
+
+    figure, ax = plt.subplots(figsize=(12, 4.4))
+    figure.subplots_adjust(0, 0, 1, 1)
+    ax.set(xlim=(0, 1), ylim=(0, 4.4 / 12))
+    ax.axis("off")
+    titles = ((0.03, "1  A virtual patient"), (0.37, "2  A design"), (0.71, "3  What is predicted"))
+    for x, title in titles:
+        ax.text(x, 0.338, title, fontsize=15, weight="bold", color=TEXT)
+    for start in (0.305, 0.635):
+        arrow = FancyArrowPatch((start, 0.2), (start + 0.035, 0.2), mutation_scale=22, color=FAINT)
+        ax.add_patch(arrow)
+    ax.text(0.322, 0.222, "policy", ha="center", fontsize=11, color=FAINT)
+    ax.text(0.652, 0.222, "model", ha="center", fontsize=11, color=FAINT)
+
+    draw_patient(ax, patient)
+    draw_design(ax, best)
+    draw_prediction(ax, patient, best)
     figure.savefig(PICTURE, dpi=130)
 
 
