@@ -16,11 +16,11 @@ class CompileError(RuntimeError):
 
 # Of the compiler, for a step of the environment: its C++ backend shuns vector instructions where
 # many loads are look-ups in tables, and there the arithmetic between them is worth it by far.
-STEP_OPTIONS = {
+STEP_OPTIONS: dict[str, Any] = {
     "cpp.enable_tiling_heuristics": False,
     "size_asserts": False,  # the sizes of tensors are checked before the call
     # Checking at every call that no constant has changed takes 20 us.
-    "guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe,
+    "guard_filter_fn": "keep_tensor_guards_unsafe",
 }
 
 
@@ -32,10 +32,11 @@ class CompiledFunction:
 
     Args:
         function: what to compile; without a read on the host, a branch on data or side effects.
-        options: of the compiler.
+        options: of the compiler; `guard_filter_fn` by its name in `torch.compiler`.
 
     Raises:
-        CompileError: the compiler cannot be had, for want of a folder to write to for example.
+        CompileError: the compiler cannot be had, for want of a folder to write to for example, or
+            since torch is too old.
     """
 
     def __init__(
@@ -43,14 +44,22 @@ class CompiledFunction:
     ) -> None:
         self.function, self.options = function, options
         self.is_compiled = False
+        if torch.__version__ < "2.10":
+            raise CompileError(f"compiling needs torch 2.10 or later; this is {torch.__version__}")
+
+        def call(*args: Any) -> Any:
+            return function(*args)
+
+        # Graphs are kept by the code of a function, eight at most: environments share that of one,
+        # and this has its own.
+        call.__code__ = call.__code__.replace()
+        keep_guards = getattr(torch.compiler, options["guard_filter_fn"])
         try:
-            self._call = torch.compile(  # type: ignore[call-overload]  # its types lack an argument
-                function,
+            self._call = torch.compile(
+                call,
                 fullgraph=True,
                 dynamic=False,
-                # Environments share the code of one function, and so would share its eight graphs.
-                isolate_recompiles=True,
-                options=dict(options),  # it takes some of them out
+                options={**options, "guard_filter_fn": keep_guards},
             )
         except Exception as error:
             raise CompileError(_cause(error)) from error

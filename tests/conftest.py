@@ -29,6 +29,12 @@ from hydrogel_gym.train import ppo_hybrid
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    for mark in item.iter_markers("torch"):
+        if torch.__version__ < mark.args[0]:
+            pytest.skip(f"needs torch {mark.args[0]}; this is {torch.__version__}")
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=no_cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param

@@ -157,7 +157,14 @@ def without_generator(function):
     return lambda *size, generator, **place: function(*size, **place)
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta", pytest.param("cuda", marks=no_cuda)])
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param("meta", marks=pytest.mark.torch("2.10")),
+        pytest.param("cuda", marks=no_cuda),
+    ],
+)
 @pytest.mark.parametrize(
     ("compile", "is_joined", "policy", "state_std"),
     [

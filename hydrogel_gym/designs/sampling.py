@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from hydrogel_gym.designs.store import Designs
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Outcomes
 from hydrogel_gym.problem.reward import RewardConfig, RewardFunction, compute_reward
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Random numbers are drawn, and designs evaluated, so many at a time, whatever else is wanted: in
 # other batches the same numbers would round differently.

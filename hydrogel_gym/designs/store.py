@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 from urllib.parse import quote, unquote
 
 import numpy as np
@@ -32,6 +32,7 @@ from hydrogel_gym.files import make_folder, remove_unfinished, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
+    from typing_extensions import Self
 
 DesignTable = Literal["top", "diverse", "candidates"]
 Designs = tuple[np.ndarray, np.ndarray]  # (B,) cells and (R, B) rows of `NUMBERS`

@@ -56,7 +56,7 @@ def _largest(fields: tuple[Field, ...], name: str) -> float:
 
 def cavity_radius_mm(edv_ml: float) -> float:
     """Radius of the sphere of the end-diastolic volume, mm."""
-    return 10.0 * math.cbrt(3.0 * edv_ml / (4.0 * math.pi))
+    return 10.0 * float(np.cbrt(3.0 * edv_ml / (4.0 * math.pi)))
 
 
 # One scale for all patients, so that pictures can be compared: the largest ventricle that a cohort

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.passes import move_to_device_pass
 
 from hydrogel_gym.archives import check_zip
 from hydrogel_gym.errors import first_line
@@ -132,6 +131,8 @@ class ExportedModel(nn.Module):
         before = self._place.device
         self._place = fn(self._place)
         if self._place.device != before:
+            from torch.export.passes import move_to_device_pass  # torch 2.5 and later
+
             self._exported = move_to_device_pass(self._exported, self._place.device)
             self._build()
         return self
@@ -169,9 +170,13 @@ def load_program(path: str | os.PathLike[str]) -> ExportedModel:
 
     Raises:
         ProgramError: the file is missing, not a program, not such a program, or contains something
-            that could run code.
+            that could run code; or torch is too old.
     """
     name = f"reward_model {os.fspath(path)!r}"
+    if torch.__version__ < "2.10":
+        raise ProgramError(
+            f"{name}: programs need torch 2.10 or later; this is {torch.__version__}"
+        )
     try:
         return ExportedModel(_checked_archive(path))
     except FileNotFoundError as error:

@@ -11,9 +11,8 @@ import os
 from collections.abc import Iterable
 from importlib.metadata import version
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +30,9 @@ from hydrogel_gym.problem.fields import (
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.reward import RewardConfig
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 NUM_PROBES = 8192  # designs by whose outcomes a reward model is recognised
 

@@ -17,13 +17,15 @@ import io
 import math
 from dataclasses import dataclass
 from importlib.resources import files
-from importlib.resources.abc import Traversable
 from os import PathLike, fspath
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
 
 _TEXT_COLUMNS = ("name", "category", "smiles", "source", "confidence")
 # Parameters of a formulation for which a polymer has a window, and the columns of its ends.

@@ -10,14 +10,16 @@ import csv
 import io
 import os
 import unicodedata
+from collections import Counter
 from collections.abc import Sequence
-from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
     import pandas as pd
 
 SUFFIXES = (".csv", ".parquet")
@@ -44,7 +46,7 @@ def read_table_file(source: Path | Traversable, wanted: Sequence[str]) -> pd.Dat
         raise TableError(f"suffix {suffix!r}; allowed: {', '.join(SUFFIXES)}")
     try:
         content = source.read_bytes()
-        frame = _parquet(content) if suffix == ".parquet" else _csv(content, wanted)
+        return _parquet(content, wanted) if suffix == ".parquet" else _csv(content, wanted)
     except TableError:
         raise
     except OSError as error:
@@ -52,15 +54,15 @@ def read_table_file(source: Path | Traversable, wanted: Sequence[str]) -> pd.Dat
     except Exception as error:  # whatever the readers raise of a damaged file
         why = " ".join(str(error).split()) or "no reason given"
         raise TableError(f"cannot be read: {type(error).__name__}: {why}") from error
-    _check_columns(frame, wanted)
-    return frame
 
 
-def _parquet(content: bytes) -> pd.DataFrame:
+def _parquet(content: bytes, wanted: Sequence[str]) -> pd.DataFrame:
     import pyarrow.parquet as pq
 
     # Unlike pandas' reader, adds no column for a folder called `key=value`.
-    frame: pd.DataFrame = pq.ParquetFile(io.BytesIO(content)).read().to_pandas()
+    table = pq.ParquetFile(io.BytesIO(content)).read()
+    _check_columns(table.column_names, len(table), wanted)
+    frame: pd.DataFrame = table.to_pandas()
     return frame.reset_index(drop=frame.index.names == [None])
 
 
@@ -100,19 +102,20 @@ def _csv(content: bytes, wanted: Sequence[str]) -> pd.DataFrame:
                 f"header has no name; it has {sum(map(bool, names))} columns"
             )
         frame = frame.drop(columns=column)
-    frame.columns = pd.Index([name for name in names if name])
+    names = [name for name in names if name]
+    _check_columns(names, len(frame), wanted)
+    frame.columns = pd.Index(names)
     return frame
 
 
-def _check_columns(frame: pd.DataFrame, wanted: Sequence[str]) -> None:
+def _check_columns(names: Sequence[str], num_rows: int, wanted: Sequence[str]) -> None:
     """Raise unless every wanted column is there, none is there twice, and there is a row."""
-    if missing := [column for column in wanted if column not in frame.columns]:
-        found = ", ".join(map(str, frame.columns))
+    if missing := [column for column in wanted if column not in names]:
+        found = ", ".join(names)
         raise TableError(f"missing columns: {', '.join(missing)}; columns found: {found}")
-    twice = frame.columns[frame.columns.duplicated()].unique()
-    if len(twice):
-        raise TableError(f"columns that occur twice: {', '.join(map(str, twice))}")
-    if frame.empty:
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise TableError(f"columns that occur twice: {', '.join(twice)}")
+    if num_rows == 0:
         raise TableError("no rows, only a header")
 
 

@@ -204,8 +204,10 @@ def explaining_interruptions(store: Store, patient_ids: list[str]) -> Iterator[N
     except (OSError, KeyboardInterrupt) as error:
         left = [patient_id for patient_id in patient_ids if not store.is_done(patient_id)]
         done = len(patient_ids) - len(left)
-        error.add_note(
+        note = (
             f"{done:,} of {len(patient_ids):,} patients were completed and {store.output_dir} can "
             "be read" + (f"; the same command goes on with {left[0]}" if left else "")
         )
+        notes: list[str] = getattr(error, "__notes__", [])  # `add_note` is of Python 3.11
+        setattr(error, "__notes__", [*notes, note])  # noqa: B010
         raise

@@ -56,6 +56,11 @@ def check_precision(precision: Precision, device: torch.device) -> None:
         return
     if device.type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif torch.__version__ < "2.13":
+        raise UsageError(
+            f"--precision bf16 needs torch 2.13 or later on a CPU; this is {torch.__version__}; "
+            "use --precision fp32"
+        )
     else:
         supported = any(on for name, on in torch.cpu.get_capabilities().items() if "bf16" in name)
     if not supported:

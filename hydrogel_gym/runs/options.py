@@ -9,13 +9,16 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.problem.cohort import SHIPPED
 from hydrogel_gym.runs.command_line import check_ranges
 from hydrogel_gym.runs.compiled import Compile
 from hydrogel_gym.runs.devices import Precision
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 BUILT_IN = "mechanistic"
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")

@@ -87,7 +87,9 @@ class World(NamedTuple):
             return rows
         rows = rows.movedim(dim, 0).contiguous()
         gathered = rows.new_empty(self.size * len(rows), *rows.shape[1:])
-        dist.all_gather_single(gathered, rows)
+        # torch before 2.13 has the older name only, which later ones warn of.
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        gather(gathered, rows)
         return gathered.movedim(0, dim)
 
     @collective
@@ -242,7 +244,7 @@ def connect(world: World, device: torch.device) -> None:
         )
     try:
         store = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))[0]
-    except dist.DistNetworkError as error:
+    except RuntimeError as error:  # before torch 2.5 nothing narrower
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise UsageError(f"the ranks cannot meet at {address}: {first_line(error)}") from error
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):

@@ -16,7 +16,10 @@ from hydrogel_gym import HydrogelVectorEnv, memory
 from hydrogel_gym.compiled import STEP_OPTIONS, CompiledFunction, CompileError
 
 # The compiler loads parts of torch that torch itself deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning"),
+    pytest.mark.torch("2.10"),
+]
 SLOW = pytest.mark.slow
 
 

@@ -22,6 +22,7 @@ from hydrogel_gym import Outcomes, RewardModel, RewardModelError, load_reward_mo
 
 BATCH = Dim("batch")
 MODEL = "models/model.json"
+pytestmark = pytest.mark.torch("2.10")
 
 
 class Predictor(nn.Module):

@@ -23,6 +23,7 @@ def test_module_of_the_working_directory_is_found(tmp_path, monkeypatch):
     assert type(load_reward_model("mymod:make")).__name__ == "MechanisticModel"
 
 
+@pytest.mark.torch("2.10")
 def test_compiler_without_a_folder_to_write_to_is_no_compiler(monkeypatch):
     def refuse(*_, **__):
         raise FileNotFoundError(2, "No such file or directory", "/proc/nope")

@@ -32,6 +32,7 @@ def test_a_batch_that_every_rank_gathers_counts_against_the_memory(monkeypatch):
         devices.check_rollout_memory(1_000_000, 1, CPU, ranks.World(0, 2, 2))
 
 
+@pytest.mark.torch("2.13")
 def test_bfloat16_on_hardware_without_it_is_refused_with_the_fallback(
     ppo, small_run, tmp_path, monkeypatch
 ):
