@@ -64,7 +64,7 @@ def test_a_flag_of_earlier_versions_is_answered_with_what_replaces_it(
         ("--no-such-flag", "--no-such-flag"),
         ("--target-kl nan", "--target-kl is nan; allowed: above 0"),
         ("--track", "$WANDB_MODE is 'off'; allowed: online, offline, "),
-        ("--env-id MountainCar-v0 --compile off", "--env-id MountainCar-v0 is no environment of this"),
+        ("--env-id MountainCar-v0 --compile off", "--env-id MountainCar-v0 is no environment of "),
         ("--cohort nobody", "nobody: suffix ''; allowed: .csv, .parquet, or a shipped cohort: "),
     ],
 )
