@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import os
@@ -133,7 +134,11 @@ def _with_notes(line: str, error: BaseException) -> str:
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a command line as the whole of this process, and end it."""
     ignore_warnings()
+    # Torch and its compiler are half a million objects that live to the end: at its usual pace, and
+    # once more at the end, the collector of garbage would spend two seconds on them.
+    gc.set_threshold(50_000)
     code = main()
+    gc.freeze()
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # A thread of a process group, which outlives it, rarely aborts an interpreter that is being
         # taken down; a launcher would take that for a failure. All files are closed.
