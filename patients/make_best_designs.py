@@ -49,7 +49,7 @@ def check(cohort: str, content: bytes, found: BestDesigns) -> str | None:
         )
     print(
         f"{file}: other digits; the rewards of {(difference <= 1e-3).float().mean():.1%} of "
-        f"patients agree within 0.001, the largest difference is {difference.max():.4f}"
+        f"patients agree within 0.001, the largest difference is {difference.max():.1g}"
     )
     return None
 

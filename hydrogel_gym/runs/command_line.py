@@ -134,11 +134,8 @@ def _with_notes(line: str, error: BaseException) -> str:
 def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a command line as the whole of this process, and end it."""
     ignore_warnings()
-    # Torch and its compiler are half a million objects that live to the end: at its usual pace, and
-    # once more at the end, the collector of garbage would spend two seconds on them.
-    gc.set_threshold(50_000)
     code = main()
-    gc.freeze()
+    gc.freeze()  # or the last collection goes through all of torch and its compiler, for a second
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # A thread of a process group, which outlives it, rarely aborts an interpreter that is being
         # taken down; a launcher would take that for a failure. All files are closed.
