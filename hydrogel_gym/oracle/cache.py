@@ -93,7 +93,8 @@ def content_key(
 def _predictions(model: RewardModel, patients: Tensor) -> list[bytes]:
     """What a model predicts for the probes, and its weights."""
     dim = 2 + len(FORMULATION_FIELDS)
-    share = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0).draw(NUM_PROBES)
+    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=0)
+    share = engine.draw(NUM_PROBES, dtype=torch.float32)
     low, high = torch.from_numpy(FORMULATION_LOW), torch.from_numpy(FORMULATION_HIGH)
     design = Design(
         (share[:, 0] * NUM_POLYMERS).long().clamp(max=NUM_POLYMERS - 1),
