@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Parser, count, first_patients, made_by, table, write
 
 from hydrogel_gym import RewardConfig, load_cohort
-from hydrogel_gym.oracle import BestDesigns, best_designs
+from hydrogel_gym.oracle import BestDesigns
+from hydrogel_gym.oracle.best import search_designs
 from hydrogel_gym.oracle.search import CALLS_PER_SEARCH
 from hydrogel_gym.runs.command_line import run_script
 
@@ -46,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
         cohort, every, seconds = first_patients(load_cohort(name), args.num_patients), [], []
         for seed in args.seeds:
             start = time.perf_counter()
-            every.append(best_designs(cohort, seed=seed, progress=True))
+            every.append(search_designs(cohort, seed=seed, progress=True))
             seconds.append(time.perf_counter() - start)
         rewards = [best.score.mean().item() for best in every]
         agreeing = min((best.seed_gap <= 0.02).float().mean().item() for best in every)

@@ -22,6 +22,7 @@ from torch import Tensor
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Field, Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
 from hydrogel_gym.problem.reward import SAFETY, SafetyLimit
+from hydrogel_gym.problem.tables import require_pyarrow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,7 +192,12 @@ def parquet(table: pa.Table) -> pa.Buffer:
 
 
 def ranked_parquet(table: pd.DataFrame) -> pa.Buffer:
-    """A Parquet file of ranked designs, with the meaning of each column in its metadata."""
+    """A Parquet file of ranked designs, with the meaning of each column in its metadata.
+
+    Raises:
+        UsageError: pyarrow is not installed.
+    """
+    require_pyarrow("writing ranked designs")
     import pyarrow as pa
     from pyarrow import parquet as pq
 

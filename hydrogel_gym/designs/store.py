@@ -29,6 +29,7 @@ from hydrogel_gym.designs.schema import DESIGNS_FILE, PART_FILE, arrow_table, pa
 from hydrogel_gym.designs.top import TopDesigns
 from hydrogel_gym.errors import UsageError, differences
 from hydrogel_gym.files import make_folder, remove_unfinished, write_atomically
+from hydrogel_gym.problem.tables import require_pyarrow
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -85,10 +86,12 @@ class Store:
         manifest: what makes the designs what they are, of plain types.
 
     Raises:
-        UsageError: the folder contains designs that something else made, or other files.
+        UsageError: the folder contains designs that something else made, or other files; or pyarrow
+            is not installed.
     """
 
     def __init__(self, output_dir: Path, manifest: dict[str, Any]) -> None:
+        require_pyarrow("writing designs")
         self.output_dir = output_dir
         self.bytes_written = 0
         self.writers = ThreadPoolExecutor(WRITERS)
@@ -186,7 +189,9 @@ def load_designs(
 
     Raises:
         ValueError: there is no such table, or no such patient in it (offers the nearest).
+        UsageError: pyarrow is not installed.
     """
+    require_pyarrow("reading designs")
     import pandas as pd
     from pyarrow import parquet as pq
 

@@ -15,6 +15,7 @@ import logging
 import math
 import os
 import re
+import warnings
 import zipfile
 from typing import Any
 
@@ -106,7 +107,10 @@ class ExportedModel(nn.Module):
         disabled = logging.root.manager.disable
         logging.disable()  # torch logs the traceback of what it then raises
         try:
-            self._exported = torch.export.load(io.BytesIO(archive))
+            with warnings.catch_warnings():
+                # torch 2.10 warns of its own reading.
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                self._exported = torch.export.load(io.BytesIO(archive))
         finally:
             logging.disable(disabled)
         self._min_rows = _smallest_batch(self._exported)

@@ -13,6 +13,7 @@ from pathlib import Path
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.output import unfailing_output
+from hydrogel_gym.problem.tables import require_pyarrow
 
 
 @unfailing_output()
@@ -35,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of the two searches")
     parser.add_argument("--device", default="cpu", help="torch device")
-    parser.add_argument("--cache-dir", type=Path, help="folder that keeps results by content")
+    parser.add_argument(
+        "--cache-dir", type=Path, help="folder that keeps what was searched, by content"
+    )
     args = parser.parse_args(argv)
     start = time.perf_counter()
     try:
@@ -43,6 +46,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--output is {str(args.output)!r}; allowed: a .csv or .parquet file")
         if not args.output.parent.is_dir():
             raise ValueError(f"--output is {str(args.output)!r}, in a folder that does not exist")
+        if args.output.suffix == ".parquet":
+            require_pyarrow(f"--output {args.output}")
         if args.seed < 0:
             raise ValueError(f"--seed is {args.seed}; allowed: 0 or more")
         best = best_designs(

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hydrogel_gym.errors import UsageError
+
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
@@ -49,6 +51,8 @@ def read_table_file(source: Path | Traversable, wanted: Sequence[str]) -> pd.Dat
         return _parquet(content, wanted) if suffix == ".parquet" else _csv(content, wanted)
     except TableError:
         raise
+    except UsageError as error:
+        raise TableError(str(error)) from error
     except OSError as error:
         raise TableError(f"cannot be read: {error.strerror or error}") from error
     except Exception as error:  # whatever the readers raise of a damaged file
@@ -56,7 +60,25 @@ def read_table_file(source: Path | Traversable, wanted: Sequence[str]) -> pd.Dat
         raise TableError(f"cannot be read: {type(error).__name__}: {why}") from error
 
 
+def require_pyarrow(what: str) -> None:
+    """Refuse a feature that needs pyarrow where that is not installed.
+
+    Args:
+        what: the feature, as the message begins.
+
+    Raises:
+        UsageError: it is not there.
+    """
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError as error:
+        raise UsageError(
+            f'{what} needs pyarrow, which is not installed: pip install "pyarrow>=15.0.2"'
+        ) from error
+
+
 def _parquet(content: bytes, wanted: Sequence[str]) -> pd.DataFrame:
+    require_pyarrow("a Parquet table")
     import pyarrow.parquet as pq
 
     # Unlike pandas' reader, adds no column for a folder called `key=value`.

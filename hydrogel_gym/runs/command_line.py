@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import io
 import itertools
 import os
@@ -134,6 +135,7 @@ def run_process(main: Callable[[], int]) -> NoReturn:
     """Run a command line as the whole of this process, and end it."""
     ignore_warnings()
     code = main()
+    gc.freeze()  # or the last collection goes through all of torch and its compiler, for a second
     if os.environ.get("WORLD_SIZE", "1") != "1":
         # A thread of a process group, which outlives it, rarely aborts an interpreter that is being
         # taken down; a launcher would take that for a failure. All files are closed.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,8 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from hydrogel_gym import CohortError, load_cohort
+from hydrogel_gym.designs import load_designs
+from hydrogel_gym.designs.schema import ranked_parquet
+from hydrogel_gym.designs.store import Store
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.models.outcome_table import read_table
+from hydrogel_gym.oracle import __main__ as oracle_command
 
 SHIPPED = pd.read_csv(files("hydrogel_gym.patients") / "cohort.csv", dtype=str).head(8)
 OUTCOMES = ["delta_ef_pct", "stress_reduction_pct", "is_optimal"]
@@ -200,3 +205,24 @@ def test_a_unit_is_named_only_if_all_values_then_fit(column, factor, hint, tmp_p
         read_table(path)
     text = str(caught.value)
     assert re.search(rf"\? {hint}", text) if hint else "would fit" not in text
+
+
+def test_what_needs_pyarrow_says_so_in_one_line_where_it_is_not_installed(
+    tmp_path, monkeypatch, capsys
+):
+    for module in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, module, None)
+    path = tmp_path / "mine.parquet"
+    path.touch()
+    missing = 'needs pyarrow, which is not installed: pip install "pyarrow>=15.0.2"'
+    for what, error, use in (
+        (f"{path}: a Parquet table", CohortError, lambda: load_cohort(path)),
+        ("reading designs", UsageError, lambda: load_designs(tmp_path)),
+        ("writing designs", UsageError, lambda: Store(tmp_path, {})),
+        ("writing ranked designs", UsageError, lambda: ranked_parquet(SHIPPED)),
+    ):
+        with pytest.raises(error) as refused:
+            use()
+        assert str(refused.value) == f"{what} {missing}"
+    assert oracle_command.main(["--output", str(path)]) == 2
+    assert capsys.readouterr().err == f"error: --output {path} {missing}\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -39,15 +38,13 @@ def test_cache_that_is_damaged_or_cannot_be_written_is_not_trusted(tmp_path, cap
     best_designs(ONE, cache_dir=tmp_path)
     (path,) = tmp_path.iterdir()
     content = path.read_bytes()
-    key = pq.ParquetFile(path).schema_arrow.metadata[b"key"].decode()
-    whole = cache.read_cache(path, key, 1)
-    for place in range(0, len(content), 11):
+    key = content.split()[2].decode()
+    assert cache.read_designs(path, key)
+    for place in range(len(content)):
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
         path.write_bytes(damaged)
-        read = cache.read_cache(path, key, 1)
-        parts = zip(read[0], whole[0], strict=True) if read else ()
-        assert all(torch.equal(a, b) for a, b in parts)
+        assert cache.read_designs(path, key) is None
     capsys.readouterr()
     assert best_designs(ONE, cache_dir=path / "oracle").score.isfinite().all()
     assert capsys.readouterr().err.startswith("warning: the oracle's result could not be kept: ")
