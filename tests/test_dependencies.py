@@ -77,7 +77,8 @@ def test_the_lower_bounds_are_versions_that_the_tests_run_on(bounds):
 
 def test_the_pinned_versions_are_within_all_bounds(bounds):
     newest = pins("constraints.txt")
-    for extra, wanted in bounds.items():
+    for extra in bounds.keys() - {"mutation"}:  # has an environment of its own
+        wanted = bounds[extra]
         for package, version in wanted.items():
             assert number(newest[package]) >= number(version), f"{package} of {extra or 'the core'}"
 
