@@ -7,23 +7,14 @@ The search tries the same random designs on every training patient and keeps the
 on average, a single design for everybody: what a policy must beat.
 """
 
-import argparse
-import time
-
 import gymnasium as gym
 import numpy as np
-import torch
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
-from judge import fraction_of_oracle, report
+from shared import arguments, report
 
 import hydrogel_gym  # noqa: F401  registers the environments
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=1_000_000, help="designs to try")
-parser.add_argument("--num-envs", type=int, default=2000, help="designs at once")
-parser.add_argument("--seed", type=int, default=1, help="of designs and patients")
-args = parser.parse_args()
-torch.set_num_threads(1)
+args = arguments(__doc__, samples=1_000_000)
 
 # One environment, one design per episode.
 env = gym.make("HydrogelDesign-v0")
@@ -62,17 +53,14 @@ envs = gym.make_vec("HydrogelDesign-v0", num_envs=args.num_envs, output="torch")
 space = envs.single_action_space
 space.seed(args.seed)
 obs, info = envs.reset(seed=args.seed)
-best, best_design, samples = -np.inf, None, 0
-start = time.perf_counter()
-while samples < args.samples:
+best, best_design = -np.inf, None
+for _ in range(args.num_iterations):
     design = space.sample()
     action = {key: np.stack([value] * args.num_envs) for key, value in design.items()}
     obs, reward, terminated, truncated, info = envs.step(action)
-    samples += args.num_envs
     if reward.mean() > best:
         best, best_design = float(reward.mean()), design
-seconds = time.perf_counter() - start
-print(f"best design for everybody, of {samples // args.num_envs}: {best_design}")
+print(f"best design for everybody, of {args.num_iterations}: {best_design}")
 
 
 def act(obs):
@@ -80,4 +68,4 @@ def act(obs):
     return {key: np.stack([value] * len(obs)) for key, value in best_design.items()}
 
 
-report(fraction_of_oracle(act), samples, seconds)
+report(args, act)

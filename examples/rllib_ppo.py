@@ -8,27 +8,19 @@ which it expects to reset in the next step. What takes the time are its Python o
 episode.
 """
 
-import argparse
-import time
-
 import gymnasium as gym
 import ray
 import torch
 from gymnasium.wrappers.vector import RescaleObservation, TransformReward
-from judge import fraction_of_oracle, report
 from ray.rllib.algorithms.ppo import PPOConfig
 from ray.rllib.core.columns import Columns
 from ray.rllib.core.rl_module.default_model_config import DefaultModelConfig
 from ray.tune.registry import register_env
+from shared import arguments, report
 
 import hydrogel_gym  # noqa: F401  registers the environments
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=40_000, help="designs to learn from")
-parser.add_argument("--num-envs", type=int, default=1000, help="designs at once")
-parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
-args = parser.parse_args()
-torch.set_num_threads(1)
+args = arguments(__doc__, samples=40_000, num_envs=1000)
 
 
 def make_envs(context):
@@ -63,13 +55,8 @@ config = (
     .debugging(seed=args.seed)
 )
 algorithm = config.build_algo()
-
-samples = 0
-start = time.perf_counter()
-while samples < args.samples:
-    result = algorithm.train()
-    samples = int(result["num_env_steps_sampled_lifetime"])
-seconds = time.perf_counter() - start
+for _ in range(args.num_iterations):
+    algorithm.train()
 module = algorithm.get_module()
 env = gym.make("HydrogelDesign-v0")
 observations, formulations = env.observation_space, env.action_space["formulation"]
@@ -87,5 +74,5 @@ def act(obs):
     return action
 
 
-report(fraction_of_oracle(act, output="torch"), samples, seconds)
+report(args, act)
 ray.shutdown()

@@ -7,17 +7,13 @@ skrl hands a Dict action on to the environment but has no model for one, so the 
 its own distribution: two categoricals and a Gaussian. Everything else is the library's.
 """
 
-import argparse
-import time
-
 import gymnasium as gym
 import torch
-from judge import fraction_of_oracle, report
+from shared import ScaledEnvs, arguments, network, report
 from skrl.agents.torch.ppo import PPO, PPO_CFG
 from skrl.envs.wrappers.torch import wrap_env
 from skrl.memories.torch import RandomMemory
 from skrl.models.torch import DeterministicMixin, Model
-from skrl.resources.preprocessors.torch import RunningStandardScaler
 from skrl.trainers.torch import SequentialTrainer
 from skrl.utils import set_seed
 from torch import nn
@@ -25,26 +21,13 @@ from torch.distributions import Categorical, Normal
 
 import hydrogel_gym  # noqa: F401  registers the environments
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=400_000, help="designs to learn from")
-parser.add_argument("--num-envs", type=int, default=2000, help="designs at once")
-parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
-args = parser.parse_args()
-torch.set_num_threads(1)
+args = arguments(__doc__)
 set_seed(args.seed)
-
-envs = gym.make_vec("HydrogelDesign-v0", num_envs=args.num_envs)
+envs = ScaledEnvs(gym.make_vec("HydrogelDesign-v0", num_envs=args.num_envs), args.seed)
 space = envs.single_action_space
 low, high = torch.tensor(space["formulation"].low), torch.tensor(space["formulation"].high)
 env = wrap_env(envs)
 spaces = {"observation_space": env.observation_space, "action_space": env.action_space}
-
-
-def network(num_in, num_out):
-    """Two hidden layers."""
-    return nn.Sequential(
-        nn.Linear(num_in, 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh(), nn.Linear(128, num_out)
-    )
 
 
 class HybridPolicy(Model):
@@ -56,7 +39,7 @@ class HybridPolicy(Model):
     def __init__(self):
         super().__init__(**spaces, device=env.device)
         self.sizes = [space["coverage"].n, len(low), space["polymer_id"].n]
-        self.layers = network(self.num_observations, sum(self.sizes))
+        self.layers = network(self.num_observations, sum(self.sizes), 0.01)
         self.log_std = nn.Parameter(torch.full((len(low),), -1.0))
 
     def compute(self, inputs, *, role=""):
@@ -107,7 +90,6 @@ class Value(DeterministicMixin, Model):
         return self.layers(inputs["observations"]), {}
 
 
-num_iterations = -(-args.samples // args.num_envs)
 cfg = PPO_CFG(
     rollouts=1,
     learning_epochs=10,
@@ -118,14 +100,10 @@ cfg = PPO_CFG(
     learning_rate_scheduler_kwargs={
         "start_factor": 1.0,
         "end_factor": 1e-3,
-        "total_iters": num_iterations,
+        "total_iters": args.num_iterations,
     },
     value_clip=0.0,
     value_loss_scale=0.5,
-    observation_preprocessor=RunningStandardScaler,
-    observation_preprocessor_kwargs={"size": env.observation_space, "device": env.device},
-    value_preprocessor=RunningStandardScaler,
-    value_preprocessor_kwargs={"size": 1, "device": env.device},
     experiment={"write_interval": 0, "checkpoint_interval": 0},
 )
 memory = RandomMemory(memory_size=cfg.rollouts, num_envs=args.num_envs, device=env.device)
@@ -133,7 +111,7 @@ models = {"policy": HybridPolicy(), "value": Value()}
 agent = PPO(models=models, memory=memory, cfg=cfg, device=env.device, **spaces)
 trainer = SequentialTrainer(
     cfg={
-        "timesteps": num_iterations,
+        "timesteps": args.num_iterations,
         "headless": True,
         "disable_progressbar": True,
         "close_environment_at_exit": False,
@@ -141,15 +119,13 @@ trainer = SequentialTrainer(
     env=env,
     agents=agent,
 )
-start = time.perf_counter()
 trainer.train()
-seconds = time.perf_counter() - start
 
 
 def act(obs):
     """The likeliest polymer and coverage, and the mean formulation."""
     agent.enable_training_mode(False)
-    actions = agent.act(obs, None, timestep=0, timesteps=0)[1]["mean_actions"]
+    actions = agent.act(envs.scale(obs), None, timestep=0, timesteps=0)[1]["mean_actions"]
     return {
         "polymer_id": actions[:, -1].long(),
         "formulation": actions[:, 1:-1],
@@ -157,4 +133,4 @@ def act(obs):
     }
 
 
-report(fraction_of_oracle(act, output="torch"), num_iterations * args.num_envs, seconds)
+report(args, act)

@@ -8,12 +8,8 @@ the formulation and a score per polymer and coverage. Episodes have one step: sh
 discount.
 """
 
-import argparse
-import time
-
 import gymnasium as gym
-import torch
-from judge import fraction_of_oracle, report
+from shared import arguments, report
 from stable_baselines3 import PPO
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import VecNormalize
@@ -21,14 +17,9 @@ from stable_baselines3.common.vec_env import VecNormalize
 import hydrogel_gym  # noqa: F401  registers the environments
 from hydrogel_gym.sb3 import BatchedVecEnv
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=400_000, help="designs to learn from")
-parser.add_argument("--num-envs", type=int, default=2000, help="designs at once")
-parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
-args = parser.parse_args()
-torch.set_num_threads(1)
-
-envs = gym.make_vec("HydrogelDesignFlat-v0", num_envs=args.num_envs, output="torch")
+ENV_ID = "HydrogelDesignFlat-v0"
+args = arguments(__doc__)
+envs = gym.make_vec(ENV_ID, num_envs=args.num_envs, output="torch")
 envs = VecNormalize(BatchedVecEnv(envs), gamma=0.0)
 model = PPO(
     "MlpPolicy",
@@ -42,10 +33,7 @@ model = PPO(
     seed=args.seed,
     device="cpu",
 )
-start = time.perf_counter()
 model.learn(args.samples)
-seconds = time.perf_counter() - start
-
 envs.training = False
 
 
@@ -54,4 +42,4 @@ def act(obs):
     return model.predict(envs.normalize_obs(obs), deterministic=True)[0]
 
 
-report(fraction_of_oracle(act, "HydrogelDesignFlat-v0"), model.num_timesteps, seconds)
+report(args, act, ENV_ID, output="numpy")

@@ -8,13 +8,10 @@ gives it our batch instead. It resets ended episodes by itself, hence autoreset 
 for pandas below 3, which is older than this package asks for but will do here.
 """
 
-import argparse
-import time
-
 import gymnasium as gym
 import numpy as np
 import torch
-from judge import fraction_of_oracle, report
+from shared import ScaledEnvs, arguments, network, report
 from tianshou.algorithm import PPO
 from tianshou.algorithm.modelfree.reinforce import ProbabilisticActorPolicy
 from tianshou.algorithm.optim import AdamOptimizerFactory, LRSchedulerFactoryLinear
@@ -26,24 +23,16 @@ from torch.distributions import Independent, Normal
 
 import hydrogel_gym  # noqa: F401  registers the environments
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=200_000, help="designs to learn from")
-parser.add_argument("--num-envs", type=int, default=2000, help="designs at once")
-parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
-args = parser.parse_args()
-torch.set_num_threads(1)
-torch.manual_seed(args.seed)
+ENV_ID = "HydrogelDesignFlat-v0"
+args = arguments(__doc__, samples=200_000)
 np.random.seed(args.seed)  # noqa: NPY002  Tianshou draws its minibatches from it
 
 
 class BatchedVectorEnv(BaseVectorEnv):
-    """A Gymnasium vector environment, all of it stepped at once.
+    """A Gymnasium vector environment, all of it stepped at once."""
 
-    Rewards are in units of `reward_std`, as Tianshou's critic has no scale of its own.
-    """
-
-    def __init__(self, envs, reward_std):
-        self.envs, self.env_num, self.reward_std = envs, envs.num_envs, reward_std
+    def __init__(self, envs):
+        self.envs, self.env_num = envs, envs.num_envs
         self.is_async = self.is_closed = False
 
     def get_env_attr(self, key, id=None):
@@ -63,41 +52,31 @@ class BatchedVectorEnv(BaseVectorEnv):
         """Step all environments."""
         obs, reward, terminated, truncated, _ = self.envs.step(action)
         infos = np.array([{"env_id": row} for row in range(self.env_num)])
-        return obs, reward / self.reward_std, terminated, truncated, infos
+        return obs, reward, terminated, truncated, infos
 
     def close(self, **kwargs):
         """Close the environments."""
         self.envs.close()
 
 
-envs = gym.make_vec("HydrogelDesignFlat-v0", num_envs=args.num_envs, autoreset_mode="Disabled")
-obs, _ = envs.reset(seed=args.seed)
-envs.action_space.seed(args.seed)
-reward_std = envs.step(envs.action_space.sample())[1].std()
-num_actions = envs.single_action_space.shape[0]
-mean, std = torch.from_numpy(obs.mean(0)), torch.from_numpy(obs.std(0))
-std[std == 0] = 1.0  # score and iteration, where an episode has one step
+envs = gym.make_vec(ENV_ID, num_envs=args.num_envs, autoreset_mode="Disabled")
+envs = ScaledEnvs(envs, args.seed)
+num_inputs, num_actions = envs.single_observation_space.shape[0], envs.single_action_space.shape[0]
 
 
-class Network(nn.Module):
-    """Two hidden layers over a normalised observation."""
+class Critic(nn.Module):
+    """Values, whatever Tianshou sends along."""
 
-    def __init__(self, num_out):
+    def __init__(self, num_out=1):
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.Linear(len(mean), 128),
-            nn.Tanh(),
-            nn.Linear(128, 128),
-            nn.Tanh(),
-            nn.Linear(128, num_out),
-        )
+        self.layers = network(num_inputs, num_out)
 
     def forward(self, obs, state=None, info=None):
         """(B, num_out)."""
-        return self.layers((torch.as_tensor(obs) - mean) / std)
+        return self.layers(torch.as_tensor(obs))
 
 
-class Actor(Network):
+class Actor(Critic):
     """Mean and deviation of a Gaussian action."""
 
     def __init__(self):
@@ -118,17 +97,16 @@ policy = ProbabilisticActorPolicy(
     observation_space=envs.single_observation_space,
 )
 optim = AdamOptimizerFactory(lr=2e-3)
-num_iterations = -(-args.samples // args.num_envs)
 optim.with_lr_scheduler_factory(
     LRSchedulerFactoryLinear(
         max_epochs=1,
-        epoch_num_steps=num_iterations * args.num_envs,
+        epoch_num_steps=args.samples,
         collection_step_num_env_steps=args.num_envs,
     )
 )
 algorithm = PPO(
     policy=policy,
-    critic=Network(1),
+    critic=Critic(),
     optim=optim,
     gamma=0.0,
     ent_coef=0.0,
@@ -136,13 +114,12 @@ algorithm = PPO(
     max_batchsize=args.num_envs,
 )
 buffer = VectorReplayBuffer(args.num_envs, args.num_envs)
-collector = Collector(algorithm, BatchedVectorEnv(envs, reward_std), buffer)
-start = time.perf_counter()
+collector = Collector(algorithm, BatchedVectorEnv(envs), buffer)
 algorithm.run_training(
     OnPolicyTrainerParams(
         training_collector=collector,
         max_epochs=1,
-        epoch_num_steps=num_iterations * args.num_envs,
+        epoch_num_steps=args.samples,
         collection_step_num_env_steps=args.num_envs,
         batch_size=args.num_envs // 2,
         update_step_num_repetitions=10,
@@ -150,13 +127,11 @@ algorithm.run_training(
         show_progress=False,
     )
 )
-seconds = time.perf_counter() - start
 
 
 def act(obs):
     """The mean action."""
-    return policy.map_action(policy(Batch(obs=obs, info={})).act)
+    return policy.map_action(policy(Batch(obs=envs.scale(obs), info={})).act)
 
 
-samples = num_iterations * args.num_envs
-report(fraction_of_oracle(act, "HydrogelDesignFlat-v0"), samples, seconds)
+report(args, act, ENV_ID, output="numpy")

@@ -9,12 +9,9 @@ Episodes have one step, so no advantage estimator is needed: the advantage is th
 value.
 """
 
-import argparse
-import time
-
 import gymnasium as gym
 import torch
-from judge import fraction_of_oracle, report
+from shared import ScaledEnvs, arguments, network, report
 from tensordict import TensorDict
 from tensordict.nn import CompositeDistribution, TensorDictModule, set_composite_lp_aggregate
 from torch import nn
@@ -25,52 +22,28 @@ from torchrl.objectives import ClipPPOLoss
 
 import hydrogel_gym  # noqa: F401  registers the environments
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--samples", type=int, default=400_000, help="designs to learn from")
-parser.add_argument("--num-envs", type=int, default=2000, help="designs at once")
-parser.add_argument("--num-epochs", type=int, default=10, help="passes over each batch")
-parser.add_argument("--learning-rate", type=float, default=2e-3, help="at the start, of Adam")
-parser.add_argument("--seed", type=int, default=1, help="of weights and samples")
-args = parser.parse_args()
-torch.set_num_threads(1)
-torch.manual_seed(args.seed)
+NUM_EPOCHS, LEARNING_RATE = 10, 2e-3
+args = arguments(__doc__)
 set_composite_lp_aggregate(False).set()  # a log-probability for each part of the action
 
 envs = gym.make_vec("HydrogelDesign-v0", num_envs=args.num_envs, output="torch")
-space = envs.single_action_space
-obs, _ = envs.reset(seed=args.seed)
-mean, std = obs.mean(0), obs.std(0)
-std[std == 0] = 1.0  # score and iteration, where an episode has one step
+space, num_inputs = envs.single_action_space, envs.single_observation_space.shape[0]
+envs = ScaledEnvs(envs, args.seed)
 
 
-class Network(nn.Module):
-    """Two hidden layers over a normalised observation, and a layer for each output."""
-
-    def __init__(self, *widths):
-        super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Linear(len(mean), 128), nn.Tanh(), nn.Linear(128, 128), nn.Tanh()
-        )
-        self.heads = nn.ModuleList(nn.Linear(128, width) for width in widths)
-
-    def forward(self, obs):
-        """One tensor for each width."""
-        hidden = self.trunk((obs - mean) / std)
-        outputs = tuple(head(hidden) for head in self.heads)
-        return outputs if len(outputs) > 1 else outputs[0]
-
-
-class Parameters(Network):
+class Parameters(nn.Module):
     """What the three distributions need."""
 
     def __init__(self):
-        box = space["formulation"].shape[0]
-        super().__init__(space["polymer_id"].n, box, space["coverage"].n)
-        self.logstd = nn.Parameter(torch.full((box,), -0.5))
+        super().__init__()
+        num_continuous = space["formulation"].shape[0]
+        self.widths = [space["polymer_id"].n, num_continuous, space["coverage"].n]
+        self.layers = network(num_inputs, sum(self.widths))
+        self.logstd = nn.Parameter(torch.full((num_continuous,), -0.5))
 
     def forward(self, obs):
         """Logits of the polymer, location and scale of the formulation, logits of the coverage."""
-        polymer, loc, coverage = super().forward(obs)
+        polymer, loc, coverage = self.layers(obs).split(self.widths, -1)
         return polymer, loc, self.logstd.exp().expand_as(loc), coverage
 
 
@@ -95,7 +68,7 @@ actor = ProbabilisticActor(
     return_log_prob=True,
     default_interaction_type=ExplorationType.RANDOM,
 )
-critic = ValueOperator(Network(1), in_keys=["observation"])
+critic = ValueOperator(network(num_inputs, 1), in_keys=["observation"])
 loss = ClipPPOLoss(
     actor,
     critic,
@@ -104,38 +77,30 @@ loss = ClipPPOLoss(
     loss_critic_type="l2",
     normalize_advantage=True,
 )
-optimizer = torch.optim.Adam(loss.parameters(), lr=args.learning_rate)
+optimizer = torch.optim.Adam(loss.parameters(), lr=LEARNING_RATE)
 
-num_iterations = -(-args.samples // args.num_envs)
-start = time.perf_counter()
-for iteration in range(num_iterations):
-    optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+obs, _ = envs.reset(seed=args.seed)
+for iteration in range(args.num_iterations):
+    optimizer.param_groups[0]["lr"] = LEARNING_RATE * (1 - iteration / args.num_iterations)
     with torch.no_grad():
         data = critic(actor(TensorDict(observation=obs, batch_size=len(obs))))
         obs, reward, _, _, _ = envs.step(data["action"].select(*space).to_dict())
-        reward = reward.unsqueeze(-1)
-        if iteration == 0:
-            reward_std = reward.std()
-        data["value_target"] = reward / reward_std
+        data["value_target"] = reward.unsqueeze(-1)
         data["advantage"] = data["value_target"] - data["state_value"]
-    for _ in range(args.num_epochs):
+    for _ in range(NUM_EPOCHS):
         for rows in torch.randperm(args.num_envs).chunk(2):
             losses = loss(data[rows])
             optimizer.zero_grad()
             (losses["loss_objective"] + losses["loss_critic"]).backward()
             nn.utils.clip_grad_norm_(loss.parameters(), 0.5)
             optimizer.step()
-seconds = time.perf_counter() - start
 
 
 def act(obs):
     """The likeliest polymer and coverage, and the median formulation."""
     with set_exploration_type(ExplorationType.DETERMINISTIC):
-        return (
-            actor(TensorDict(observation=obs, batch_size=len(obs)))["action"]
-            .select(*space)
-            .to_dict()
-        )
+        data = actor(TensorDict(observation=envs.scale(obs), batch_size=len(obs)))
+        return data["action"].select(*space).to_dict()
 
 
-report(fraction_of_oracle(act, output="torch"), num_iterations * args.num_envs, seconds)
+report(args, act)

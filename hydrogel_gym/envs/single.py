@@ -109,13 +109,14 @@ class HydrogelEnv(gym.Env):
 
     A patient of the cohort, with `current_best_score` and `iteration` zero. With
     `patient_assignment="random"` (default) each reset draws one uniformly from the environment's
-    seeded stream; `"fixed"` keeps the first row. `reset(options={"patient_id": ...})` picks one by
-    id, `{"patient_index": ...}` by row, which `"fixed"` then keeps. Nothing else is random: same
-    seed, same patients; the global generators are never touched.
+    seeded stream; `"fixed"` keeps the first row, whatever the seed. Of `reset`'s `options`,
+    `{"patient_id": ...}` picks one by id, `{"patient_index": ...}` by row, which `"fixed"` then
+    keeps. Nothing else is random: same seed, same patients; no global generator is ever touched.
 
     ## Episode End
 
-    Terminated after `horizon` steps. Never truncated from inside.
+    Terminated after `horizon` steps. Never truncated from inside; the spec has no
+    `max_episode_steps`, which `gym.make` takes for wrappers that ask for one.
 
     ## Arguments
 

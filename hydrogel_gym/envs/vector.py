@@ -78,8 +78,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
     under `random` assignment a seeded one agrees step for step with Gymnasium's vector environments
     over `HydrogelEnv`.
 
-    Environment i is patient i mod P for good (`patient_assignment="fixed"`), or a fresh draw of its
-    own stream at each reset (`"random"`).
+    Environment i is patient i mod P for good (`patient_assignment="fixed"`, the same for every
+    seed), or a fresh draw of its own stream at each reset (`"random"`).
 
     Autoreset: all three modes of Gymnasium, in `metadata["autoreset_mode"]` and `autoreset_mode`.
     The default is `SameStep`, since with `NextStep` every second step of a single-step problem is a
@@ -284,8 +284,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         tensor = as_tensor(mask, "reset_mask", self.device)
         if tensor.dtype != torch.bool or tensor.shape != (self.num_envs,):
             raise ValueError(
-                f"reset_mask is a {tuple(tensor.shape)} array of {tensor.dtype}; "
-                f"expected ({self.num_envs},) of bool"
+                f"reset_mask is a {tuple(tensor.shape)} array of {tensor.dtype}; expected "
+                f"({self.num_envs},) of bool, as terminated | truncated is"
             )
         if self.problem.validate and not tensor.any():
             raise ValueError("reset_mask is all False; at least one environment must be reset")

@@ -19,7 +19,7 @@ from gymnasium.envs.registration import EnvSpec
 from gymnasium.error import ResetNeeded
 from gymnasium.utils.env_checker import check_env, data_equivalence
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers import TimeLimit
+from gymnasium.wrappers import TimeAwareObservation, TimeLimit
 from torch.utils._pytree import tree_leaves, tree_map
 
 from hydrogel_gym import Cohort, HydrogelEnv, HydrogelVectorEnv, RewardConfig, load_cohort
@@ -222,6 +222,22 @@ def test_seed_decides_everything_and_global_generators_nothing(kind):
     unseeded = [make(kind).reset()[1]["patient_index"] for _ in range(3)]
     assert len(np.unique(unseeded)) > 1 + 4 * (kind == "vector")
     assert_same(states(), before)
+
+
+@KINDS
+def test_seed_changes_nothing_under_fixed_assignment(kind):
+    env = make(kind, horizon=2, patient_assignment="fixed")
+    actions = sampled(env, 4)
+    assert_same(rollout(env, actions, seed=2), rollout(env, actions, seed=1))
+
+
+@pytest.mark.parametrize("form", ["", "Flat", "Discrete"])
+def test_limit_that_make_was_given_serves_wrappers_that_ask_for_one(form):
+    assert gym.spec(f"HydrogelDesign{form}-v0").max_episode_steps is None
+    env = gym.make(f"HydrogelDesign{form}-v0", horizon=2, max_episode_steps=2)
+    trace = rollout(TimeAwareObservation(env, normalize_time=False), sampled(env, 2))
+    assert [obs[-1] for obs, _, _ in trace] == [0, 1, 2]
+    assert [flags[1:] for _, _, flags in trace[1:]] == [[F, F], [T, T]]
 
 
 def test_list_of_seeds_in_any_form_begins_anew_the_rows_that_have_one():
@@ -546,7 +562,9 @@ def options(**kwargs) -> dict:
         ("vector", options(patient_id=[0, 3, 1]), "env 1: patient_id is 3; allowed: whole"),
         ("vector", options(mask=1), "allowed: ['patient_id', 'patient_index', 'reset_mask']"),
         ("vector", options(reset_mask=np.array([T, F])), "(2,) array of torch.bool"),
-        ("vector", options(reset_mask=np.array([1, 0, 0])), "array of torch.int64; expec"),
+        ("vector", options(reset_mask=np.array([1, 0, 0])), "int64; expected (3,) of bool, as ter"),
+        ("vector", options(reset_mask=torch.tensor([2, 0, 1])), "int64; expected (3,) of bool, as"),
+        ("vector", options(reset_mask=1), "reset_mask is a () array of torch.int64; expected (3,)"),
         ("vector", options(reset_mask=np.array([F, F, F])), "reset_mask is all False"),
         ("vector", {"seed": [1, 2]}, "seed has 2 entries; expected num_envs = 3"),
         ("vector", {"seed": [1, -2, 3]}, "seed is -2; allowed: whole numbers, 0 or more, or None"),
