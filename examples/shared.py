@@ -1,8 +1,4 @@
-"""What the examples share: arguments, scaled environments, a network, and how good a policy is.
-
-The oracle searches once, in about ten seconds, and keeps what it found in `runs/oracle` of the
-folder that an example is called from.
-"""
+"""What the examples share: arguments, scaled environments, a network, and how good a policy is."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
 """Tianshou's PPO over the batched environment, on the flat action.
 
-    pip install tianshou==2.0.1 pyarrow && pip install --no-deps -e .
+    pip install -e . tianshou==2.0.1
     python examples/tianshou_ppo.py                         # about two minutes
 
 Tianshou takes no composite action, and loops over single environments in Python; the class below
-gives it our batch instead. It resets ended episodes by itself, hence autoreset off. It also asks
-for pandas below 3, which is older than this package asks for but will do here.
+gives it our batch instead. It resets ended episodes by itself, hence autoreset off.
 """
 
 import gymnasium as gym
