@@ -8,6 +8,7 @@ import os
 import tempfile
 import threading
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,7 +132,7 @@ def test_run_trains_the_same_and_logs_every_row_at_its_global_step(tracked, fini
 def test_config_and_artifacts_say_what_the_run_depends_on_and_upload_no_cohort(tracked):
     args, _, online = tracked
     config = options.plain_config(args) | {"device": "cpu"}  # requested as "auto"
-    config |= {"torch": str(torch.__version__), "hydrogel_gym": hydrogel_gym.__version__}
+    config |= {"torch": version("torch"), "hydrogel_gym": hydrogel_gym.__version__}
     config |= {"ranks": 1}
     assert online.configured.items() >= config.items()
     assert len(online.configured["train_cohort_digest"]) == 16
