@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable
 from string import Template
 from typing import TypeVar
@@ -23,7 +24,9 @@ Class = TypeVar("Class", bound=type)
 def with_numbers(documented: Class) -> Class:
     """Decorate a class, of whose docstring each `$name` is filled in."""
     if documented.__doc__ is not None:  # as with python -OO
-        documented.__doc__ = Template(documented.__doc__).substitute(_numbers())
+        # Without its indentation, which Python takes off by itself from 3.13 on.
+        text = Template(inspect.cleandoc(documented.__doc__))
+        documented.__doc__ = text.substitute(_numbers())
     return documented
 
 
@@ -62,9 +65,9 @@ def _numbers() -> dict[str, object]:
 
 
 def _table(*rows: Iterable[object]) -> str:
-    """Rows of a Markdown table, indented as the docstring is."""
+    """Rows of a Markdown table."""
     texts = [[f"{x:g}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    return "\n    ".join(f"| {' | '.join(cells)} |" for cells in texts)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in texts)
 
 
 def _unit(meaning: str) -> str:
