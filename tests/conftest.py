@@ -29,6 +29,11 @@ from hydrogel_gym.train import ppo_hybrid
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Ranks are forked, and once a gradient was computed on another device a fork can compute none.
+    items.sort(key=lambda item: item.path.name != "test_ranks.py")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     for mark in item.iter_markers("torch"):
         if torch.__version__ < mark.args[0]:
