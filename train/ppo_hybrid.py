@@ -8,7 +8,6 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
-    python train/evaluate.py runs/quick-s1                                     # a saved policy
 
 What any run needs besides (options, ranks, run directory, checkpoints, logs, evaluation) is in
 `hydrogel_gym.runs`. *The source* is the HYDRA-BERT Stage-2 document, faults of which are mended.
@@ -90,8 +89,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     ent_coef: float = 0.01
     """weight of the entropy bonus"""
     temperature: float | None = None
-    """reward that a nat of entropy is worth at first, and a hundredth of it at last; by default it
-    follows the spread of the advantages"""
+    """reward that a nat of entropy is worth, falling to a hundredth; by default in no fixed unit"""
     max_grad_norm: float = 0.5
     """largest norm of the gradient"""
     target_kl: float | None = None
@@ -103,20 +101,17 @@ class Args(runs.RunOptions, runs.ProblemOptions):
         samples = self.num_iterations * self.num_steps * self.num_envs
         return samples * self.num_epochs // self.minibatch_size
 
-    @property
-    def is_stricter(self) -> bool:
-        """Whether the learned reward is another than the environment's."""
-        return (self.limit_margin, self.penalty_scale) != (0.0, 1.0)
-
 
 # Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
-SHORT = dict(minibatch_size=1000, num_epochs=4, learning_rate=2e-3, vf_coef=2.0)
-SHORT |= dict(ent_coef=0.1, temperature=0.3, patient_baseline=True)
+SHORT = dict(num_epochs=4, vf_coef=2.0, ent_coef=0.1, temperature=0.3, patient_baseline=True)
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
-    "quick": SHORT | dict(num_iterations=100, num_steps=2),
-    "full": SHORT | dict(num_iterations=200, num_steps=5, learning_rate=1e-3, limit_margin=0.002),
+    "quick": SHORT
+    | dict(num_iterations=100, num_steps=2, minibatch_size=500, learning_rate=1.5e-3),
+    "full": SHORT
+    | dict(num_iterations=200, num_steps=5, minibatch_size=1000, learning_rate=1.2e-3)
+    | dict(limit_margin=0.002),
 }
 
 # Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
@@ -137,10 +132,6 @@ class Noise(NamedTuple):
 
     uniform: Tensor  # (..., 2) in [0, 1): polymer, coverage
     normal: Tensor  # (..., 4) standard normal: formulation
-
-    def rows(self, index: int | slice) -> Noise:
-        """The numbers at `index` of the first dimension."""
-        return Noise(self.uniform[index], self.normal[index])
 
 
 def draw_noise(*shape: int, dim: int, generator: torch.Generator) -> Noise:
@@ -342,10 +333,8 @@ class Agent(nn.Module):
     def formulation_distribution(
         self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
     ) -> SquashedNormal:
-        """Distribution of the formulation, given the (B, 128) pre-activation of its head.
-
-        Factored heads do not look at the polymer; a block per coverage too was no better.
-        """
+        """Distribution of the formulation, given the (B, 128) pre-activation of its head."""
+        # A block of outputs per coverage too was no better.
         out = self.formulation_head(hidden, polymer_id)
         if self.state_std:
             mean, log_std = out.split(self.formulation_dim, -1)
@@ -416,8 +405,7 @@ def compute_gae(
     bootstrap = torch.where(terminated, torch.zeros_like(next_values), next_values)
     deltas = rewards + gamma * bootstrap - values
     carry = gamma * gae_lambda * (~done).to(deltas.dtype)
-    advantages = torch.empty_like(deltas)
-    trace = torch.zeros_like(deltas[0])
+    advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(deltas.shape[0])):
         trace = deltas[t] + carry[t] * trace
         advantages[t] = trace
@@ -434,9 +422,10 @@ class Batch(NamedTuple):
     returns: Tensor
     value: Tensor
 
-    def rows(self, index: Tensor | slice) -> Batch:
-        """The samples at `index`."""
-        return tree_map(lambda part: part[index], self)
+
+def rows_of(batch: Any, index: Tensor | slice | int) -> Any:
+    """What `index` takes of the first dimension of every tensor of a `Batch` or `Noise`."""
+    return tree_map(lambda part: part[index], batch)
 
 
 def normalize_advantage(advantage: Tensor, unit: float | None = None) -> Tensor:
@@ -507,7 +496,7 @@ def rollout(
     noise = Noise(*(part[:, world.share(num_envs)] for part in noise))
     steps: list[dict[str, Any]] = []
     for t in range(args.num_steps):
-        action, logprob, value, design = act(agent, obs, noise.rows(t))
+        action, logprob, value, design = act(agent, obs, rows_of(noise, t))
         next_obs, reward, terminated, truncated, info = envs.step(design)
         step = {"obs": obs, **action._asdict(), "logprob": logprob, "value": value}
         step |= {"reward": reward.to(value.dtype), "terminated": terminated}
@@ -544,7 +533,7 @@ def learned_reward(data: dict[str, Tensor], envs: gym.vector.VectorEnv, args: Ar
     A policy that is right on average breaks a limit for half of the patients who are best served
     close to it, and a penalty that starts there leaves it indifferent on the wrong side.
     """
-    if not args.is_stricter:
+    if (args.limit_margin, args.penalty_scale) == (0.0, 1.0):
         return data["reward"]
     params = envs.unwrapped.problem.params
     strict = params.reward_config.stricter(args.limit_margin, args.penalty_scale)
@@ -598,10 +587,10 @@ def update(
         order = order.view(-1, args.minibatch_size)
         share = world.share(args.minibatch_size)
         advantage = normalize_advantage(batch.advantage[order], unit)[:, share].flatten()
-        shuffled = batch.rows(order[:, share].flatten())._replace(advantage=advantage)
+        shuffled = rows_of(batch, order[:, share].flatten())._replace(advantage=advantage)
         rows = args.minibatch_size // world.size
         for start in range(0, len(shuffled.logprob), rows):
-            history.append(step(shuffled.rows(slice(start, start + rows))))
+            history.append(step(rows_of(shuffled, slice(start, start + rows))))
         if args.target_kl is not None:
             # On every rank, or one would go on and wait for the others for ever.
             if world.average(history[-1]["approx_kl"].clone()) > args.target_kl:
@@ -620,10 +609,9 @@ def learning_rate_at(iteration: int, args: Args) -> float:
 
 
 def advantage_unit_at(iteration: int, args: Args) -> float | None:
-    """Unit of the advantages in which the entropy bonus is worth the iteration's temperature.
+    """Unit of the advantages that gives the entropy bonus its temperature; None for their spread.
 
-    Divided by their own standard deviation, advantages are worth more the smaller they get: spread
-    and choices collapse before the best is found, `benchmark/quality/collapse.py`.
+    Which falls, and the temperature with it, before the best is found: `collapse.py`, a benchmark.
     """
     if args.temperature is None:
         return None
@@ -637,7 +625,8 @@ def make_learner(
     """A learner with initial weights, how it acts and how it takes a gradient step."""
     make = functools.partial(runs.make_envs, args, cohort, device, dtype=args.dtype)
     envs = make(num_envs=args.num_envs // world.size, compile=compile)
-    if args.is_stricter and not hasattr(envs.unwrapped, "problem"):
+    is_stricter = (args.limit_margin, args.penalty_scale) != (0.0, 1.0)
+    if is_stricter and not hasattr(envs.unwrapped, "problem"):
         raise UsageError(
             f"--env-id {args.env_id} does not say what its limits are (env.unwrapped.problem); "
             "pass --limit-margin 0 --penalty-scale 1"
@@ -682,8 +671,8 @@ def compile_learner(
     generator = torch.Generator(device).manual_seed(0)
     noise = draw_noise(len(obs), dim=agent.formulation_dim, generator=generator)
     with torch.no_grad():
-        action, logprob, value, _ = act(agent, obs[:rows], noise.rows(slice(rows)))
-    act_inputs = (obs[:num_envs], noise.rows(slice(num_envs)))
+        action, logprob, value, _ = act(agent, obs[:rows], rows_of(noise, slice(rows)))
+    act_inputs = (obs[:num_envs], rows_of(noise, slice(num_envs)))
     minibatch = Batch(obs[:rows], action, logprob, value, value, value)
     inputs = (agent, optimizer, act, loss, args.max_grad_norm, world)
     return runs.compile_training(*inputs, act_inputs=act_inputs, minibatch=minibatch)
@@ -716,8 +705,7 @@ def train(args: Args) -> dict[str, Any]:
             if iteration == 1:
                 agent.set_return_scale(batch.returns)
             optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
-            unit = advantage_unit_at(iteration, args)
-            losses = update(step, batch, args, generator, world, unit)
+            losses = update(step, batch, args, generator, world, advantage_unit_at(iteration, args))
             unexplained = (batch.returns - batch.value).var() / batch.returns.var().clamp_min(1e-12)
             losses["explained_variance"] = 1.0 - unexplained
             losses["learning_rate"] = optimizer.param_groups[0]["lr"]
