@@ -110,8 +110,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "quick": SHORT
     | dict(num_iterations=100, num_steps=2, minibatch_size=500, learning_rate=1.5e-3),
     "full": SHORT
-    | dict(num_iterations=200, num_steps=5, minibatch_size=1000, learning_rate=1.2e-3)
-    | dict(limit_margin=0.002),
+    | dict(num_steps=5, minibatch_size=1000, learning_rate=1.2e-3, limit_margin=0.002),
 }
 
 # Wide enough to bind nowhere in practice; keeps a diverging run from overflow.

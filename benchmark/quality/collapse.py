@@ -1,9 +1,8 @@
 """Why the reward fell in mid-training: temperature, spread and divergence of every iteration.
 
-    python benchmark/quality/collapse.py                      # ten minutes on one core
+    python benchmark/quality/collapse.py        # ten minutes on one core
 
-Trains the quick preset with advantages in units of their own standard deviation, and as it is, at a
-temperature in units of the reward.
+Trains the quick preset with advantages in units of their own spread, and at its temperature.
 """
 
 from __future__ import annotations
@@ -26,25 +25,25 @@ from hydrogel_gym.runs.command_line import run_script
 from hydrogel_gym.runs.environments import first_reset
 from hydrogel_gym.train import ppo_hybrid as ppo
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "unit: standard deviation": dict(temperature=None, ent_coef=0.01, patient_baseline=False),
-    "unit: temperature": {},
-}
-SHOWN = ("reward", "temperature", "spread", "divergence")
-SHARES = ("of worst tenth", "of these at a limit")
-AFTER = 50_000  # samples: before them the policy is still nearly random
+BEFORE = dict(temperature=None, ent_coef=0.01, patient_baseline=False, limit_margin=0.01)
+BEFORE |= dict(minibatch_size=1000, learning_rate=2e-3)
+VARIANTS: dict[str, dict[str, Any]] = {"advantages' spread": BEFORE, "temperature": {}}
+FIRST, LAST = 50_000, 160_000  # samples between which the reward fell
+MEANS = ("temperature", "polymer entropy", "spread", "formulation", "polymer", "coverage")
+SHOWN = ("reward", "temperature", "spread", "formulation")
+SHARES = ("clipfrac", "tenth", "at limit")
 
 
 @torch.no_grad()
-def heads(agent: ppo.Agent, batch: ppo.Batch) -> tuple[Tensor, ppo.SquashedNormal, Tensor]:
-    """What the policy makes of a batch: polymers, formulation, coverages."""
+def heads(agent: ppo.Agent, batch: ppo.Batch) -> dict[str, Any]:
+    """What the policy makes of a batch: two log-probabilities, and the formulation's density."""
     polymer, formulation, coverage, _ = agent.head_inputs(batch.obs)
     polymer_id, _, chosen = batch.action
-    return (
-        agent.polymer_head(polymer).log_softmax(-1),
-        agent.formulation_distribution(formulation, polymer_id, chosen),
-        agent.coverage_head(coverage, polymer_id).log_softmax(-1),
-    )
+    return {
+        "polymer": agent.polymer_head(polymer).log_softmax(-1),
+        "coverage": agent.coverage_head(coverage, polymer_id).log_softmax(-1),
+        "formulation": agent.formulation_distribution(formulation, polymer_id, chosen),
+    }
 
 
 def curve(args: ppo.Args, at_limit: Tensor) -> pd.DataFrame:
@@ -60,39 +59,25 @@ def curve(args: ppo.Args, at_limit: Tensor) -> pd.DataFrame:
         optimizer.param_groups[0]["lr"] = ppo.learning_rate_at(iteration, args)
         unit, old = ppo.advantage_unit_at(iteration, args), heads(agent, batch)
         losses = ppo.update(step, batch, args, generator, unit=unit)
-        new = heads(agent, batch)
-        moved = old[1].divergence(new[1])
-        worst = moved.topk(len(moved) // 10).indices
-        row = {"samples": iteration * len(moved), "reward": infos["reward"].mean().item()}
-        row["temperature"] = args.ent_coef * (unit or batch.advantage.std().item())
-        row |= {"spread": old[1].log_std.exp().median().item(), "divergence": moved.mean().item()}
-        for name, k in (("polymer", 0), ("coverage", 2)):
-            row[name] = (old[k].exp() * (old[k] - new[k])).sum(-1).mean().item()
-        row["polymer entropy"] = ppo.categorical_entropy(old[0]).mean().item()
-        row |= {name: losses[name].item() for name in ("approx_kl", "clipfrac")}
-        row["of worst tenth"] = (moved[worst].sum() / moved.sum()).item()
-        row["of these at a limit"] = at_limit.repeat(args.num_steps)[worst].float().mean().item()
-        rows.append(row)
-    return pd.DataFrame(rows)
-
-
-def table_row(name: str, runs: list[pd.DataFrame]) -> list[str]:
-    """A variant after the first samples: mean over iterations and seeds, and the worst of them."""
-    rows = pd.concat(run[run["samples"] > AFTER] for run in runs)
-    falls = [
-        (run["reward"].cummax().shift() - run["reward"])[run["samples"] > AFTER] for run in runs
-    ]
-    third = rows[rows["samples"] <= 160_000]  # where the reward fell
-    mean, early = rows.mean(), third.mean()
-    return [
-        name,
-        *(f"{fall.max():.2f}" for fall in falls),
-        *(f"{early[column]:.3g}" for column in ("temperature", "polymer entropy", "spread")),
-        *(f"{early[column]:.3f}" for column in ("divergence", "polymer", "coverage")),
-        f"{rows['approx_kl'].median():.3f} ({rows['approx_kl'].max():.2f})",
-        *(f"{100 * mean[column]:.0f} %" for column in ("clipfrac", *SHARES)),
-        f"{runs[0]['reward'].iloc[-1]:.2f}",
-    ]
+        new, row = heads(agent, batch), {name: x.item() for name, x in losses.items()}
+        moved = old["formulation"].divergence(new["formulation"])
+        tenth = moved.topk(len(moved) // 10).indices  # of the samples, where it moved furthest
+        for name in ("polymer", "coverage"):
+            row[name] = (old[name].exp() * (old[name] - new[name])).sum(-1).mean().item()
+        rows.append(
+            row
+            | {
+                "samples": iteration * len(moved),
+                "reward": infos["reward"].mean().item(),
+                "temperature": args.ent_coef * (unit or batch.advantage.std().item()),
+                "polymer entropy": ppo.categorical_entropy(old["polymer"]).mean().item(),
+                "spread": old["formulation"].log_std.exp().median().item(),
+                "formulation": moved.mean().item(),
+                "tenth": (moved[tenth].sum() / moved.sum()).item(),
+                "at limit": at_limit.repeat(args.num_steps)[tenth].float().mean().item(),
+            }
+        )
+    return pd.DataFrame(rows).set_index("samples")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -101,42 +86,39 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="of each")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
-    margins = safety_margins(
-        best_designs("train", cache_dir=ORACLE_CACHE, progress=True).outcomes, RewardConfig()
-    )
-    at_limit = torch.stack(list(margins.values())).amin(0) < 0.01
-    rows, picture = [], figure(10, 6)
+    best = best_designs("train", cache_dir=ORACLE_CACHE, progress=True)
+    margins = torch.stack(list(safety_margins(best.outcomes, RewardConfig()).values()))
+    at_limit, rows, picture = margins.amin(0) < 0.01, [], figure(10, 6)
     panels = picture.subplots(2, 2).flatten()
-    for color, (name, changes) in enumerate(VARIANTS.items()):
+    for k, (name, changes) in enumerate(VARIANTS.items()):
         settings = ppo.PRESETS["quick"] | changes
-        runs = [curve(ppo.Args(preset="quick", seed=k, **settings), at_limit) for k in args.seeds]
-        rows.append(table_row(name, runs))
+        runs = [curve(ppo.Args(preset="quick", seed=s, **settings), at_limit) for s in args.seeds]
         for axes, column in zip(panels, SHOWN, strict=True):
             for run in runs:
-                axes.plot(
-                    run["samples"],
-                    run[column],
-                    f"C{color}",
-                    lw=1,
-                    label=name if run is runs[0] else None,
-                )
-            axes.set(
-                title=column, xlabel="samples", yscale="linear" if axes is panels[0] else "log"
-            )
+                axes.plot(run[column], f"C{k}", lw=1, label=name if run is runs[0] else None)
+            is_reward = column == "reward"
+            title = "KL of formulation" if column == "formulation" else column
+            axes.set(title=title, xlabel="samples", yscale="linear" if is_reward else "log")
+        falls = [(run["reward"].cummax().shift() - run["reward"]).loc[FIRST:].max() for run in runs]
+        every = pd.concat(run.loc[FIRST:] for run in runs)
+        then = pd.concat(run.loc[FIRST:LAST] for run in runs).mean()
+        kl = every["approx_kl"]
+        cells = [f"{fall:.2f}" for fall in falls] + [f"{then[column]:.3f}" for column in MEANS]
+        cells.append(f"{kl.median():.3f} (largest {kl.max():.2f})")
+        rows.append([name, *cells, *(f"{100 * then[column]:.0f} %" for column in SHARES)])
     panels[0].set_ylim(26, 30)
-    panels[1].legend()
-    falls = [f"fall, seed {seed}" for seed in args.seeds]
-    header = ["advantages in", *falls, "temperature", "polymer entropy", "spread"]
-    header += ["KL of formulation", "of polymer", "of coverage", "approximate KL (largest)"]
-    header += ["clipped", "KL in a tenth of samples", "of these at a limit", "last reward, seed 1"]
+    panels[1].legend(title="unit of advantages")
+    header = ["unit of advantages", *(f"fall, seed {seed}" for seed in args.seeds), *MEANS]
     lines = [
-        "Fall: of an iteration's mean reward below the best before it. The next six columns are "
-        f"means from {AFTER:,} to 160,000 samples, the others of all after {AFTER:,}. Temperature: "
-        "the reward that a nat of entropy is worth to the learner. Spread: median standard "
-        f"deviation before tanh. Best served at a limit: {100 * at_limit.float().mean():.0f} % of "
-        "all patients.",
+        f"Fall: largest of an iteration's mean reward after {FIRST:,} samples below the best "
+        f"before. What follows are means from there to {LAST:,} samples: temperature, the reward a "
+        "nat of entropy is worth to the learner; entropy of the polymers; median spread before "
+        "tanh; KL divergence of each head from the rollout's policy; approximate KL divergence, "
+        "here to the end of training; ratios clipped; share of the formulation's divergence in the "
+        "tenth of the samples that has most of it; and how many of these are of patients best "
+        f"served within 0.01 of a limit, {100 * at_limit.float().mean():.0f} % of all.",
         "",
-        *table(header, rows),
+        *table([*header, "approximate KL", "clipped", "in a tenth", "at a limit"], rows),
     ]
     write(args.output_dir, "collapse", lines, picture, made_by(1))
 
