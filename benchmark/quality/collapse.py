@@ -27,23 +27,19 @@ from hydrogel_gym.train import ppo_hybrid as ppo
 
 BEFORE = dict(temperature=None, ent_coef=0.01, patient_baseline=False, limit_margin=0.01)
 BEFORE |= dict(minibatch_size=1000, learning_rate=2e-3)
-VARIANTS: dict[str, dict[str, Any]] = {"advantages' spread": BEFORE, "temperature": {}}
+VARIANTS: dict[str, dict[str, Any]] = {"their spread": BEFORE, "temperature": {}}
 FIRST, LAST = 50_000, 160_000  # samples between which the reward fell
-MEANS = ("temperature", "polymer entropy", "spread", "formulation", "polymer", "coverage")
-SHOWN = ("reward", "temperature", "spread", "formulation")
-SHARES = ("clipfrac", "tenth", "at limit")
+SHOWN = ("reward", "temperature", "spread", "KL, formulation")
+MEANS = (*SHOWN[1:], "KL, polymer", "polymer entropy", "clipfrac", "in a tenth", "at a limit")
 
 
 @torch.no_grad()
-def heads(agent: ppo.Agent, batch: ppo.Batch) -> dict[str, Any]:
-    """What the policy makes of a batch: two log-probabilities, and the formulation's density."""
-    polymer, formulation, coverage, _ = agent.head_inputs(batch.obs)
-    polymer_id, _, chosen = batch.action
-    return {
-        "polymer": agent.polymer_head(polymer).log_softmax(-1),
-        "coverage": agent.coverage_head(coverage, polymer_id).log_softmax(-1),
-        "formulation": agent.formulation_distribution(formulation, polymer_id, chosen),
-    }
+def heads(agent: ppo.Agent, batch: ppo.Batch) -> tuple[Tensor, ppo.SquashedNormal]:
+    """Log-probabilities of the polymers and density of the formulation, for a batch."""
+    polymer, formulation, _, _ = agent.head_inputs(batch.obs)
+    chosen = (batch.action.polymer_id, batch.action.coverage)
+    logp = agent.polymer_head(polymer).log_softmax(-1)
+    return logp, agent.formulation_distribution(formulation, *chosen)
 
 
 def curve(args: ppo.Args, at_limit: Tensor) -> pd.DataFrame:
@@ -51,33 +47,29 @@ def curve(args: ppo.Args, at_limit: Tensor) -> pd.DataFrame:
     device, cohort = torch.device("cpu"), load_cohort("train")
     learner, act, step = ppo.make_learner(args, cohort, device, ppo.runs.ALONE, False)
     envs, agent, _, optimizer, generator = learner
-    obs, rows = first_reset(envs, args, args.seed, len(cohort)), []
+    obs, rows = first_reset(envs, args, args.seed, len(cohort)), {}
     for iteration in range(1, args.num_iterations + 1):
         obs, batch, infos = ppo.rollout(envs, agent, obs, args, generator, act)
         if iteration == 1:
             agent.set_return_scale(batch.returns)
         optimizer.param_groups[0]["lr"] = ppo.learning_rate_at(iteration, args)
-        unit, old = ppo.advantage_unit_at(iteration, args), heads(agent, batch)
+        unit, (old, density) = ppo.advantage_unit_at(iteration, args), heads(agent, batch)
         losses = ppo.update(step, batch, args, generator, unit=unit)
-        new, row = heads(agent, batch), {name: x.item() for name, x in losses.items()}
-        moved = old["formulation"].divergence(new["formulation"])
+        new, changed = heads(agent, batch)
+        moved = density.divergence(changed)
         tenth = moved.topk(len(moved) // 10).indices  # of the samples, where it moved furthest
-        for name in ("polymer", "coverage"):
-            row[name] = (old[name].exp() * (old[name] - new[name])).sum(-1).mean().item()
-        rows.append(
-            row
-            | {
-                "samples": iteration * len(moved),
-                "reward": infos["reward"].mean().item(),
-                "temperature": args.ent_coef * (unit or batch.advantage.std().item()),
-                "polymer entropy": ppo.categorical_entropy(old["polymer"]).mean().item(),
-                "spread": old["formulation"].log_std.exp().median().item(),
-                "formulation": moved.mean().item(),
-                "tenth": (moved[tenth].sum() / moved.sum()).item(),
-                "at limit": at_limit.repeat(args.num_steps)[tenth].float().mean().item(),
-            }
-        )
-    return pd.DataFrame(rows).set_index("samples")
+        row = losses | {
+            "reward": infos["reward"].mean(),
+            "temperature": args.ent_coef * (unit or batch.advantage.std()),
+            "spread": density.log_std.exp().median(),
+            "KL, formulation": moved.mean(),
+            "KL, polymer": (old.exp() * (old - new)).sum(-1).mean(),
+            "polymer entropy": ppo.categorical_entropy(old).mean(),
+            "in a tenth": moved[tenth].sum() / moved.sum(),
+            "at a limit": at_limit.repeat(args.num_steps)[tenth].float().mean(),
+        }
+        rows[iteration * len(moved)] = {name: float(value) for name, value in row.items()}
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -94,31 +86,27 @@ def main(argv: list[str] | None = None) -> None:
         settings = ppo.PRESETS["quick"] | changes
         runs = [curve(ppo.Args(preset="quick", seed=s, **settings), at_limit) for s in args.seeds]
         for axes, column in zip(panels, SHOWN, strict=True):
+            axes.set(title=column, xlabel="samples", yscale="log")
             for run in runs:
                 axes.plot(run[column], f"C{k}", lw=1, label=name if run is runs[0] else None)
-            is_reward = column == "reward"
-            title = "KL of formulation" if column == "formulation" else column
-            axes.set(title=title, xlabel="samples", yscale="linear" if is_reward else "log")
         falls = [(run["reward"].cummax().shift() - run["reward"]).loc[FIRST:].max() for run in runs]
-        every = pd.concat(run.loc[FIRST:] for run in runs)
-        then = pd.concat(run.loc[FIRST:LAST] for run in runs).mean()
-        kl = every["approx_kl"]
-        cells = [f"{fall:.2f}" for fall in falls] + [f"{then[column]:.3f}" for column in MEANS]
-        cells.append(f"{kl.median():.3f} (largest {kl.max():.2f})")
-        rows.append([name, *cells, *(f"{100 * then[column]:.0f} %" for column in SHARES)])
-    panels[0].set_ylim(26, 30)
+        kl = pd.concat(run.loc[FIRST:, "approx_kl"] for run in runs)
+        means = pd.concat(run.loc[FIRST:LAST] for run in runs).mean()
+        cells = [f"{value:.2f}" for value in (*falls, kl.median(), kl.max())]
+        rows.append([name, *cells, *(f"{means[column]:.3f}" for column in MEANS)])
+    panels[0].set(yscale="linear", ylim=(26, 30))
     panels[1].legend(title="unit of advantages")
-    header = ["unit of advantages", *(f"fall, seed {seed}" for seed in args.seeds), *MEANS]
+    header = ["unit of advantages", *(f"fall, seed {seed}" for seed in args.seeds)]
     lines = [
-        f"Fall: largest of an iteration's mean reward after {FIRST:,} samples below the best "
-        f"before. What follows are means from there to {LAST:,} samples: temperature, the reward a "
-        "nat of entropy is worth to the learner; entropy of the polymers; median spread before "
-        "tanh; KL divergence of each head from the rollout's policy; approximate KL divergence, "
-        "here to the end of training; ratios clipped; share of the formulation's divergence in the "
-        "tenth of the samples that has most of it; and how many of these are of patients best "
-        f"served within 0.01 of a limit, {100 * at_limit.float().mean():.0f} % of all.",
+        f"Fall: largest, after {FIRST:,} samples, of an iteration's mean reward below the best "
+        "before; then median and largest approximate KL divergence of these iterations. The rest "
+        f"are means up to {LAST:,} samples: temperature, the reward that a nat of entropy is worth "
+        "to the learner; median spread of the formulation before tanh; KL divergence of two heads "
+        "from the rollout's policy; entropy of the polymers; share of clipped ratios; share of the "
+        "formulation's divergence in the tenth of samples with most of it, and share of these of "
+        f"patients best served within 0.01 of a limit ({at_limit.float().mean():.3f} of all).",
         "",
-        *table([*header, "approximate KL", "clipped", "in a tenth", "at a limit"], rows),
+        *table([*header, "approximate KL", "largest", *MEANS], rows),
     ]
     write(args.output_dir, "collapse", lines, picture, made_by(1))
 
