@@ -86,9 +86,15 @@ def main(argv: list[str] | None = None) -> None:
         settings = ppo.PRESETS["quick"] | changes
         runs = [curve(ppo.Args(preset="quick", seed=s, **settings), at_limit) for s in args.seeds]
         for axes, column in zip(panels, SHOWN, strict=True):
-            axes.set(title=column, xlabel="samples", yscale="log")
+            axes.set(title=column, xlabel="samples, millions", yscale="log")
             for run in runs:
-                axes.plot(run[column], f"C{k}", lw=1, label=name if run is runs[0] else None)
+                axes.plot(
+                    run.index / 1e6,
+                    run[column],
+                    f"C{k}",
+                    lw=1,
+                    label=name if run is runs[0] else None,
+                )
         falls = [(run["reward"].cummax().shift() - run["reward"]).loc[FIRST:].max() for run in runs]
         kl = pd.concat(run.loc[FIRST:, "approx_kl"] for run in runs)
         means = pd.concat(run.loc[FIRST:LAST] for run in runs).mean()
