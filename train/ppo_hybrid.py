@@ -7,9 +7,7 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     python train/ppo_hybrid.py --preset full                                   # 2 M samples
     python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
-    python train/ppo_hybrid.py --preset quick --track                          # log to W&B
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
-    python train/evaluate.py runs/quick-s1                                     # a saved policy
 
 What any run needs besides (options, ranks, run directory, checkpoints, logs, evaluation) is in
 `hydrogel_gym.runs`. *The source* is the HYDRA-BERT Stage-2 document, faults of which are mended.
@@ -50,7 +48,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     """start of all other flags: the source's table, half a minute, or the best in a few minutes"""
 
     # Learned reward
-    limit_margin: float = 0.01
+    limit_margin: float = 0.003
     """learn from safety limits tighter by this; what is reported keeps the true ones"""
     penalty_scale: float = 2.0
     """learn from safety penalties this many times as large; what is reported keeps the true ones"""
@@ -80,6 +78,8 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     """discount"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
+    patient_baseline: bool = False
+    """advantages less their mean over the episodes that a rollout has of the same patient"""
     clip_coef: float = 0.2
     """clipping range of the probability ratio"""
     clip_vloss: bool = False
@@ -88,6 +88,8 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     """weight of the value loss"""
     ent_coef: float = 0.01
     """weight of the entropy bonus"""
+    temperature: float | None = None
+    """reward that a nat of entropy is worth, falling to a hundredth; by default in no fixed unit"""
     max_grad_norm: float = 0.5
     """largest norm of the gradient"""
     target_kl: float | None = None
@@ -99,19 +101,16 @@ class Args(runs.RunOptions, runs.ProblemOptions):
         samples = self.num_iterations * self.num_steps * self.num_envs
         return samples * self.num_epochs // self.minibatch_size
 
-    @property
-    def is_stricter(self) -> bool:
-        """Whether the learned reward is another than the environment's."""
-        return (self.limit_margin, self.penalty_scale) != (0.0, 1.0)
-
 
 # Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
-SHORT = dict(minibatch_size=1000, num_epochs=4, learning_rate=2e-3, vf_coef=2.0)
+SHORT = dict(num_epochs=4, vf_coef=2.0, ent_coef=0.1, temperature=0.3, patient_baseline=True)
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
-    "quick": SHORT | dict(num_iterations=100, num_steps=2),
-    "full": SHORT | dict(num_iterations=200, num_steps=5),
+    "quick": SHORT
+    | dict(num_iterations=100, num_steps=2, minibatch_size=500, learning_rate=1.5e-3),
+    "full": SHORT
+    | dict(num_steps=5, minibatch_size=1000, learning_rate=1.2e-3, limit_margin=0.002),
 }
 
 # Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
@@ -132,10 +131,6 @@ class Noise(NamedTuple):
 
     uniform: Tensor  # (..., 2) in [0, 1): polymer, coverage
     normal: Tensor  # (..., 4) standard normal: formulation
-
-    def rows(self, index: int | slice) -> Noise:
-        """The numbers at `index` of the first dimension."""
-        return Noise(self.uniform[index], self.normal[index])
 
 
 def draw_noise(*shape: int, dim: int, generator: torch.Generator) -> Noise:
@@ -337,11 +332,8 @@ class Agent(nn.Module):
     def formulation_distribution(
         self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
     ) -> SquashedNormal:
-        """Distribution of the formulation, given the (B, 128) pre-activation of its head.
-
-        Factored heads do not look at the polymer, and none looks at the coverage, for a block of
-        outputs per coverage too was no better.
-        """
+        """Distribution of the formulation, given the (B, 128) pre-activation of its head."""
+        # A block of outputs per coverage too was no better.
         out = self.formulation_head(hidden, polymer_id)
         if self.state_std:
             mean, log_std = out.split(self.formulation_dim, -1)
@@ -412,8 +404,7 @@ def compute_gae(
     bootstrap = torch.where(terminated, torch.zeros_like(next_values), next_values)
     deltas = rewards + gamma * bootstrap - values
     carry = gamma * gae_lambda * (~done).to(deltas.dtype)
-    advantages = torch.empty_like(deltas)
-    trace = torch.zeros_like(deltas[0])
+    advantages, trace = torch.empty_like(deltas), torch.zeros_like(deltas[0])
     for t in reversed(range(deltas.shape[0])):
         trace = deltas[t] + carry[t] * trace
         advantages[t] = trace
@@ -430,17 +421,16 @@ class Batch(NamedTuple):
     returns: Tensor
     value: Tensor
 
-    def rows(self, index: Tensor | slice) -> Batch:
-        """The samples at `index`."""
-        obs, action, *rest = self
-        action = HybridAction(*(part[index] for part in action))
-        return Batch(obs[index], action, *(part[index] for part in rest))
+
+def rows_of(batch: Any, index: Tensor | slice | int) -> Any:
+    """What `index` takes of the first dimension of every tensor of a `Batch` or `Noise`."""
+    return tree_map(lambda part: part[index], batch)
 
 
-def normalize_advantage(advantage: Tensor) -> Tensor:
-    """(K, M) advantages of K minibatches, each with mean 0 and standard deviation 1."""
+def normalize_advantage(advantage: Tensor, unit: float | None = None) -> Tensor:
+    """(K, M) advantages of K minibatches, each of mean 0, in a unit or their standard deviation."""
     std, mean = torch.std_mean(advantage, -1, correction=0, keepdim=True)
-    return (advantage - mean) / (std + 1e-8)
+    return (advantage - mean) / (unit or std + 1e-8)
 
 
 def ppo_loss(
@@ -448,9 +438,8 @@ def ppo_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss with value loss and entropy bonus [Schulman2017], and its parts.
 
-    Only the policy's part takes the advantages, which are normalised per minibatch. The value loss
-    is the mean squared error in units of `return_std`; with `args.clip_vloss` the larger of the
-    plain and the clipped squared error. `output` is what the policy now makes of the actions.
+    The value loss is the mean squared error in units of `return_std`; with `args.clip_vloss` the
+    larger of it and the clipped one. `output` is what the policy now makes of the actions.
 
     References:
         [Schulman2017] Schulman et al. Proximal policy optimization algorithms. arXiv:1707.06347.
@@ -460,8 +449,7 @@ def ppo_loss(
     clipped = ratio.clamp(1.0 - args.clip_coef, 1.0 + args.clip_coef)
     policy_loss = -torch.minimum(batch.advantage * ratio, batch.advantage * clipped).mean()
 
-    error = (output.value - batch.returns) / return_std
-    squared_error = error.square()
+    squared_error = ((output.value - batch.returns) / return_std).square()
     if args.clip_vloss:
         change = ((output.value - batch.value) / return_std).clamp(-args.clip_coef, args.clip_coef)
         clipped_error = (batch.value - batch.returns) / return_std + change
@@ -499,17 +487,15 @@ def rollout(
     Returns the observation to go on from, of this rank's environments; of those of all ranks the
     flattened batch, and (T, B) tensors of the steps' rewards and infos.
     """
-    # Our environments never truncate from inside. Of others it is not known, and asking the data
-    # would be a read on the host: the value of every final observation is computed.
+    # Ours never truncate from inside; to ask the data of others would be a read on the host.
     may_truncate = not isinstance(envs.unwrapped, hydrogel_gym.HydrogelVectorEnv)
-    # Every rank draws the numbers of all environments and takes its own: an environment is given
-    # the same ones however many ranks there are.
+    # Of all environments, so that each is given the same ones however many ranks there are.
     num_envs = len(obs) * world.size
     noise = draw_noise(args.num_steps, num_envs, dim=agent.formulation_dim, generator=generator)
     noise = Noise(*(part[:, world.share(num_envs)] for part in noise))
     steps: list[dict[str, Any]] = []
     for t in range(args.num_steps):
-        action, logprob, value, design = act(agent, obs, noise.rows(t))
+        action, logprob, value, design = act(agent, obs, rows_of(noise, t))
         next_obs, reward, terminated, truncated, info = envs.step(design)
         step = {"obs": obs, **action._asdict(), "logprob": logprob, "value": value}
         step |= {"reward": reward.to(value.dtype), "terminated": terminated}
@@ -528,6 +514,11 @@ def rollout(
     advantages, returns = compute_gae(
         rewards, data["value"], next_values, *ends, args.gamma, args.gae_lambda
     )
+    episodes = args.num_steps // args.horizon if args.patient_assignment == "fixed" else 1
+    if args.patient_baseline and episodes > 1 and args.num_steps % args.horizon == 0:
+        # They differ in the designs alone; what the value misses of the patient is no more noise.
+        same = advantages.unflatten(0, (episodes, args.horizon))
+        advantages = (same - same.mean(0)).flatten(0, 1) * (episodes / (episodes - 1))
     action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
     batch = Batch(data["obs"], action, data["logprob"], advantages, returns, data["value"])
     infos = {name: data[name] for name in ("reward", *runs.INFOS)}
@@ -538,11 +529,10 @@ def rollout(
 def learned_reward(data: dict[str, Tensor], envs: gym.vector.VectorEnv, args: Args) -> Tensor:
     """(T, B) what steps are worth to the learner: the environment's reward under stricter limits.
 
-    A penalty that starts at a limit leaves a policy indifferent on the wrong side of it, and one
-    that is right on average breaks the limit for half of the patients who are best served close to
-    it. Larger penalties from tighter limits move neither: the best designs break no limit.
+    A policy that is right on average breaks a limit for half of the patients who are best served
+    close to it, and a penalty that starts there leaves it indifferent on the wrong side.
     """
-    if not args.is_stricter:
+    if (args.limit_margin, args.penalty_scale) == (0.0, 1.0):
         return data["reward"]
     params = envs.unwrapped.problem.params
     strict = params.reward_config.stricter(args.limit_margin, args.penalty_scale)
@@ -583,6 +573,7 @@ def update(
     args: Args,
     generator: torch.Generator,
     world: runs.World = runs.ALONE,
+    unit: float | None = None,
 ) -> dict[str, Tensor]:
     """Epochs of minibatch updates; returns the mean of each part of the loss over them.
 
@@ -591,15 +582,14 @@ def update(
     history: list[dict[str, Tensor]] = []
     for _ in range(args.num_epochs):
         order = torch.randperm(len(batch.logprob), generator=generator, device=generator.device)
-        # Minibatches are the same for any number of ranks, and so are their statistics; each rank
-        # takes an equal share of every one.
+        # The same minibatches for any number of ranks, each of which takes an equal share.
         order = order.view(-1, args.minibatch_size)
         share = world.share(args.minibatch_size)
-        advantage = normalize_advantage(batch.advantage[order])[:, share].flatten()
-        shuffled = batch.rows(order[:, share].flatten())._replace(advantage=advantage)
+        advantage = normalize_advantage(batch.advantage[order], unit)[:, share].flatten()
+        shuffled = rows_of(batch, order[:, share].flatten())._replace(advantage=advantage)
         rows = args.minibatch_size // world.size
         for start in range(0, len(shuffled.logprob), rows):
-            history.append(step(shuffled.rows(slice(start, start + rows))))
+            history.append(step(rows_of(shuffled, slice(start, start + rows))))
         if args.target_kl is not None:
             # On every rank, or one would go on and wait for the others for ever.
             if world.average(history[-1]["approx_kl"].clone()) > args.target_kl:
@@ -617,13 +607,25 @@ def learning_rate_at(iteration: int, args: Args) -> float:
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
 
+def advantage_unit_at(iteration: int, args: Args) -> float | None:
+    """Unit of the advantages that gives the entropy bonus its temperature; None for their spread.
+
+    Which falls, and the temperature with it, before the best is found: `collapse.py`, a benchmark.
+    """
+    if args.temperature is None:
+        return None
+    share = (iteration - 1) / args.num_iterations
+    return args.temperature * 0.01**share / args.ent_coef
+
+
 def make_learner(
     args: Args, cohort: hydrogel_gym.Cohort, device: torch.device, world: runs.World, compile: bool
 ) -> tuple[runs.Learner, Callable[..., Any], Callable[..., dict[str, Tensor]]]:
     """A learner with initial weights, how it acts and how it takes a gradient step."""
     make = functools.partial(runs.make_envs, args, cohort, device, dtype=args.dtype)
     envs = make(num_envs=args.num_envs // world.size, compile=compile)
-    if args.is_stricter and not hasattr(envs.unwrapped, "problem"):
+    is_stricter = (args.limit_margin, args.penalty_scale) != (0.0, 1.0)
+    if is_stricter and not hasattr(envs.unwrapped, "problem"):
         raise UsageError(
             f"--env-id {args.env_id} does not say what its limits are (env.unwrapped.problem); "
             "pass --limit-margin 0 --penalty-scale 1"
@@ -636,9 +638,7 @@ def make_learner(
         "num_coverages": int(space["coverage"].n),
         "formulation_low": space["formulation"].low.tolist(),
         "formulation_high": space["formulation"].high.tolist(),
-        **{
-            name: getattr(args, name) for name in ("policy", "state_std", "hidden_dim", "precision")
-        },
+        **{key: getattr(args, key) for key in "policy state_std hidden_dim precision".split()},
     }
     agent = Agent(**architecture).to(device)
     # Of the environments of all ranks, not of this one's patients.
@@ -646,8 +646,7 @@ def make_learner(
     statistics = runs.observation_statistics(every, args.horizon, args.seed)
     agent.obs_mean[:], agent.obs_std[:] = statistics
     weights = [runs.flatten_weights(agent)] if compile else list(agent.parameters())
-    fused = device.type in ("cpu", "cuda")
-    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=fused)
+    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=device.type in ("cpu", "cuda"))
     generator = torch.Generator(device).manual_seed(args.seed)  # samples and minibatches
     learner = runs.Learner(envs, agent, architecture, optimizer, generator)
     if compile:
@@ -671,8 +670,8 @@ def compile_learner(
     generator = torch.Generator(device).manual_seed(0)
     noise = draw_noise(len(obs), dim=agent.formulation_dim, generator=generator)
     with torch.no_grad():
-        action, logprob, value, _ = act(agent, obs[:rows], noise.rows(slice(rows)))
-    act_inputs = (obs[:num_envs], noise.rows(slice(num_envs)))
+        action, logprob, value, _ = act(agent, obs[:rows], rows_of(noise, slice(rows)))
+    act_inputs = (obs[:num_envs], rows_of(noise, slice(num_envs)))
     minibatch = Batch(obs[:rows], action, logprob, value, value, value)
     inputs = (agent, optimizer, act, loss, args.max_grad_norm, world)
     return runs.compile_training(*inputs, act_inputs=act_inputs, minibatch=minibatch)
@@ -705,7 +704,7 @@ def train(args: Args) -> dict[str, Any]:
             if iteration == 1:
                 agent.set_return_scale(batch.returns)
             optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
-            losses = update(step, batch, args, generator, world)
+            losses = update(step, batch, args, generator, world, advantage_unit_at(iteration, args))
             unexplained = (batch.returns - batch.value).var() / batch.returns.var().clamp_min(1e-12)
             losses["explained_variance"] = 1.0 - unexplained
             losses["learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -719,14 +718,15 @@ def check_args(args: Args, world: runs.World) -> None:
     runs.check_options(args)
     if args.policy not in get_args(Policy):
         raise UsageError(f"--policy is {args.policy!r}; allowed: {', '.join(get_args(Policy))}")
+    positive = "learning_rate clip_coef max_grad_norm" + " ent_coef" * bool(args.temperature)
     sizes = "num_envs num_steps num_iterations num_epochs minibatch_size hidden_dim"
     runs.check_ranges(
         args,
         (sizes, "1 or more", lambda x: x >= 1),
         ("gamma gae_lambda", "0 to 1", lambda x: 0.0 <= x <= 1.0),
         ("vf_coef ent_coef limit_margin penalty_scale", "0 or more", lambda x: 0.0 <= x < math.inf),
-        ("learning_rate clip_coef max_grad_norm", "above 0", lambda x: 0.0 < x < math.inf),
-        ("target_kl", "above 0", lambda x: x is None or 0.0 < x < math.inf),
+        (positive, "above 0", lambda x: 0.0 < x < math.inf),
+        ("target_kl temperature", "above 0", lambda x: x is None or 0.0 < x < math.inf),
     )
     runs.check_shares(args.num_envs, args.num_steps, args.minibatch_size, world.size)
 

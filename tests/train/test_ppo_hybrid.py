@@ -100,6 +100,32 @@ def test_rollout_takes_the_value_of_the_final_observation_at_a_truncation():
     torch.testing.assert_close(batch.returns, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_baseline_of_a_patient_takes_off_what_all_episodes_of_one_have_in_common(
+    small_run, tmp_path
+):
+    args = small_run(tmp_path, horizon=2, num_steps=6, num_envs=100)
+    envs = environments.make_envs(args, hydrogel_gym.load_cohort(), CPU, num_envs=100)
+    plain, centred, drawn = (
+        ppo.rollout(
+            envs,
+            make_agent(),
+            envs.reset(seed=0)[0],
+            dataclasses.replace(args, **changes),
+            torch.Generator().manual_seed(0),
+        )[1]
+        for changes in (
+            dict(patient_baseline=False),
+            dict(patient_baseline=True),
+            dict(patient_baseline=True, patient_assignment="random"),
+        )
+    )
+    same = plain.advantage.view(3, 2, 100)
+    expected = same - (same.sum(0) - same) / 2  # the mean of the two other episodes
+    torch.testing.assert_close(centred.advantage.view(3, 2, 100), expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(centred.returns, plain.returns)
+    assert torch.equal(drawn.advantage, plain.advantage)
+
+
 # --- policy
 
 
@@ -295,6 +321,19 @@ def test_target_kl_ends_the_epochs_of_all_ranks_by_the_mean_over_them():
 
     ppo.update(step, batch, args, torch.Generator().manual_seed(0), World())
     assert steps == [1.0, 0.0, 0.0, 0.15, 0.0, 9.0]
+
+
+def test_temperature_is_the_reward_that_a_nat_of_entropy_is_worth_to_the_loss():
+    advantage = torch.tensor([[1.0, 3.0, 8.0]])
+    args = ppo.Args(temperature=0.3, ent_coef=0.1, num_iterations=101)
+    for iteration, temperature in ((1, 0.3), (51, 0.3 * 0.1 ** (100 / 101)), (101, 0.00314)):
+        unit = ppo.advantage_unit_at(iteration, args)
+        assert args.ent_coef * unit == pytest.approx(temperature, rel=1e-2)
+        expected = (advantage - 4.0) * args.ent_coef / temperature
+        torch.testing.assert_close(
+            ppo.normalize_advantage(advantage, unit), expected, rtol=1e-2, atol=0
+        )
+    assert ppo.advantage_unit_at(1, ppo.Args()) is None
 
 
 # --- rollouts
