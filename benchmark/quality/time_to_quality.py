@@ -57,6 +57,16 @@ class Milestone(NamedTuple):
     reward: float
 
 
+def milestones() -> tuple[list[Milestone], float]:
+    """The milestones, and the oracle's mean reward on the held-out cohort."""
+    best = best_designs("holdout", cache_dir=ORACLE_CACHE, progress=True).score.mean().item()
+    goals = [Milestone("29.2 on the training cohort", TRAIN, 29.2)]
+    for share in (0.985, 0.995):
+        label = f"{100 * share:g} % of the oracle, held out"
+        goals.append(Milestone(label, HOLDOUT, share * best))
+    return goals, best
+
+
 def reached(run: pd.DataFrame, milestone: Milestone) -> float:
     """Seconds until the first evaluation at or above the milestone; infinite without one."""
     there = run.loc[run[milestone.column] >= milestone.reward, "seconds"]
@@ -103,11 +113,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--threads", type=count, default=torch.get_num_threads(), help="of every trainer")
     flag("--flags", default="", help="more flags of every trainer, in one word")
     args = parser.parse_args(argv)
-    best = best_designs("holdout", cache_dir=ORACLE_CACHE, progress=True).score.mean().item()
-    goals = [Milestone("29.2 on the training cohort", TRAIN, 29.2)]
-    for share in (0.985, 0.995):
-        label = f"{100 * share:g} % of the oracle, held out"
-        goals.append(Milestone(label, HOLDOUT, share * best))
+    goals, best = milestones()
 
     def measure(name: str, k: int) -> pd.DataFrame:
         return train(f"{TRAINERS[name]} {args.flags}", args.threads, seed=args.seeds[k])
