@@ -40,6 +40,7 @@ from hydrogel_gym.runs.command_line import run_script
 WIDTHS = (128, 128, 64, 128)  # hidden units for polymer, formulation, coverage, value
 PRECISIONS = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
 Params = dict[str, Any]
+Action = tuple[Array, Array, Array]  # polymers (B,), formulation before tanh (B, 4), coverages (B,)
 # Torch's operations whose names or arguments are others in JAX and in Python.
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "div": operator.truediv,
@@ -98,14 +99,6 @@ def in_jax() -> Callable[..., tuple[Array, ...]]:
     return evaluate
 
 
-class Action(NamedTuple):
-    """A design; the formulation as the Gaussian sample before tanh."""
-
-    polymer_id: Array  # (B,)
-    presquash: Array  # (B, 4)
-    coverage: Array  # (B,)
-
-
 class Batch(NamedTuple):
     """Storage of one rollout, (T, B, ...), or a flattened slice of it."""
 
@@ -125,14 +118,12 @@ def initial(key: Array, obs_dim: int) -> Params:
         weight = nn.initializers.orthogonal(scale)(next(keys), (rows, columns))
         return {"weight": weight, "bias": jnp.zeros(columns)}
 
-    def normed(rows: int) -> Params:
-        return dense(rows, 256) | {"scale": jnp.ones(256), "shift": jnp.zeros(256)}
-
+    normal = {"scale": jnp.ones(256), "shift": jnp.zeros(256)}
     hidden = [dense(256, width) for width in WIDTHS]
     sizes = (NUM_POLYMERS, len(FORMULATION_LOW), len(COVERAGES), 1)
     scales = (0.01, 0.01, 0.01, 1.0)
     return {
-        "trunk": [normed(obs_dim), normed(256)],
+        "trunk": [dense(rows, 256) | normal for rows in (obs_dim, 256)],
         "hidden": jax.tree.map(lambda *parts: jnp.concatenate(parts, -1), *hidden),
         "heads": [dense(*sizes) for sizes in zip(WIDTHS, sizes, scales, strict=True)],
         "log_std": jnp.zeros(len(FORMULATION_LOW)),
@@ -159,13 +150,13 @@ def heads(params: Params, obs: Array, dtype: Any) -> list[Array]:
 
 def evaluate_action(params: Params, outputs: list[Array], action: Action) -> tuple[Array, Array]:
     """Log-probability and entropy, that of the formulation as the Gaussian's before tanh, (B,)."""
-    polymer, mean, coverage, _ = outputs
-    log_std, u = params["log_std"], action.presquash
+    (polymer, mean, coverage, _), (polymer_id, u, level) = outputs, action
+    log_std = params["log_std"]
     normal = -0.5 * ((u - mean) * jnp.exp(-log_std)) ** 2 - log_std - 0.5 * math.log(2 * math.pi)
     jacobian = 2.0 * (math.log(2.0) - u - nn.softplus(-2.0 * u))
     logprob = (normal - jacobian).sum(-1)
     entropy = (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum()
-    for logits, index in ((polymer, action.polymer_id), (coverage, action.coverage)):
+    for logits, index in ((polymer, polymer_id), (coverage, level)):
         logp = nn.log_softmax(logits)
         logprob += jnp.take_along_axis(logp, index[:, None], -1)[:, 0]
         entropy -= (jnp.exp(logp) * logp).sum(-1)
@@ -174,9 +165,9 @@ def evaluate_action(params: Params, outputs: list[Array], action: Action) -> tup
 
 def to_env(action: Action) -> tuple[Array, Array, Array]:
     """The design in physical units."""
-    low, high = FORMULATION_LOW, FORMULATION_HIGH
-    share = (jnp.tanh(action.presquash) + 1.0) / 2.0
-    return action.polymer_id, low + share * (high - low), action.coverage
+    polymer_id, u, coverage = action
+    share = (jnp.tanh(u) + 1.0) / 2.0
+    return polymer_id, FORMULATION_LOW + share * (FORMULATION_HIGH - FORMULATION_LOW), coverage
 
 
 def loss_of(params: Params, mb: Batch, dtype: Any) -> Array:
@@ -239,7 +230,7 @@ class Trainer:
             (polymer, mean, coverage, value), keys = outputs, random.split(key, 3)
             u = mean + jnp.exp(params["log_std"]) * random.normal(keys[0], mean.shape)
             polymer_id = random.categorical(keys[1], polymer)
-            action = Action(polymer_id, u, random.categorical(keys[2], coverage))
+            action = polymer_id, u, random.categorical(keys[2], coverage)
             logprob, _ = evaluate_action(params, outputs, action)
             reward = self.reward(self.patients, *to_env(action))[0]
             episode = jnp.stack([jnp.maximum(episode[:, 0], reward), episode[:, 1] + 1.0], -1)
@@ -277,7 +268,7 @@ class Trainer:
         """Likeliest categories and median formulation, for the environment."""
         normalised = (jnp.asarray(obs.numpy()) - self.mean) / self.std
         polymer, mean, coverage, _ = heads(self.params, normalised, self.dtype)
-        design = to_env(Action(polymer.argmax(-1), mean, coverage.argmax(-1)))
+        design = to_env((polymer.argmax(-1), mean, coverage.argmax(-1)))
         return dict(zip(manner.HEADS, map(torch.tensor, jax.device_get(design)), strict=True))
 
 
