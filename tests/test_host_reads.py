@@ -157,6 +157,48 @@ def without_generator(function):
     return lambda *size, generator, **place: function(*size, **place)
 
 
+def make_learner(ppo, args, world, device, compile, policy="autoregressive", state_std=True):
+    """Environments, agent, first observation, gradient step and generator."""
+    envs = HydrogelVectorEnv(
+        args.num_envs // world.size, output="torch", validate_actions=False, device=device
+    )
+    obs, _ = envs.reset(seed=0)
+    agent = ppo.Agent(
+        obs_dim=13,
+        num_polymers=24,
+        num_coverages=4,
+        formulation_low=[0.0] * 4,
+        formulation_high=[1.0] * 4,
+        policy=policy,
+        state_std=state_std,
+        hidden_dim=16,
+    ).to(device)
+    weights = [compiled.flatten_weights(agent)] if compile else list(agent.parameters())
+    # There is no fused optimiser on the meta device.
+    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=device != "meta")
+
+    def loss(forward, minibatch):
+        output = forward(minibatch.obs, minibatch.action)
+        return ppo.ppo_loss(output, minibatch, args, agent.return_std)
+
+    if compile:
+        step = compiled.CompiledStep(agent, optimizer, loss, args.max_grad_norm, world)
+    else:
+        step = functools.partial(ppo.gradient_step, agent, optimizer, args)
+    # The meta device has no generators.
+    generator = SimpleNamespace(device=obs.device) if device == "meta" else torch.Generator(device)
+    return envs, agent, obs, step, generator
+
+
+@pytest.fixture
+def without_generators(monkeypatch):
+    def apply():
+        for name in ("rand", "randn", "randperm"):
+            monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
+
+    return apply
+
+
 @pytest.mark.parametrize(
     "device",
     [
@@ -175,43 +217,26 @@ def without_generator(function):
     ids=["plain-one of four", "compiled-alone", "compiled-one of four-factored"],
 )
 def test_an_iteration_of_the_trainer_reads_nothing_on_the_host(
-    compile, is_joined, policy, state_std, device, ppo, small_run, make_world, tmp_path, monkeypatch
+    compile,
+    is_joined,
+    policy,
+    state_std,
+    device,
+    ppo,
+    small_run,
+    make_world,
+    tmp_path,
+    monkeypatch,
+    without_generators,
 ):
     monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
     world, args = make_world(is_joined), small_run(tmp_path, num_steps=2)
-    envs = HydrogelVectorEnv(
-        args.num_envs // world.size, output="torch", validate_actions=False, device=device
-    )
-    obs, _ = envs.reset(seed=0)
-    agent = ppo.Agent(
-        obs_dim=13,
-        num_polymers=24,
-        num_coverages=4,
-        formulation_low=[0.0] * 4,
-        formulation_high=[1.0] * 4,
-        policy=policy,
-        state_std=state_std,
-        hidden_dim=16,
-    ).to(device)
     no_read = NoHostRead()
-    if device == "meta":  # has no generators and cannot be read at all
-        generator, no_read = SimpleNamespace(device=obs.device), contextlib.nullcontext()
-        for name in ("rand", "randn", "randperm"):
-            monkeypatch.setattr(torch, name, without_generator(getattr(torch, name)))
-    else:
-        generator = torch.Generator(device)
-    weights = [compiled.flatten_weights(agent)] if compile else list(agent.parameters())
-    # There is no fused optimiser on the meta device.
-    optimizer = torch.optim.Adam(weights, eps=1e-5, fused=device != "meta")
-
-    def loss(forward, minibatch):
-        output = forward(minibatch.obs, minibatch.action)
-        return ppo.ppo_loss(output, minibatch, args, agent.return_std)
-
-    if compile:
-        step = compiled.CompiledStep(agent, optimizer, loss, args.max_grad_norm, world)
-    else:
-        step = functools.partial(ppo.gradient_step, agent, optimizer, args)
+    if device == "meta":  # cannot be read at all
+        no_read = contextlib.nullcontext()
+        without_generators()
+    learner = make_learner(ppo, args, world, device, compile, policy, state_std)
+    envs, agent, obs, step, generator = learner
     if world.joined:
         step = functools.partial(step, average=world.average)
     with no_read:
@@ -221,3 +246,55 @@ def test_an_iteration_of_the_trainer_reads_nothing_on_the_host(
     assert len(batch.logprob) == infos["reward"].numel() == args.num_envs * args.num_steps
     assert {value.device.type for value in (*losses.values(), requests)} == {device}
     assert agent.encoder[0].weight.device.type == device
+
+
+class Counted(TorchDispatchMode):
+    """Counts operations that would launch a kernel, and the new tensors of so many rows."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows, self.operations, self.allocations = rows, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        def memory(values):
+            tensors = [x for x in tree_leaves(values) if isinstance(x, torch.Tensor)]
+            return {x.untyped_storage()._cdata: x.shape[:1] for x in tensors}
+
+        result = function(*args, **(kwargs or {}))
+        given = memory((args, kwargs))
+        new = {key: rows for key, rows in memory(result).items() if key not in given}
+        self.operations += bool(new) or function._schema.is_mutable
+        self.allocations += sum(rows == (self.rows,) for rows in new.values())
+        return result
+
+
+@pytest.mark.torch("2.10")
+def test_on_a_gpu_an_update_is_one_replay_between_copies_and_takes_no_memory_of_the_size_of_a_batch(
+    ppo, small_run, tmp_path, monkeypatch, without_generators
+):
+    replays = []
+    graph = SimpleNamespace(replay=lambda: replays.append(1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(compiled, "compile_function", lambda f, _: compiled.Replayed(f))
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda _: None)  # fused it is one operation more
+    without_generators()
+    counted = {}
+    for minibatch_size in (48, 24):
+        args = small_run(tmp_path, num_steps=4, num_epochs=2, minibatch_size=minibatch_size)
+        learner = make_learner(ppo, args, ranks.ALONE, "meta", compile=True)
+        envs, agent, obs, step, generator = learner
+        replayed = compiled.Replayed(functools.partial(ppo.act, agent))
+        for _ in range(2):  # in the first graphs are recorded
+            replays.clear()
+            inputs = (envs, agent, obs, args, generator, lambda _, *given: replayed(*given))  # noqa: B023
+            _, batch, _ = ppo.rollout(*inputs)
+            assert len(replays) in (2, args.num_steps)
+            replays.clear()
+            with Counted(len(batch.logprob)) as counts:
+                ppo.update(step, batch, args, generator)
+        counted[len(replays)] = counts
+    few, many = counted[8], counted[16]
+    # Eight parts of a minibatch go in; six figures and the gradient come out.
+    assert many.operations - few.operations == (16 - 8) * (8 + 7)
+    assert many.allocations == few.allocations > 0

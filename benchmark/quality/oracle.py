@@ -17,23 +17,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Parser, count, first_patients, made_by, table, write
 
 from hydrogel_gym import RewardConfig, load_cohort
-from hydrogel_gym.oracle import BestDesigns
 from hydrogel_gym.oracle.best import search_designs
 from hydrogel_gym.oracle.search import CALLS_PER_SEARCH
+from hydrogel_gym.problem.reward import safety_margins
 from hydrogel_gym.runs.command_line import run_script
 
 LIMIT_DISTANCE = 0.002  # of an index from 0 to 1: what counts as lying at a safety limit
-
-
-def room_to_limits(best: BestDesigns) -> torch.Tensor:
-    """(P,) distance to the nearest safety limit, negative where one is broken."""
-    config, outcomes = RewardConfig(), best.outcomes
-    room = [
-        config.toxicity_limit - outcomes.toxicity_risk,
-        outcomes.structural_integrity - config.integrity_limit,
-        config.fibrosis_limit - outcomes.fibrosis_risk,
-    ]
-    return torch.stack(room).amin(0)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,21 +40,19 @@ def main(argv: list[str] | None = None) -> None:
             seconds.append(time.perf_counter() - start)
         rewards = [best.score.mean().item() for best in every]
         agreeing = min((best.seed_gap <= 0.02).float().mean().item() for best in every)
-        room = torch.stack([room_to_limits(best) for best in every])
+        margins = (safety_margins(best.outcomes, RewardConfig()) for best in every)
+        room = torch.stack([torch.stack([*each.values()]).amin(0) for each in margins])
         at_limit = ((room >= 0) & (room < LIMIT_DISTANCE)).float().mean()
-        rows.append(
-            [
-                name,
-                f"{len(cohort):,}",
-                f"{min(rewards):.3f} to {max(rewards):.3f}",
-                f"{100 * agreeing:.2f} % or more",
-                f"{max(best.seed_gap.max().item() for best in every):.3f}",
-                f"{100 * at_limit:.0f} %",
-                f"{100 * (room < 0).float().mean():.0f} %",
-                f"{statistics.median(seconds):.0f}",
-                f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:,.0f} MiB",
-            ]
-        )
+        gap = max(best.seed_gap.max().item() for best in every)
+        cells = [f"{min(rewards):.3f} to {max(rewards):.3f}", f"{100 * agreeing:.2f} % or more"]
+        cells += [
+            f"{gap:.3f}",
+            f"{100 * at_limit:.0f} %",
+            f"{100 * (room < 0).float().mean():.0f} %",
+        ]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        cells += [f"{statistics.median(seconds):.0f}", f"{peak:,.0f} MiB"]
+        rows.append([name, f"{len(cohort):,}", *cells])
     columns = ["cohort", "patients", "mean best reward", "the two searches agree within 0.02"]
     columns += ["largest gap", "best designs at a safety limit", "that break one"]
     columns += ["seconds (median)", "peak memory of the process"]

@@ -31,10 +31,7 @@ from hydrogel_gym import load_polymers
 from hydrogel_gym.models.ensemble import DEFAULT_PESSIMISM, load_stage1, save_stage1
 from hydrogel_gym.runs.command_line import run_script
 
-TABLES = {
-    "whole": "all over the action space",
-    "made": "what the polymers can be made with",
-}
+TABLES = {"whole": "all over the action space", "made": "what the polymers can be made with"}
 ONE_NETWORK, DEFAULT = "one network", f"{DEFAULT_PESSIMISM:g}"
 REWARDS = (ONE_NETWORK, "0", DEFAULT, "1")
 TRUE, PREDICTED = "true_holdout_deterministic_reward", "holdout_deterministic_reward"
@@ -55,11 +52,8 @@ def what_can_be_made(outcomes: pd.DataFrame) -> pd.DataFrame:
     names = {name: i for i, name in enumerate(polymers.names)}
     row = outcomes["polymer_name"].astype(str).map(names).to_numpy()
     kept = np.ones(len(outcomes), bool)
-    for column, slack in (
-        ("youngs_modulus_kpa", 2.0),
-        ("half_life_days", 10.0),
-        ("conductivity_s_per_m", 0.05),
-    ):
+    slacks = {"youngs_modulus_kpa": 2.0, "half_life_days": 10.0, "conductivity_s_per_m": 0.05}
+    for column, slack in slacks.items():
         low, high = getattr(polymers, column).numpy()[row].T
         kept &= outcomes[column].between(low - slack, high + slack).to_numpy()
     return outcomes[kept]
@@ -118,17 +112,12 @@ def row(policy: Run, runs: list[pd.DataFrame]) -> list[str]:
     last = pd.concat([curve.tail(1) for curve in runs])
     mean, true = last.mean(numeric_only=True), last[TRUE]
     highest = [curve[TRUE].max() for curve in runs]
-    return [
-        policy.table,
-        f"{mean['global_step'] / 1e6:.1f} M",
-        label_of(policy.reward),
-        str(len(runs)),
-        f"{mean[PREDICTED]:.2f}",
-        f"{true.mean():.2f} [{true.min():.2f}, {true.max():.2f}]",
-        f"{100 * mean['true_holdout_fraction_of_oracle']:.2f} %",
-        f"{sum(highest) / len(highest):.2f}",
-        f"{100 * mean['true_holdout_deterministic_limit_breach_rate']:.1f} %",
-    ]
+    cells = [policy.table, f"{mean['global_step'] / 1e6:.1f} M", label_of(policy.reward)]
+    cells += [str(len(runs)), f"{mean[PREDICTED]:.2f}"]
+    cells += [f"{true.mean():.2f} [{true.min():.2f}, {true.max():.2f}]"]
+    cells += [f"{100 * mean['true_holdout_fraction_of_oracle']:.2f} %"]
+    cells += [f"{sum(highest) / len(highest):.2f}"]
+    return [*cells, f"{100 * mean['true_holdout_deterministic_limit_breach_rate']:.1f} %"]
 
 
 def draw(axes: Any, name: str, long: dict[str, pd.DataFrame]) -> None:

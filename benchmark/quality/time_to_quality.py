@@ -8,7 +8,7 @@ two shares of the oracle's mean reward on the held-out one. Every trainer runs a
 that are known of it, to the end of its own schedule, one process at a time with the whole machine.
 Time counts from the start of the process: interpreter, imports and compilation are in it. Our
 trainer evaluates after every iteration, and that counts too; evaluations of the others do not.
-Needs `pip install -e ".[bench]"` for Stable-Baselines3.
+Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ OURS = "{python} train/ppo_hybrid.py --no-oracle --output-dir {output} --seed {s
 # The best of what was tried for each, short rollouts first of all, as in our own presets.
 LINES = "--minibatch-size 1000 --num-epochs 4 --evaluate-every 1 --seed {seed} --output {output} "
 CLEANRL = "{python} benchmark/speed/trainers/cleanrl_manner.py " + LINES
+XLA = "{python} benchmark/speed/trainers/xla.py " + LINES
+SHORT = "--num-iterations 200 --num-steps 2 --learning-rate 1e-3"
 BASELINES3 = "{python} benchmark/speed/trainers/stable_baselines3_manner.py " + LINES
 TRAINERS = {
     "quick": OURS + "quick",
     "quick, bf16": OURS + "quick --precision bf16",
     "full": OURS + "full",
-    "CleanRL manner": CLEANRL + "--num-iterations 200 --num-steps 2 --learning-rate 1e-3",
+    "CleanRL manner": CLEANRL + SHORT,
+    "XLA": XLA + SHORT,
+    "XLA bf16": XLA + SHORT + " --precision bf16",
     "Stable-Baselines3, rollouts of 1 step": (
         BASELINES3 + "--num-iterations 200 --num-steps 1 --learning-rate 2e-3 --log-std-init -1"
     ),
@@ -55,6 +59,16 @@ class Milestone(NamedTuple):
     label: str
     column: str
     reward: float
+
+
+def milestones() -> tuple[list[Milestone], float]:
+    """The milestones, and the oracle's mean reward on the held-out cohort."""
+    best = best_designs("holdout", cache_dir=ORACLE_CACHE, progress=True).score.mean().item()
+    goals = [Milestone("29.2 on the training cohort", TRAIN, 29.2)]
+    for share in (0.985, 0.995):
+        label = f"{100 * share:g} % of the oracle, held out"
+        goals.append(Milestone(label, HOLDOUT, share * best))
+    return goals, best
 
 
 def reached(run: pd.DataFrame, milestone: Milestone) -> float:
@@ -103,11 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     flag("--threads", type=count, default=torch.get_num_threads(), help="of every trainer")
     flag("--flags", default="", help="more flags of every trainer, in one word")
     args = parser.parse_args(argv)
-    best = best_designs("holdout", cache_dir=ORACLE_CACHE, progress=True).score.mean().item()
-    goals = [Milestone("29.2 on the training cohort", TRAIN, 29.2)]
-    for share in (0.985, 0.995):
-        label = f"{100 * share:g} % of the oracle, held out"
-        goals.append(Milestone(label, HOLDOUT, share * best))
+    goals, best = milestones()
 
     def measure(name: str, k: int) -> pd.DataFrame:
         return train(f"{TRAINERS[name]} {args.flags}", args.threads, seed=args.seeds[k])
@@ -131,7 +141,7 @@ def main(argv: list[str] | None = None) -> None:
         "",
         *(f"- {name}: `{TRAINERS[name]}`" for name in args.trainers),
     ]
-    made = made_by(args.threads, "stable-baselines3")
+    made = made_by(args.threads, "stable-baselines3", "jax")
     write(args.output_dir, "time_to_quality", lines, draw(every), made)
 
 

@@ -53,12 +53,12 @@ def measure(flags: list[str], path: Path) -> None:
     path.write_text(json.dumps([seconds, written]))
 
 
-def process(flags: list[str], folder: Path) -> Measured:
+def process(flags: list[str], folder: Path, compile: str = "on") -> Measured:
     """Generate in a process of its own."""
     path = folder / "measured.json"
     with tempfile.TemporaryDirectory(dir=folder) as output:
         command = ["{python}", __file__, "--measure", path, "--", *flags]
-        ended = run([*command, "--compile", "on", "--output-dir", f"{output}/designs"])
+        ended = run([*command, "--compile", compile, "--output-dir", f"{output}/designs"])
     seconds, written = json.loads(path.read_text())
     return Measured(seconds, ended.megabytes, written)
 

@@ -2,9 +2,9 @@
 
     python benchmark/speed/environment.py
 
-Five minutes on two cores, most of which the compiler takes. Measures a CUDA device too, where there
-is one. One thread on the CPU: where other work shares the cores, threads that wait for each other
-at every loop of a step make it hundreds of times slower, and the figures worthless.
+Five minutes on two cores, most of which the compiler takes. One thread: where other work shares the
+cores, threads that wait for each other at every loop of a step make it hundreds of times slower,
+and the figures worthless. `benchmark/gpu.py` measures the same on a GPU.
 """
 
 from __future__ import annotations
@@ -67,26 +67,24 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: values[1:] for name, values in in_turn(calls, 1 + rounds, measure).items()}
 
 
-def peak_bytes(variant: str, num_envs: int, device: str) -> int:
-    """Peak memory of this process, or of the accelerator, over the life of an environment."""
-    step = stepper(variant, num_envs, device)
+def peak_bytes(variant: str, num_envs: int) -> int:
+    """Peak memory of this process over the life of an environment."""
+    step = stepper(variant, num_envs, "cpu")
     for _ in range(3):
         returned = step()  # held until the next step has been made, as a user does
     del returned
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
     # Not getrusage, whose peak a new process inherits.
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def bytes_per_env(variant: str, num_envs: int, device: str) -> float:
+def bytes_per_env(variant: str, num_envs: int) -> float:
     """Beyond what a process with a single environment needs; each in a process of its own."""
     peaks = []
     for size in (1, num_envs):
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-            peaks.append(pool.submit(peak_bytes, variant, size, device).result())
+            peaks.append(pool.submit(peak_bytes, variant, size).result())
     return (peaks[1] - peaks[0]) / (num_envs - 1)
 
 
@@ -105,25 +103,20 @@ def main(argv: list[str] | None = None) -> None:
     timings = milliseconds({"sync": lambda: env.step(action)}, args.rounds)["sync"]
     sync = statistics.median(timings) / SYNC_ENVS  # per environment
     default, every = [], []
-    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
-        times, memory = {}, {}
-        for size in sizes:
-            calls = {variant: stepper(variant, size, device) for variant in VARIANTS}
-            times[size] = milliseconds(calls, args.rounds)
-            if size >= MEMORY_FROM:
-                memory[size] = {v: bytes_per_env(v, size, device) for v in VARIANTS}
-        for variant in VARIANTS:
-            label, largest = f"{variant}, {device}", memory.get(max(sizes), {}).get(variant)
-            values = times[DEFAULT_ENVS][variant]
-            per_ms = DEFAULT_ENVS / statistics.median(values)
-            cells = [spread(values), f"{per_ms / 1e3:.2f}", f"{per_ms * sync:,.0f}"]
-            default.append([label, *cells, f"{largest:,.0f}" if largest else ""])
-        for size in sizes:
-            cells = [f"{1e6 * statistics.median(x) / size:,.0f} ns" for x in times[size].values()]
-            if size in memory:
-                held = memory[size].values()
-                cells = [f"{a}, {b:,.0f} B" for a, b in zip(cells, held, strict=True)]
-            every.append([device, f"{size:,}", *cells])
+    for size in sizes:
+        calls = {variant: stepper(variant, size, "cpu") for variant in VARIANTS}
+        times, largest = milliseconds(calls, args.rounds), {}
+        if size == DEFAULT_ENVS:
+            default_times = times
+        cells = [f"{1e6 * statistics.median(x) / size:,.0f} ns" for x in times.values()]
+        if size >= MEMORY_FROM:
+            largest = {variant: bytes_per_env(variant, size) for variant in VARIANTS}
+            cells = [f"{a}, {b:,.0f} B" for a, b in zip(cells, largest.values(), strict=True)]
+        every.append([f"{size:,}", *cells])
+    for variant, values in default_times.items():
+        per_ms, held = DEFAULT_ENVS / statistics.median(values), largest.get(variant)
+        cells = [spread(values), f"{per_ms / 1e3:.2f}", f"{per_ms * sync:,.0f}"]
+        default.append([variant, *cells, f"{held:,.0f}" if held else ""])
     name = f"SyncVectorEnv of {SYNC_ENVS} `HydrogelEnv`"
     default.append([name, f"{sync * SYNC_ENVS:.2f}", f"{1e-3 / sync:.4f}", "1", ""])
     columns = ["ms per step", "M steps/s", "times SyncVectorEnv", "bytes per environment"]
@@ -138,7 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         "less that of one with a single environment; "
         f"from {MEMORY_FROM:,} environments):",
         "",
-        *table(["device", "environments", *VARIANTS], every),
+        *table(["environments", *VARIANTS], every),
     ]
     write(args.output_dir, "environment", lines, made=made_by())
 

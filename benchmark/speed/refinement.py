@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +31,11 @@ from hydrogel_gym.train.ppo_hybrid import Agent
 
 MAX_MINUTES, MIN_FRACTION = 15.0, 0.998
 COPIES, ITERATIONS = 500, 50
+
+
+def best_found(folder: Path, patient_ids: Sequence[str]) -> list[float]:
+    """The best reward of each patient in a folder of designs."""
+    return list(load_designs(folder).groupby("patient_id")["reward"].max().loc[[*patient_ids]])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,16 +57,14 @@ def main(argv: list[str] | None = None) -> None:
         outcomes = problem.reward_model(problem.params.patients[row][None], *design)
         return compute_reward(outcomes, config=problem.params.reward_config).item()
 
-    def best_found(folder: Path) -> list[float]:
-        return list(load_designs(folder).groupby("patient_id")["reward"].max().loc[ids])
-
     flags = ["--policy", args.policy.resolve(), "--patient", *ids]
     with tempfile.TemporaryDirectory() as folder:
         refined, drawn = Path(folder, "refined"), Path(folder, "drawn")
         sizes = ["--num-copies", COPIES, "--num-iterations", ITERATIONS]
         script = ["{python}", "train/refine_patients.py", *flags, *sizes]
         ended = run([*script, "--output-dir", refined])
-        plain = ["--num-candidates", COPIES * ITERATIONS, "--top-only", "--explore", "0"]
+        number = COPIES * ITERATIONS
+        plain = ["--num-candidates", number, "--top-only", "--explore", "0"]
         script = ["{python}", "train/generate_candidates.py", *flags, *plain]
         run([*script, "--output-dir", drawn])
         paths = [refined / "patient_policies" / f"{patient_id}.pt" for patient_id in ids]
@@ -72,8 +76,8 @@ def main(argv: list[str] | None = None) -> None:
         rewards = {
             "policy for all, its deterministic design": all_alike,
             "own policy, its deterministic design": each_its_own,
-            f"best of {COPIES * ITERATIONS:,} drawn from the policy for all": best_found(drawn),
-            "best design of the refinement": best_found(refined),
+            f"best of {number:,} drawn from the policy for all": best_found(drawn, ids),
+            "best design of the refinement": best_found(refined, ids),
         }
     rows = []
     for name, values in rewards.items():

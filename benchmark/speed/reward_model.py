@@ -24,9 +24,45 @@ from hydrogel_gym import load_cohort, load_reward_model
 from hydrogel_gym.runs.command_line import run_script
 
 CALLS = 20
+HEADER = ("model", "ms a step", "designs a second", "times the mechanistic")
 
 
 @torch.no_grad()
+def measure(checkpoint: Path, num_envs: int, rounds: int, device: str = "cpu") -> list[list[str]]:
+    """A row per model: milliseconds a step, designs a second, times the mechanistic model's."""
+    models: dict[str, Callable[..., object]] = {}
+    models["mechanistic"] = load_reward_model("mechanistic", device)
+    for name, pessimism, dtype in (
+        ("ensemble, mean", 0.0, None),
+        ("ensemble, default pessimism", None, None),
+        ("ensemble, default pessimism, bf16", None, torch.bfloat16),
+    ):
+        settings = dict(pessimism=pessimism, compute_dtype=dtype)
+        models[name] = load_reward_model(str(checkpoint), device, **settings)
+    for name in list(models):
+        models[f"{name}, compiled"] = torch.compile(models[name], fullgraph=True, dynamic=False)
+    patients, generator = load_cohort().features[:num_envs], torch.Generator().manual_seed(0)
+    unit = torch.rand(len(patients), DIM + 2, generator=generator)
+    batch = [part.to(device) for part in (patients, *design_of_unit(unit))]
+
+    def seconds(name: str, _: int = 0) -> float:
+        began = time.perf_counter()
+        for _ in range(CALLS):
+            models[name](*batch)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - began) / CALLS
+
+    for name in models:
+        seconds(name)  # compile
+    times, rows = in_turn(models, rounds, seconds), []
+    for name, values in times.items():
+        median, times_as_long = statistics.median(values), ratio(values, times["mechanistic"])
+        rate = f"{len(patients) / median / 1e6:.2f} M"
+        rows.append([name, f"{1e3 * median:.2f}", rate, f"{times_as_long:.1f}"])
+    return rows
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measure, and write the table."""
     parser = Parser(__doc__)
@@ -34,39 +70,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=count, default=15, help=f"of {CALLS} calls each")
     parser.add_argument("--num-envs", type=count, default=2000, help="designs in a call")
     args = parser.parse_args(argv)
-    models: dict[str, Callable[..., object]] = {"mechanistic": load_reward_model("mechanistic")}
-    for name, pessimism, dtype in (
-        ("ensemble, mean", 0.0, None),
-        ("ensemble, default pessimism", None, None),
-        ("ensemble, default pessimism, bf16", None, torch.bfloat16),
-    ):
-        settings = dict(pessimism=pessimism, compute_dtype=dtype)
-        models[name] = load_reward_model(str(args.checkpoint), **settings)
-    for name in list(models):
-        models[f"{name}, compiled"] = torch.compile(models[name], fullgraph=True, dynamic=False)
-    patients, generator = load_cohort().features[: args.num_envs], torch.Generator().manual_seed(0)
-    unit = torch.rand(len(patients), DIM + 2, generator=generator)
-    batch = patients, *design_of_unit(unit)
-
-    def seconds(name: str, _: int = 0) -> float:
-        began = time.perf_counter()
-        for _ in range(CALLS):
-            models[name](*batch)
-        return (time.perf_counter() - began) / CALLS
-
-    for name in models:
-        seconds(name)  # compile
-    times = in_turn(models, args.rounds, seconds)
-    rows = []
-    for name, values in times.items():
-        median, times_as_long = statistics.median(values), ratio(values, times["mechanistic"])
-        rate = f"{len(batch[0]) / median / 1e6:.2f} M"
-        rows.append([name, f"{1e3 * median:.2f}", rate, f"{times_as_long:.1f}"])
+    rows = measure(args.checkpoint, args.num_envs, args.rounds)
     lines = [
-        f"Time of a reward model for one step of {len(batch[0]):,} environments, median of "
+        f"Time of a reward model for one step of {args.num_envs:,} environments, median of "
         f"{args.rounds} alternating rounds; the ratio is the median of that within a round.",
         "",
-        *table(["model", "ms a step", "designs a second", "times the mechanistic"], rows),
+        *table(HEADER, rows),
     ]
     write(args.output_dir, "reward_model", lines, made=made_by())
 

@@ -7,8 +7,8 @@ Every trainer learns with the network and table of the source preset: 2,000 envi
 minibatches of 2,000, 10 epochs. Rounds alternate over the trainers, a process at a time; a
 process's first iteration (compilation, allocation) is left out. The unit is 200,000 samples, 10
 epochs each, which is an iteration of the source preset; processes do shorter ones, and the figures
-are scaled to the unit by their samples. Needs `pip install -e ".[bench]"` for Stable-Baselines3,
-and a C++ compiler for what is compiled.
+are scaled to the unit by their samples. XLA's one program counts as updates. Needs a C++ compiler
+and `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from hydrogel_gym.runs.directory import SUMMARY_FILE
 
 UNIT_SAMPLES = 200_000
 # What a user would pick instead, and our own plain path.
-REFERENCES = ("CleanRL manner", "LeanRL manner", "Stable-Baselines3", "plain")
+REFERENCES = ("CleanRL manner", "LeanRL manner", "Stable-Baselines3", "XLA", "XLA bf16", "plain")
 
 OURS = (
     "{python} train/ppo_hybrid.py --preset source --no-oracle --overwrite --output-dir {output} "
@@ -40,6 +40,7 @@ OURS = (
 )
 SIZES = " --num-iterations {iterations} --num-steps {steps} --seed {seed} --output {output}"
 CLEANRL = "{python} benchmark/speed/trainers/cleanrl_manner.py" + SIZES
+XLA = "{python} benchmark/speed/trainers/xla.py" + SIZES
 TRAINERS = {
     "plain": OURS + " --compile off --precision fp32",
     "fast fp32": OURS + " --compile on --precision fp32",
@@ -47,6 +48,8 @@ TRAINERS = {
     "CleanRL manner": CLEANRL,
     "LeanRL manner": CLEANRL + " --compile",
     "Stable-Baselines3": "{python} benchmark/speed/trainers/stable_baselines3_manner.py" + SIZES,
+    "XLA": XLA,
+    "XLA bf16": XLA + " --precision bf16",
 }
 
 
@@ -127,7 +130,7 @@ def main(argv: list[str] | None = None) -> None:
         columns.append("peak memory beyond `import torch`, MB")
         lines += ["", "What is paid once; memory is of one iteration of one epoch:", ""]
         lines += table(columns, costs)
-    made = made_by(args.threads, "stable-baselines3")
+    made = made_by(args.threads, "stable-baselines3", "jax")
     write(args.output_dir, "throughput", lines, made=made)
 
 

@@ -11,13 +11,14 @@ SCRIPTS = [
     for path in sorted(FOLDER.rglob("*.py"))
     if "run_script(main)" in path.read_text()
 ]
-assert len(SCRIPTS) == 18
+assert len(SCRIPTS) == 20
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script_says_first_what_it_measures(name, capsys):
-    if "baselines3" in name:
-        pytest.importorskip("stable_baselines3")
+    for part, library in {"baselines3": "stable_baselines3", "xla": "jax"}.items():
+        if part in name:
+            pytest.importorskip(library)
     module = importlib.import_module(name)
     with pytest.raises(SystemExit, match="^0$"):
         module.main(["--help"])

@@ -1,10 +1,12 @@
 import importlib
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from quality import time_to_quality
+from quality.baselines.search import DIM, design_of_unit
 from speed import scaling, throughput
 from speed.trainers import cleanrl_manner, protocol
 from torch.distributions import Distribution, Normal, TanhTransform, TransformedDistribution
@@ -30,6 +32,31 @@ def test_a_trainer_does_the_requested_work_and_writes_a_line_per_iteration(
     assert all(0 < row["seconds_iteration"] < row["seconds"] for row in rows)
     assert "holdout_deterministic_reward" not in rows[0]
     assert -10 < rows[1]["holdout_deterministic_reward"] < 45
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_program_of_xla_computes_what_torch_does_and_learns(precision, tmp_path, monkeypatch):
+    pytest.importorskip("optax")
+    xla, generator = importlib.import_module("speed.trainers.xla"), torch.Generator().manual_seed(0)
+    patients = hydrogel_gym.load_cohort().features.float()
+    design = design_of_unit(torch.rand(len(patients), DIM + 2, generator=generator))
+    expected = xla.Evaluated()(patients, *design)
+    outcomes = xla.in_jax()(*(part.numpy() for part in (patients, *design)))
+    for one, other in zip(outcomes, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # it would pin this process to a core
+    flags = "--num-envs 400 --num-steps 4 --minibatch-size 100 --num-epochs 4 --learning-rate 2e-3"
+    output = tmp_path / "lines.jsonl"
+    iterations = ["--num-iterations", "4", "--evaluate-every", "4", "--precision", precision]
+    xla.main([*flags.split(), *iterations, "--output", str(output)])
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [row["samples"] for row in rows] == [1600, 3200, 4800, 6400]
+    rewards = [row["mean_reward"] for row in rows]
+    assert 10.0 < rewards[0] < 14.0
+    assert rewards[1] > rewards[0] + 1.0
+    assert rows[-1]["holdout_deterministic_reward"] > 20.0
 
 
 @torch.no_grad()

@@ -11,9 +11,11 @@ import shlex
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
+from gymnasium.envs.registration import registry
 from torch.distributed.run import get_args_parser as launcher_parser
 
 from hydrogel_gym import HydrogelEnv
@@ -120,7 +122,8 @@ def test_examples_of_a_page_run_one_after_the_other(page, tmp_path, monkeypatch)
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace, printed = {}, io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    # What an example registers is not left to the tests after it.
+    with contextlib.redirect_stdout(printed), mock.patch.dict(registry):
         for body in blocks("{code-cell}" if page == TUTORIAL else "python")[page]:
             exec(compile(body, page, "exec"), namespace)
     assert printed.getvalue().strip()
