@@ -51,7 +51,7 @@ CHANGES = {
     "value loss of weight 0.5, the source's": "--vf-coef 0.5",
     "rollouts of 5 steps": "--num-steps 5 --num-iterations 20",
     "learning rate 1e-3": "--learning-rate 1e-3",
-    "minibatches of 1,000": "--minibatch-size 1000",
+    "minibatches of 500": "--minibatch-size 500",
     "2 epochs": "--num-epochs 2",
     "width 128": "--hidden-dim 128",
     "true safety limits and penalties": TRUE_SAFETY,
