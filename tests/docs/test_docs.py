@@ -106,7 +106,7 @@ def test_every_table_is_on_a_page_and_has_no_row_without_meaning(tables):
             assert "|  |\n" not in text, name
     for name, row in {
         "flags_ppo_hybrid": "| `--gamma` | `0.99` | discount |",
-        "presets": "| `--learning-rate` | `0.0003` | `0.002` | `0.002` |",
+        "presets": "| `--num-steps` | `100` | `2` | `5` |",
         "reward_config": "| `toxicity_penalty` | 2 |",
     }.items():
         assert row in made[name]
