@@ -8,6 +8,7 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
+    python train/evaluate.py runs/quick-s1                                     # a saved policy
 
 What any run needs besides (options, ranks, run directory, checkpoints, logs, evaluation) is in
 `hydrogel_gym.runs`. *The source* is the HYDRA-BERT Stage-2 document, faults of which are mended.
