@@ -5,7 +5,6 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
 
     python train/ppo_hybrid.py --preset quick                                  # half a minute
     python train/ppo_hybrid.py --preset full                                   # 2 M samples
-    python train/ppo_hybrid.py --preset source --precision bf16                # the source's scale
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
     python train/evaluate.py runs/quick-s1                                     # a saved policy
@@ -101,6 +100,11 @@ class Args(runs.RunOptions, runs.ProblemOptions):
         """Gradient steps of the whole run."""
         samples = self.num_iterations * self.num_steps * self.num_envs
         return samples * self.num_epochs // self.minibatch_size
+
+    @property
+    def is_stricter(self) -> bool:
+        """Whether the learned reward is another than the environment's."""
+        return (self.limit_margin, self.penalty_scale) != (0.0, 1.0)
 
 
 # Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
@@ -333,8 +337,7 @@ class Agent(nn.Module):
         self, hidden: Tensor, polymer_id: Tensor, coverage: Tensor
     ) -> SquashedNormal:
         """Distribution of the formulation, given the (B, 128) pre-activation of its head."""
-        # A block of outputs per coverage too was no better.
-        out = self.formulation_head(hidden, polymer_id)
+        out = self.formulation_head(hidden, polymer_id)  # a block per coverage too was no better
         if self.state_std:
             mean, log_std = out.split(self.formulation_dim, -1)
             return SquashedNormal(mean, log_std.clamp(*LOG_STD_RANGE), self.nodes)
@@ -532,7 +535,7 @@ def learned_reward(data: dict[str, Tensor], envs: gym.vector.VectorEnv, args: Ar
     A policy that is right on average breaks a limit for half of the patients who are best served
     close to it, and a penalty that starts there leaves it indifferent on the wrong side.
     """
-    if (args.limit_margin, args.penalty_scale) == (0.0, 1.0):
+    if not args.is_stricter:
         return data["reward"]
     params = envs.unwrapped.problem.params
     strict = params.reward_config.stricter(args.limit_margin, args.penalty_scale)
@@ -608,10 +611,8 @@ def learning_rate_at(iteration: int, args: Args) -> float:
 
 
 def advantage_unit_at(iteration: int, args: Args) -> float | None:
-    """Unit of the advantages that gives the entropy bonus its temperature; None for their spread.
-
-    Which falls, and the temperature with it, before the best is found: `collapse.py`, a benchmark.
-    """
+    """Unit of advantages by which the entropy bonus has its temperature; None for their spread."""
+    # Their spread falls before the best is found: `benchmark/quality/collapse.py`.
     if args.temperature is None:
         return None
     share = (iteration - 1) / args.num_iterations
@@ -624,8 +625,7 @@ def make_learner(
     """A learner with initial weights, how it acts and how it takes a gradient step."""
     make = functools.partial(runs.make_envs, args, cohort, device, dtype=args.dtype)
     envs = make(num_envs=args.num_envs // world.size, compile=compile)
-    is_stricter = (args.limit_margin, args.penalty_scale) != (0.0, 1.0)
-    if is_stricter and not hasattr(envs.unwrapped, "problem"):
+    if args.is_stricter and not hasattr(envs.unwrapped, "problem"):
         raise UsageError(
             f"--env-id {args.env_id} does not say what its limits are (env.unwrapped.problem); "
             "pass --limit-margin 0 --penalty-scale 1"
