@@ -1,0 +1,251 @@
+"""Checks of designs on a patient whose response is hidden: what is measured, recorded and paid.
+
+Pure batched functions, as in `dynamics`, which calls them where `EnvParams.adaptive` is set.
+Shapes: B environments, H slots of a history (the horizon), W columns of a slot, R fields of a
+response, K outcomes, L levels of a draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    OUTCOME_FIELDS,
+    Design,
+    Field,
+    Outcomes,
+)
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.response import draw_response, response_levels
+from hydrogel_gym.problem.reward import (
+    RewardConfig,
+    RewardTerms,
+    is_optimal,
+    reward_terms,
+    sum_terms,
+)
+from hydrogel_gym.problem.streams import draw_levels, level_middles
+
+if TYPE_CHECKING:
+    from hydrogel_gym.problem.dynamics import EnvParams, State, Transition
+
+# An observation has finite bounds; at this logit a probability is 0 or 1 to float32.
+_MAX_LOGIT = 40.0
+# What can be measured of each outcome: its physical range.
+MEASURED_FIELDS = tuple(
+    item._replace(low=max(item.low, -_MAX_LOGIT), high=min(item.high, _MAX_LOGIT))
+    if item.name == "optimal_logit"
+    else item
+    for item in OUTCOME_FIELDS
+)
+
+
+def slot_fields(config: RewardConfig) -> tuple[Field, ...]:
+    """The W columns of one slot of a history: a design and what was measured; 0 while empty.
+
+    Args:
+        config: bounds the score.
+    """
+    polymers = (Field(f"polymer_{i}", 0.0, 1.0, "polymer tried") for i in range(NUM_POLYMERS))
+    coverages = (Field(f"coverage_{name}", 0.0, 1.0, "coverage tried") for name in COVERAGES)
+    measured = (item._replace(name=f"measured_{item.name}") for item in MEASURED_FIELDS)
+    score = Field("measured_score", config.min_score, config.max_score, "score as measured, reward")
+    columns = (
+        Field("tried", 0.0, 1.0, "whether the slot is filled"),
+        *polymers,
+        *FORMULATION_FIELDS,
+        *coverages,
+        *measured,
+        score,
+    )
+    return tuple(x._replace(low=min(x.low, 0.0), high=max(x.high, 0.0)) for x in columns)
+
+
+SLOT_WIDTH = len(slot_fields(RewardConfig()))
+
+
+class Checks(NamedTuple):
+    """What a `State` has besides, where patients respond otherwise than predicted."""
+
+    response: Tensor  # (B, R), factors of this episode; hidden
+    # (B, H, W), of which only what was tried in this episode counts: nothing at its beginning, and
+    # the slots from `iteration` on are 0 after its first check.
+    history: Tensor
+    best_measured: Tensor  # (B,), max(0, scores measured in this episode)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveParams:
+    """What a user may vary of an adaptive problem; `response_sd` is in `response_levels`.
+
+    Attributes:
+        response_levels: (L, R), see `response.response_levels`.
+        normal_levels: (L,), the middles of equally likely parts of a standard normal distribution.
+        outcome_noise: K deviations of measured outcomes, each in the outcome's unit.
+        horizon: H.
+        check_cost: what each check takes off the reward.
+    """
+
+    response_levels: Tensor
+    normal_levels: Tensor
+    outcome_noise: tuple[float, ...]
+    horizon: int
+    check_cost: float = 0.0
+
+    @classmethod
+    def make(
+        cls,
+        response_sd: float,
+        outcome_noise: tuple[float, ...],
+        horizon: int,
+        check_cost: float,
+        like: Tensor,
+    ) -> AdaptiveParams:
+        """Parameters with tables in the dtype and on the device of a tensor."""
+        normal = torch.special.ndtri(level_middles())
+        return cls(
+            response_levels=response_levels(response_sd).to(like),
+            normal_levels=normal.to(like),
+            outcome_noise=outcome_noise,
+            horizon=horizon,
+            check_cost=check_cost,
+        )
+
+    def begin(self, seed: Tensor, episode: Tensor, history: Tensor | None) -> Checks:
+        """The beginning of an episode.
+
+        Args:
+            seed: (B,) int64 stream keys.
+            episode: (B,) int64 counters.
+            history: of the episode before, which is overwritten later: blanking it now would take
+                as long as a check.
+        """
+        response = draw_response(seed, episode, self.response_levels)
+        if history is None:
+            history = response.new_zeros(seed.shape[0], self.horizon, SLOT_WIDTH)
+        return Checks(response, history, response.new_zeros(seed.shape[0]))
+
+
+def tried_so_far(checks: Checks, iteration: Tensor) -> Tensor:
+    """(B, H W) history as it is observed: blank at the beginning of an episode."""
+    has_begun = (iteration > 0).to(checks.history.dtype)
+    # A product, since a choice by a mask is not vectorised. The history is always finite.
+    return checks.history.flatten(1) * has_begun.unsqueeze(-1)
+
+
+def measured(
+    outcomes: Outcomes, params: AdaptiveParams, seed: Tensor, episode: Tensor, step: Tensor
+) -> Outcomes:
+    """Outcomes as measured: with normal noise, clipped to their ranges; as they are without noise.
+
+    Args:
+        outcomes: true ones, (B,) each.
+        params: deviations and levels.
+        seed: (B,) int64 stream keys; the noise depends on these three alone.
+        episode: (B,) int64 counters.
+        step: (B,) int64, checks before this one.
+    """
+    if not any(params.outcome_noise):
+        return outcomes
+    levels = draw_levels(len(outcomes), seed, episode, step + 1)  # counter 0 is the response
+    noise = params.normal_levels[levels].unbind(-1)
+    rows = zip(outcomes, params.outcome_noise, noise, MEASURED_FIELDS, strict=True)
+    return Outcomes(
+        *((value + sd * z).clamp(x.low, x.high) if sd else value for value, sd, z, x in rows)
+    )
+
+
+def check(
+    state: State, design: Design, result: Transition, params: EnvParams, stop: Tensor | None
+) -> Transition:
+    """What a transition is where designs are checked: measured, recorded, paid for, or refused.
+
+    Args:
+        state: before the check.
+        design: what was tried.
+        result: the transition as it truly is.
+        params: the problem, an adaptive one.
+        stop: (B,) bool, who ends the episode instead of checking.
+
+    Returns:
+        The transition with the outcomes, terms and score that were measured; its reward is of the
+        true score. Who stops gets nothing, and nothing else of its state changes.
+    """
+    known, checks = params.adaptive, state.checks
+    assert known is not None  # who calls has looked
+    assert isinstance(checks, Checks)
+    outcomes = measured(result.outcomes, known, state.seed, state.episode, state.iteration)
+    if outcomes is not result.outcomes:
+        novelty = {"reward_novelty": result.terms.reward_novelty}
+        terms = reward_terms(outcomes, True, params.reward_config)._replace(**novelty)
+        result = result._replace(
+            outcomes=outcomes,
+            terms=terms,
+            score=sum_terms(terms),
+            is_optimal=is_optimal(outcomes, params.reward_config),
+        )
+    after = Checks(
+        response=checks.response,
+        history=_recorded(checks.history, state.iteration, design, result),
+        best_measured=torch.maximum(checks.best_measured, result.score),
+    )
+    result = result._replace(state=result.state._replace(checks=after))
+    if known.check_cost:
+        result = result._replace(reward=result.reward - known.check_cost)
+    return result if stop is None else _stopped(state, result, stop)
+
+
+def _recorded(history: Tensor, iteration: Tensor, design: Design, result: Transition) -> Tensor:
+    """(B, H, W) history with the slot of this check filled."""
+    num_envs, horizon, width = history.shape
+    polymers = torch.arange(NUM_POLYMERS, device=history.device)
+    coverages = torch.arange(len(COVERAGES), device=history.device)
+    rows = zip(result.outcomes, MEASURED_FIELDS, strict=True)
+    slot = torch.cat(
+        [
+            torch.ones_like(result.score).unsqueeze(-1),
+            (design.polymer_id.unsqueeze(-1) == polymers).to(history.dtype),
+            result.formulation,
+            (design.coverage.unsqueeze(-1) == coverages).to(history.dtype),
+            torch.stack([*(x.clamp(item.low, item.high) for x, item in rows), result.score], -1),
+        ],
+        -1,
+    ).nan_to_num()  # of an action that is not allowed; times 0 it would not be blank
+    # An episode that has ended and is not reset overwrites its last slot.
+    first = torch.arange(num_envs, device=history.device) * horizon
+    index = first + iteration.clamp(0, horizon - 1)
+    blank = (iteration > 0).to(history.dtype).view(-1, 1)
+    kept = (history.flatten(1) * blank).view(-1, width)
+    return kept.index_copy(0, index, slot).view_as(history)
+
+
+def _stopped(state: State, result: Transition, stop: Tensor) -> Transition:
+    """A transition in which who stops is left as it was, and has ended."""
+
+    def kept(before: Tensor, after: Tensor) -> Tensor:
+        mask = stop.view(-1, *[1] * (after.dim() - 1))
+        return after if before is after else torch.where(mask, before, after)
+
+    def none(value: Tensor) -> Tensor:
+        return value.masked_fill(stop.view(-1, *[1] * (value.dim() - 1)), 0)
+
+    before: Mapping[str, Tensor] = state.tensors()
+    after = {name: kept(before[name], value) for name, value in result.state.tensors().items()}
+    return result._replace(
+        state=type(state).of(after),
+        reward=none(result.reward),
+        terminated=result.terminated | stop,
+        score=none(result.score),
+        terms=RewardTerms(*map(none, result.terms)),
+        outcomes=Outcomes(*map(none, result.outcomes)),
+        formulation=none(result.formulation),
+        formulation_clipped=none(result.formulation_clipped),
+        is_optimal=none(result.is_optimal),
+    )
