@@ -37,7 +37,8 @@ from hydrogel_gym.problem.reward import RewardConfig
 
 OutcomeNoise = float | Mapping[str, float] | Sequence[float]
 
-DEFAULT_RESPONSE_SD = 0.3
+# The best predicted design, tried once, then loses a point on average: `docs/response_sd.py`.
+DEFAULT_RESPONSE_SD = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
     ## Description
 
     As in `HydrogelEnv` a hydrogel is designed for one virtual patient, but the built-in model is
-    only a prior belief: each episode draws a hidden response, factors that multiply assumed
+    only a prior belief: each episode draws a hidden response, factors that scale assumed
     constants of the model. A step checks one design, as a finite-element simulation or an
     experiment would, and measures what it truly does. There are `horizon` checks to find the design
     that is best for this patient.
@@ -215,7 +216,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
 
     | Argument | Type | Default | Meaning |
     |---|---|---|---|
-    | `response_sd` | float | `0.3` | width of the prior, 0 (as predicted) to $max_response_sd |
+    | `response_sd` | float | `0.6` | width of the prior, 0 (as predicted) to $max_response_sd |
     | `outcome_noise` | float, mapping, sequence | `0.0` | deviation of measured outcomes |
     | `allow_stop` | bool | `False` | add `stop` to the action |
     | `check_cost` | float | `0.0` | what a check takes off the reward, 0 or more |

@@ -18,7 +18,7 @@ from hydrogel_gym.problem.fields import (
     Field,
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
-from hydrogel_gym.problem.response import MAX_RESPONSE_SD, RESPONSE_FIELDS
+from hydrogel_gym.problem.response import MAX_RESPONSE_SD, RESPONSE_FIELDS, ResponseField
 from hydrogel_gym.problem.reward import RewardConfig
 from hydrogel_gym.problem.streams import NUM_LEVELS
 
@@ -100,11 +100,15 @@ def _adaptive_numbers(config: RewardConfig, slot_start: int) -> dict[str, object
         "max_response_sd": f"{MAX_RESPONSE_SD:.4f}",
         "response_rows": _table(
             *(
-                (i, item.name, ", ".join(f"`{x}`" for x in item.constants), item.low, item.high)
+                (i, item.name, _scaled(item), item.low, item.high)
                 for i, item in enumerate(RESPONSE_FIELDS)
             )
         ),
     }
+
+
+def _scaled(item: ResponseField) -> str:
+    return ("1 / " if item.divides else "") + ", ".join(f"`{name}`" for name in item.constants)
 
 
 def _table(*rows: Iterable[object]) -> str:

@@ -589,8 +589,8 @@ class MechanisticModel(nn.Module):
         structural_integrity = structural_integrity.clamp(0.0, 1.0)
 
         # 7. What is lost: filling restriction P_d, feedback of harm P_t.
-        crowding = softplus((eg * A - p.restriction_threshold) / p.restriction_width)
-        crowding = respond("restriction", crowding)
+        crowded = respond("restriction", eg * A) - p.restriction_threshold
+        crowding = softplus(crowded / p.restriction_width)
         restriction_ratio = p.restriction_slope_pp / p.restriction_max_pp
         P_d = -p.restriction_max_pp * torch.expm1(-restriction_ratio * crowding)
         toxic = softplus((toxicity_risk - p.harm_toxicity_threshold) / p.harm_width)

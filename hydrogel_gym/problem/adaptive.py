@@ -133,11 +133,40 @@ class AdaptiveParams:
         return Checks(response, history, response.new_zeros(seed.shape[0]))
 
 
-def tried_so_far(checks: Checks, iteration: Tensor) -> Tensor:
-    """(B, H W) history as it is observed: blank at the beginning of an episode."""
-    has_begun = (iteration > 0).to(checks.history.dtype)
-    # A product, since a choice by a mask is not vectorised. The history is always finite.
-    return checks.history.flatten(1) * has_begun.unsqueeze(-1)
+def with_history(columns: Tensor, checks: Checks, iteration: Tensor) -> Tensor:
+    """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step."""
+    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype))
+    return joined
+
+
+def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1) of 0 or 1, to multiply a history with: a choice by a mask is far slower."""
+    return (iteration > 0).to(dtype).unsqueeze(-1)
+
+
+# Operators of their own, since a compiler that sees into them moves the numbers of a history one by
+# one, which takes six times as long.
+@torch.library.custom_op("hydrogel_gym::join_history", mutates_args=())
+def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+    joined = torch.cat([columns, history.flatten(1)], -1)
+    joined[:, columns.shape[-1] :].mul_(has_begun)
+    return joined
+
+
+@torch.library.custom_op("hydrogel_gym::record_slot", mutates_args=())
+def _record(history: Tensor, has_begun: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    kept = history.flatten(1) * has_begun
+    return kept.view(-1, slot.shape[-1]).index_copy_(0, index, slot).view_as(history)
+
+
+@_join.register_fake
+def _(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+    return columns.new_empty(columns.shape[0], columns.shape[1] + history[0].numel())
+
+
+@_record.register_fake
+def _(history: Tensor, has_begun: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+    return torch.empty_like(history)
 
 
 def measured(
@@ -204,7 +233,7 @@ def check(
 
 def _recorded(history: Tensor, iteration: Tensor, design: Design, result: Transition) -> Tensor:
     """(B, H, W) history with the slot of this check filled."""
-    num_envs, horizon, width = history.shape
+    num_envs, horizon, _ = history.shape
     polymers = torch.arange(NUM_POLYMERS, device=history.device)
     coverages = torch.arange(len(COVERAGES), device=history.device)
     rows = zip(result.outcomes, MEASURED_FIELDS, strict=True)
@@ -221,9 +250,8 @@ def _recorded(history: Tensor, iteration: Tensor, design: Design, result: Transi
     # An episode that has ended and is not reset overwrites its last slot.
     first = torch.arange(num_envs, device=history.device) * horizon
     index = first + iteration.clamp(0, horizon - 1)
-    blank = (iteration > 0).to(history.dtype).view(-1, 1)
-    kept = (history.flatten(1) * blank).view(-1, width)
-    return kept.index_copy(0, index, slot).view_as(history)
+    recorded: Tensor = _record(history, _has_begun(iteration, history.dtype), index, slot)
+    return recorded
 
 
 def _stopped(state: State, result: Transition, stop: Tensor) -> Transition:

@@ -184,9 +184,8 @@ def observation(state: State, params: EnvParams) -> Tensor:
     ]
     if params.observe_explored:
         columns.append(explored_polymers(state).to(patients.dtype))
-    if checks:
-        columns.append(adaptive.tried_so_far(checks, state.iteration))
-    return torch.cat(columns, dim=-1)
+    joined = torch.cat(columns, dim=-1)
+    return adaptive.with_history(joined, checks, state.iteration) if checks else joined
 
 
 def clip_formulation(formulation: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """How a patient may respond otherwise than the built-in model predicts.
 
-A response is one factor per `RESPONSE_FIELDS`, each of which multiplies constants of
+A response is one factor per `RESPONSE_FIELDS`, each of which scales constants of
 `MechanisticParams` that are assumptions (grade D): 1 is what the model predicts. Its prior is
 exp(sd z) with z standard normal, cut off where a factor would leave its range. The ranges, like the
 constants, are synthetic: nobody has measured how far patients differ in them.
@@ -20,13 +20,18 @@ from hydrogel_gym.problem.streams import draw_levels, level_middles
 
 
 class ResponseField(NamedTuple):
-    """One factor of a response: what it scales, its range and the reason for that."""
+    """One factor of a response: what it scales, its range and the reason for that.
+
+    The `constants` of `MechanisticParams` are all multiplied by it, or all divided: then what is
+    compared with them, as a load is with its threshold, counts for so much more.
+    """
 
     name: str
-    constants: tuple[str, ...]  # of `MechanisticParams`, all multiplied
+    constants: tuple[str, ...]
     low: float
     high: float
     remark: str
+    divides: bool = False
     grade: str = "D"  # as of `mechanistic.Grade`
 
 
@@ -34,32 +39,33 @@ RESPONSE_FIELDS = (
     ResponseField(
         "mechanical_gain",
         ("mechanical_gain_max_pp",),
-        0.5,
-        2.0,
+        0.33,
+        3.0,
         "relief of 8 to 26 % in [Miller2013], [Kichula2014], [Wall2006] is a factor of 3 between "
         "studies; that relief alone restores less: [Rane2011]",
     ),
     ResponseField(
         "biological_gain",
         ("biological_gain_max_pp",),
-        0.5,
-        2.0,
+        0.33,
+        3.0,
         "healing differs between patients, by how much nobody has measured: as the mechanical gain",
     ),
     ResponseField(
         "electrical_gain",
         ("electrical_gain_max_pp",),
-        0.4,
-        2.5,
+        0.33,
+        3.0,
         "the least certain pathway: animal work alone, [He2020], [Cui2018]",
     ),
     ResponseField(
         "restriction",
-        ("restriction_slope_pp",),
-        0.5,
-        2.0,
+        ("restriction_threshold", "restriction_width"),
+        0.33,
+        3.0,
         "a patch too stiff and thick for the wall restricts filling: [Restraint2013], [Sayut2025]; "
-        "the mismatch that belongs to the patient, since feasibility belongs to the polymer",
+        "the stiffness mismatch of a patient, since feasibility is one of the polymer",
+        divides=True,
     ),
     ResponseField(
         "toxicity",
@@ -69,9 +75,9 @@ RESPONSE_FIELDS = (
             "toxicity_filler_floor",
             "toxicity_filler_slope",
         ),
-        0.4,
-        2.5,
-        "dose response; within the factor of 3.2 by which risk assessment lets people differ in "
+        0.33,
+        3.0,
+        "dose response; about the factor of 3.2 by which risk assessment lets people differ in "
         "sensitivity (from memory)",
     ),
     ResponseField(
@@ -84,9 +90,9 @@ RESPONSE_FIELDS = (
             "integrity_loss_stress",
             "integrity_loss_infeasible",
         ),
-        0.5,
-        2.0,
-        "retention in a beating heart against the bench: assumed, at most twofold either way",
+        0.33,
+        3.0,
+        "retention in a beating heart against the bench: assumed, at most threefold either way",
     ),
 )
 RESPONSE_NAMES = tuple(item.name for item in RESPONSE_FIELDS)
