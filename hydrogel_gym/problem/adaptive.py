@@ -68,7 +68,9 @@ def slot_fields(config: RewardConfig) -> tuple[Field, ...]:
     return tuple(x._replace(low=min(x.low, 0.0), high=max(x.high, 0.0)) for x in columns)
 
 
-SLOT_WIDTH = len(slot_fields(RewardConfig()))
+_NAMES = [item.name for item in slot_fields(RewardConfig())]
+SLOT_WIDTH = len(_NAMES)
+_POLYMER, _COVERAGE = _NAMES.index("polymer_0"), _NAMES.index(f"coverage_{COVERAGES[0]}")
 
 
 class Checks(NamedTuple):
@@ -154,9 +156,17 @@ def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("hydrogel_gym::record_slot", mutates_args=())
-def _record(history: Tensor, has_begun: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+def _record(
+    history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
+) -> Tensor:
+    slot = numbers.new_zeros(numbers.shape[0], SLOT_WIDTH)
+    slot[:, 0] = 1.0
+    slot.scatter_(1, one_hot, 1.0)
+    num = len(FORMULATION_FIELDS)
+    slot[:, _COVERAGE - num : _COVERAGE] = numbers[:, :num]
+    slot[:, _COVERAGE + len(COVERAGES) :] = numbers[:, num:]
     kept = history.flatten(1) * has_begun
-    return kept.view(-1, slot.shape[-1]).index_copy_(0, index, slot).view_as(history)
+    return kept.view(-1, SLOT_WIDTH).index_copy_(0, index, slot).view_as(history)
 
 
 @_join.register_fake
@@ -165,7 +175,9 @@ def _(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
 
 
 @_record.register_fake
-def _(history: Tensor, has_begun: Tensor, index: Tensor, slot: Tensor) -> Tensor:
+def _(
+    history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
+) -> Tensor:
     return torch.empty_like(history)
 
 
@@ -234,23 +246,16 @@ def check(
 def _recorded(history: Tensor, iteration: Tensor, design: Design, result: Transition) -> Tensor:
     """(B, H, W) history with the slot of this check filled."""
     num_envs, horizon, _ = history.shape
-    polymers = torch.arange(NUM_POLYMERS, device=history.device)
-    coverages = torch.arange(len(COVERAGES), device=history.device)
     rows = zip(result.outcomes, MEASURED_FIELDS, strict=True)
-    slot = torch.cat(
-        [
-            torch.ones_like(result.score).unsqueeze(-1),
-            (design.polymer_id.unsqueeze(-1) == polymers).to(history.dtype),
-            result.formulation,
-            (design.coverage.unsqueeze(-1) == coverages).to(history.dtype),
-            torch.stack([*(x.clamp(item.low, item.high) for x, item in rows), result.score], -1),
-        ],
-        -1,
-    ).nan_to_num()  # of an action that is not allowed; times 0 it would not be blank
+    columns = [*(x.clamp(item.low, item.high) for x, item in rows), result.score]
+    # Finite also for an action that is not allowed; times 0 it would not be blank.
+    numbers = torch.stack([*result.formulation.unbind(-1), *columns], -1).nan_to_num()
     # An episode that has ended and is not reset overwrites its last slot.
     first = torch.arange(num_envs, device=history.device) * horizon
     index = first + iteration.clamp(0, horizon - 1)
-    recorded: Tensor = _record(history, _has_begun(iteration, history.dtype), index, slot)
+    has_begun = _has_begun(iteration, history.dtype)
+    one_hot = torch.stack([design.polymer_id + _POLYMER, design.coverage + _COVERAGE], -1)
+    recorded: Tensor = _record(history, has_begun, index, one_hot, numbers)
     return recorded
 
 
