@@ -102,9 +102,15 @@ def check_agreement(device: str) -> str:
 
 def check_adaptive(device: str) -> str:
     """Patients who respond as predicted earn what they do in the first environment."""
-    kwargs = {"num_envs": NUM_ENVS, "horizon": 2, "device": device, "reward_mode": "score"}
-    envs = gym.make_vec("HydrogelDesign-v0", **kwargs)
-    adaptive = gym.make_vec("HydrogelAdapt-v0", response_sd=0.0, **kwargs)
+    envs = gym.make_vec("HydrogelDesign-v0", NUM_ENVS, horizon=2, device=device)
+    adaptive = gym.make_vec(
+        "HydrogelAdapt-v0",
+        NUM_ENVS,
+        horizon=2,
+        device=device,
+        response_sd=0.0,
+        reward_mode="score",
+    )
     envs.reset(seed=0), adaptive.reset(seed=0)
     envs.action_space.seed(0)
     for _ in range(2):
