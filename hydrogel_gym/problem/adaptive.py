@@ -7,9 +7,8 @@ response, K outcomes, L levels of a draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,15 +25,8 @@ from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.response import draw_response, response_levels
 from hydrogel_gym.problem.reward import (
     RewardConfig,
-    RewardTerms,
-    is_optimal,
-    reward_terms,
-    sum_terms,
 )
 from hydrogel_gym.problem.streams import draw_levels, level_middles
-
-if TYPE_CHECKING:
-    from hydrogel_gym.problem.dynamics import EnvParams, State, Transition
 
 # An observation has finite bounds; at this logit a probability is 0 or 1 to float32.
 _MAX_LOGIT = 40.0
@@ -203,53 +195,19 @@ def measured(
     )
 
 
-def check(
-    state: State, design: Design, result: Transition, params: EnvParams, stop: Tensor | None
-) -> Transition:
-    """What a transition is where designs are checked: measured, recorded, paid for, or refused.
-
-    Args:
-        state: before the check.
-        design: what was tried.
-        result: the transition as it truly is.
-        params: the problem, an adaptive one.
-        stop: (B,) bool, who ends the episode instead of checking.
-
-    Returns:
-        The transition with the outcomes, terms and score that were measured; its reward is of the
-        true score. Who stops gets nothing, and nothing else of its state changes.
-    """
-    known, checks = params.adaptive, state.checks
-    assert known is not None  # who calls has looked
-    assert isinstance(checks, Checks)
-    outcomes = measured(result.outcomes, known, state.seed, state.episode, state.iteration)
-    if outcomes is not result.outcomes:
-        novelty = {"reward_novelty": result.terms.reward_novelty}
-        terms = reward_terms(outcomes, True, params.reward_config)._replace(**novelty)
-        result = result._replace(
-            outcomes=outcomes,
-            terms=terms,
-            score=sum_terms(terms),
-            is_optimal=is_optimal(outcomes, params.reward_config),
-        )
-    after = Checks(
-        response=checks.response,
-        history=_recorded(checks.history, state.iteration, design, result),
-        best_measured=torch.maximum(checks.best_measured, result.score),
-    )
-    result = result._replace(state=result.state._replace(checks=after))
-    if known.check_cost:
-        result = result._replace(reward=result.reward - known.check_cost)
-    return result if stop is None else _stopped(state, result, stop)
-
-
-def _recorded(history: Tensor, iteration: Tensor, design: Design, result: Transition) -> Tensor:
+def recorded(
+    history: Tensor,
+    iteration: Tensor,
+    design: Design,
+    outcomes: Outcomes,
+    score: Tensor,
+) -> Tensor:
     """(B, H, W) history with the slot of this check filled."""
     num_envs, horizon, _ = history.shape
-    rows = zip(result.outcomes, MEASURED_FIELDS, strict=True)
-    columns = [*(x.clamp(item.low, item.high) for x, item in rows), result.score]
+    rows = zip(outcomes, MEASURED_FIELDS, strict=True)
+    columns = [*(x.clamp(item.low, item.high) for x, item in rows), score]
     # Finite also for an action that is not allowed; times 0 it would not be blank.
-    numbers = torch.stack([*result.formulation.unbind(-1), *columns], -1).nan_to_num()
+    numbers = torch.stack([*design.formulation.unbind(-1), *columns], -1).nan_to_num()
     # An episode that has ended and is not reset overwrites its last slot.
     first = torch.arange(num_envs, device=history.device) * horizon
     index = first + iteration.clamp(0, horizon - 1)
@@ -257,28 +215,3 @@ def _recorded(history: Tensor, iteration: Tensor, design: Design, result: Transi
     one_hot = torch.stack([design.polymer_id + _POLYMER, design.coverage + _COVERAGE], -1)
     recorded: Tensor = _record(history, has_begun, index, one_hot, numbers)
     return recorded
-
-
-def _stopped(state: State, result: Transition, stop: Tensor) -> Transition:
-    """A transition in which who stops is left as it was, and has ended."""
-
-    def kept(before: Tensor, after: Tensor) -> Tensor:
-        mask = stop.view(-1, *[1] * (after.dim() - 1))
-        return after if before is after else torch.where(mask, before, after)
-
-    def none(value: Tensor) -> Tensor:
-        return value.masked_fill(stop.view(-1, *[1] * (value.dim() - 1)), 0)
-
-    before: Mapping[str, Tensor] = state.tensors()
-    after = {name: kept(before[name], value) for name, value in result.state.tensors().items()}
-    return result._replace(
-        state=type(state).of(after),
-        reward=none(result.reward),
-        terminated=result.terminated | stop,
-        score=none(result.score),
-        terms=RewardTerms(*map(none, result.terms)),
-        outcomes=Outcomes(*map(none, result.outcomes)),
-        formulation=none(result.formulation),
-        formulation_clipped=none(result.formulation_clipped),
-        is_optimal=none(result.is_optimal),
-    )
