@@ -16,7 +16,8 @@ _BYTES_UNCOMPILED = 260
 _BYTES_NUMPY = 300
 _BYTES_EXPLORED = 750  # `observe_explored=True`
 _BYTES_GROUPED = 1050  # `obs_format="dict"`, as numpy: a dict per `final_obs`
-# Of each number of a history: as above, measured at 320 numbers with both bounds of the spaces.
+# Of each number of a history, counted, not measured: state, `obs` and `final_obs` of two steps, the
+# bounds of the space, and what a step needs in between; ten of float32.
 _BYTES_HISTORY = 40
 
 
