@@ -24,6 +24,7 @@ from hydrogel_gym import designs
 from hydrogel_gym.models.mechanistic import REFERENCES, MechanisticParams
 from hydrogel_gym.oracle.__main__ import main as oracle
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS
+from hydrogel_gym.problem.response import RESPONSE_FIELDS
 from hydrogel_gym.problem.reward import RewardConfig
 from hydrogel_gym.runs.metrics import METRICS
 
@@ -208,6 +209,14 @@ def substitutions() -> dict[str, str]:
     texts["flags_ppo_hybrid"] = flags("ppo_hybrid", trainer.PRESETS["source"])  # the default
     return texts | {
         "manual": inspect.cleandoc(hydrogel_gym.HydrogelEnv.__doc__ or ""),
+        "manual_adaptive": inspect.cleandoc(hydrogel_gym.HydrogelAdaptEnv.__doc__ or ""),
+        "response": table(
+            ("factor", "lowest", "highest", "grade", "reason"),
+            [
+                (f"`{x.name}`", f"{x.low:g}", f"{x.high:g}", x.grade, x.remark)
+                for x in RESPONSE_FIELDS
+            ],
+        ),
         "constants": constants(),
         "polymers": polymers(),
         "polymer_evidence": polymer_evidence(),

@@ -100,6 +100,25 @@ def check_agreement(device: str) -> str:
     return f"{NUM_ENVS} seeds"
 
 
+def check_adaptive(device: str) -> str:
+    """Patients who respond as predicted earn what they do in the first environment."""
+    envs = gym.make_vec("HydrogelDesign-v0", NUM_ENVS, horizon=2, device=device)
+    adaptive = gym.make_vec(
+        "HydrogelAdapt-v0",
+        NUM_ENVS,
+        horizon=2,
+        device=device,
+        response_sd=0.0,
+        reward_mode="score",
+    )
+    envs.reset(seed=0), adaptive.reset(seed=0)
+    envs.action_space.seed(0)
+    for _ in range(2):
+        action = envs.action_space.sample()
+        _require_close(adaptive.step(action)[1], envs.step(action)[1])
+    return f"{NUM_ENVS} patients without a hidden response"
+
+
 def check_forms(device: str) -> str:
     """The same designs as flat and as discrete actions earn the same."""
     envs = gym.make_vec("HydrogelDesign-v0", NUM_POLYMERS * len(COVERAGES), device=device)
@@ -124,6 +143,7 @@ CHECKS: dict[str, Callable[[str], str]] = {
     "rewards": check_rewards,
     "single and vector": check_agreement,
     "flat and discrete actions": check_forms,
+    "adaptive": check_adaptive,
 }
 
 
@@ -138,7 +158,7 @@ def _describe() -> None:
     ids = [
         spec.id
         for spec in gym.registry.values()
-        if spec.entry_point == "hydrogel_gym.env:HydrogelEnv"
+        if str(spec.entry_point).startswith("hydrogel_gym.env:")
     ]
     print(f"environments: {', '.join(ids)}")
     libraries = [f"{name} {version(name)}" for name in LIBRARIES]

@@ -16,16 +16,22 @@ _BYTES_UNCOMPILED = 260
 _BYTES_NUMPY = 300
 _BYTES_EXPLORED = 750  # `observe_explored=True`
 _BYTES_GROUPED = 1050  # `obs_format="dict"`, as numpy: a dict per `final_obs`
+# Of each number of a history, counted, not measured: state, `obs` and `final_obs` of two steps, the
+# bounds of the space, and what a step needs in between; ten of float32.
+_BYTES_HISTORY = 40
 
 
-def bytes_per_env(*, compiled: bool, numpy: bool, explored: bool, grouped: bool) -> int:
-    """About how many bytes one environment needs at the peak of a step."""
+def bytes_per_env(
+    *, compiled: bool, numpy: bool, explored: bool, grouped: bool, history: int = 0
+) -> int:
+    """About how many bytes one environment, with so many numbers of history, needs at the peak."""
     return (
         _BYTES_PER_ENV
         + _BYTES_UNCOMPILED * (not compiled)
         + _BYTES_NUMPY * numpy
         + _BYTES_EXPLORED * explored
         + _BYTES_GROUPED * (numpy and grouped)
+        + _BYTES_HISTORY * history
     )
 
 

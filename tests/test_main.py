@@ -45,7 +45,8 @@ def test_sound_package_says_what_it_is_and_passes_its_checks_from_an_empty_folde
     assert err == ""
     assert lines[0] == f"hydrogel_gym {hydrogel_gym.__version__}"
     assert lines[1] == (
-        "environments: HydrogelDesign-v0, HydrogelDesignFlat-v0, HydrogelDesignDiscrete-v0"
+        "environments: HydrogelDesign-v0, HydrogelDesignFlat-v0, HydrogelDesignDiscrete-v0, "
+        "HydrogelAdapt-v0"
     )
     digest = hashlib.sha256((files("hydrogel_gym.patients") / "cohort.csv").read_bytes())
     assert f"cohort.csv: sha256 {digest.hexdigest()}" in lines

@@ -199,9 +199,10 @@ def test_every_package_and_data_file_is_installed_from_its_folder():
 
 def test_modules_for_users_export_their_names():
     for module, names in {
-        "": "Cohort CohortError HydrogelEnv HydrogelVectorEnv Outcomes PolymerTable RewardConfig "
-        "RewardModel RewardModelError compute_reward load_cohort load_polymers load_reward_model",
-        ".env": "HydrogelEnv HydrogelVectorEnv",
+        "": "Cohort CohortError HydrogelAdaptEnv HydrogelAdaptVectorEnv HydrogelEnv "
+        "HydrogelVectorEnv Outcomes PolymerTable RewardConfig RewardModel RewardModelError "
+        "compute_reward load_cohort load_polymers load_reward_model",
+        ".env": "HydrogelAdaptEnv HydrogelAdaptVectorEnv HydrogelEnv HydrogelVectorEnv",
         ".spaces": "COVERAGES COVERAGE_FRACTIONS Design FLAT_ACTION_DIM FORMULATION_FIELDS "
         "FORMULATION_HIGH FORMULATION_LEVELS FORMULATION_LOW Field NUM_POLYMERS OUTCOME_FIELDS "
         "Outcomes PATIENT_FIELDS action_space decode_box decode_multidiscrete encode_box "

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hydrogel_gym.envs.spaces import (
-    FLAT_ACTION_DIM,
     FORMULATION_LEVELS,
     ActionFormat,
     action_space,
@@ -58,11 +57,14 @@ class ActionCodec:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.action_format = action_format
-        self.space = action_space(action_format, num_levels=num_levels, rescaled=rescaled)
         self._num_levels, self._rescaled = tuple(num_levels), rescaled
         self._device, self._dtype = device, dtype
+        self._use(action_space(action_format, num_levels=num_levels, rescaled=rescaled))
+
+    def _use(self, space: Any) -> None:
+        self.space, self._width = space, (space.shape or (0,))[0]
         # Plain numbers, since an array would be an input of the compiled step.
-        self._sizes = tuple(np.ravel(getattr(self.space, "nvec", ())).tolist())
+        self._sizes = tuple(np.ravel(getattr(space, "nvec", ())).tolist())
 
     def read(self, action: Any, batch_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
         """Tensors of an action: one of B rows for the flat formats, else one per head.
@@ -77,10 +79,9 @@ class ActionCodec:
         """
         device, dtype = self._device, self._dtype
         if self.action_format == "box":
-            width = FLAT_ACTION_DIM
-            return (_floats(action, "action", batch_shape, width, device, dtype),)
+            return (_floats(action, "action", batch_shape, self._width, device, dtype),)
         if self.action_format == "multidiscrete":
-            return (integers(action, "action", batch_shape, device, width=len(self._sizes)),)
+            return (integers(action, "action", batch_shape, device, width=self._width),)
         polymer_id, formulation, coverage = self._heads(action)
         return (
             integers(polymer_id, "polymer_id", batch_shape, device),
@@ -136,6 +137,10 @@ class ActionCodec:
         if self._rescaled:
             return design._replace(formulation=from_unit_range(design.formulation))
         return design
+
+    def stops(self, action: tuple[Tensor, ...]) -> Tensor | None:
+        """(B,) bool, who ends the episode instead of trying a design; None where nobody can."""
+        return None
 
     def encode(self, design: Design) -> Tensor | dict[str, Tensor] | tuple[Tensor, ...]:
         """Actions that stand for designs, of batch shape (B,); the inverse of `read` and `decode`.

@@ -106,6 +106,11 @@ class DesignProblem:
             max_episode_steps=max_episode_steps,
         )
 
+    @property
+    def history_size(self) -> int:
+        """Numbers of the history in an observation; 0 without one."""
+        return 0
+
     def observe(self, state: State) -> Tensor | dict[str, Tensor]:
         """Observation of every environment in the chosen format."""
         return self.group(dynamics.observation(state, self.params))
@@ -144,6 +149,31 @@ class DesignProblem:
             ids = np.reshape([self._row_of(each) for each in given.flat], given.shape)
         return self._indices("patient_id", ids, batch_shape)
 
+    def check_state(self, state: Mapping[str, Tensor], num_envs: int) -> None:
+        """Raise a ValueError unless these are the tensors of a `State` of B rows, and `done`.
+
+        It says which entry is missing, unknown, or of another shape or type, or names a patient
+        that the cohort does not have.
+        """
+        zeros = torch.zeros(num_envs, dtype=torch.int64, device=self.device)
+        expected = dynamics.initial(zeros, self.params).tensors() | {"done": zeros.bool()}
+        if state.keys() != expected.keys():
+            raise ValueError(f"state has {sorted(state)}; expected {sorted(expected)}")
+        for name, entry in expected.items():
+            given = state[name]
+            if given.shape != entry.shape or given.dtype != entry.dtype:
+                raise ValueError(
+                    f"state {name!r} is a {tuple(given.shape)} tensor of {given.dtype}; "
+                    f"expected {tuple(entry.shape)} of {entry.dtype}"
+                )
+        for name in ("home_index", "patient_index"):
+            low, high = (int(bound) for bound in state[name].aminmax())
+            if low < 0 or high >= self.params.num_patients:
+                raise ValueError(
+                    f"state {name!r} runs from {low} to {high}; "
+                    f"allowed: 0 to {self.params.num_patients - 1}"
+                )
+
     def _row_of(self, patient: Any) -> Any:
         """Row of an id; a whole number as it is where no id is one."""
         is_number = isinstance(patient, Integral) and not isinstance(patient, bool)
@@ -168,23 +198,34 @@ class DesignProblem:
             ValueError: names the field, what it is and what is allowed; for a value that is out of
                 range, the environment too.
         """
+        return self.actions.decode(self.read(action, batch_shape))
+
+    def read(self, action: Any, batch_shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+        """Check actions, as `design` does, and leave them as `ActionCodec.read` has them."""
         tensors = self.actions.read(action, batch_shape)
         if self.validate:
             self.actions.check(tensors)
-        return self.actions.decode(tensors)
+        return tensors
 
     def ignore(self, design: Design, skip: Tensor | None) -> Design:
         """Designs in which whatever an ignored action contains is replaced by zeros."""
         return design if skip is None else replace_rows(design, skip, 0.0)
 
-    def transition(self, state: State, design: Design, *, skip: Tensor | None = None) -> Transition:
+    def transition(
+        self,
+        state: State,
+        design: Design,
+        *,
+        skip: Tensor | None = None,
+        stop: Tensor | None = None,
+    ) -> Transition:
         """Apply one design per environment; see `dynamics.transition`.
 
         Raises:
             ValueError: the reward model returned an outcome that is not finite (checked where
                 actions are); names the patient and the design.
         """
-        result = dynamics.transition(state, design, self.params, self.reward_model)
+        result = dynamics.transition(state, design, self.params, self.reward_model, stop)
         if self.validate:
             env = first_row(~torch.stack(result.outcomes).isfinite().all(0), skip)
             if env is not None:
@@ -221,7 +262,8 @@ class DesignProblem:
         design = replace_rows(self.actions.decode(action), ~allowed, torch.nan)
         if autoreset == "NextStep":
             design = replace_rows(design, done, 0.0)
-        step = dynamics.step(state, done, design, self.params, self.reward_model, autoreset)
+        stop = self.actions.stops(action)
+        step = dynamics.step(state, done, design, self.params, self.reward_model, autoreset, stop)
         # Numbers for the reason given in `dynamics.step`.
         defect = step.defect + (~allowed).to(step.defect.dtype)
         if autoreset == "NextStep":

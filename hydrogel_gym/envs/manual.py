@@ -9,14 +9,18 @@ from string import Template
 from typing import TypeVar
 
 from hydrogel_gym.envs.spaces import FLAT_ACTION_DIM, FORMULATION_LEVELS, episode_fields
+from hydrogel_gym.problem.adaptive import slot_fields
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
     NUM_PATIENT_FEATURES,
     PATIENT_FIELDS,
+    Field,
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.response import MAX_RESPONSE_SD, RESPONSE_FIELDS, ResponseField
 from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.streams import NUM_LEVELS
 
 Class = TypeVar("Class", bound=type)
 
@@ -60,8 +64,51 @@ def _numbers() -> dict[str, object]:
             (num_patient_fields, score.name, score.low, score.high, "reward"),
             (num_patient_fields + 1, iteration.name, iteration.low, "horizon", "steps"),
         ),
+        **_adaptive_numbers(config, num_patient_fields + 2),
         **{name: f"{value:g}" for name, value in dataclasses.asdict(config).items()},
     }
+
+
+def _adaptive_numbers(config: RewardConfig, slot_start: int) -> dict[str, object]:
+    slot, horizon = slot_fields(config), 8
+    names = [item.name for item in slot]
+    rows: list[tuple[int, object, str, Field]] = []
+    for prefix in ("polymer_", "coverage_"):
+        one_hot = [i for i, name in enumerate(names) if name.startswith(prefix)]
+        field = slot[one_hot[0]]
+        rows.append(
+            (one_hot[0], f"{one_hot[0]} to {one_hot[-1]}", f"{prefix[:-1]}, one-hot", field)
+        )
+    rows += [
+        (i, i, item.name, item)
+        for i, item in enumerate(slot)
+        if not item.name.startswith(("polymer_", "coverage_"))
+    ]
+    return {
+        "slot_start": slot_start,
+        "slot_width": len(slot),
+        "adapt_horizon": horizon,
+        "adapt_obs_dim": slot_start + horizon * len(slot),
+        "slot_rows": _table(
+            *(
+                (num, name, item.low, item.high, _unit(item.meaning) if "," in item.meaning else "")
+                for _, num, name, item in sorted(rows, key=lambda row: row[0])
+            )
+        ),
+        "num_responses": len(RESPONSE_FIELDS),
+        "num_levels_drawn": NUM_LEVELS,
+        "max_response_sd": f"{MAX_RESPONSE_SD:.4f}",
+        "response_rows": _table(
+            *(
+                (i, item.name, _scaled(item), item.low, item.high)
+                for i, item in enumerate(RESPONSE_FIELDS)
+            )
+        ),
+    }
+
+
+def _scaled(item: ResponseField) -> str:
+    return ("1 / " if item.divides else "") + ", ".join(f"`{name}`" for name in item.constants)
 
 
 def _table(*rows: Iterable[object]) -> str:

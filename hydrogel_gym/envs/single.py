@@ -157,7 +157,7 @@ class HydrogelEnv(gym.Env):
         render_mode: RenderMode | None = None,
     ) -> None:
         check_choice("render_mode", render_mode, (None, *RENDER_MODES))
-        self.problem = DesignProblem(
+        self.problem = self._make_problem(
             device=device,
             horizon=horizon,
             cohort=cohort,
@@ -176,6 +176,9 @@ class HydrogelEnv(gym.Env):
         self._state: State | None = None
         self._terminated = False
         self._last: tuple[Design, Transition] | None = None  # of this episode
+
+    def _make_problem(self, **settings: Any) -> DesignProblem:
+        return DesignProblem(**settings)
 
     @torch.no_grad()
     def reset(
@@ -216,8 +219,9 @@ class HydrogelEnv(gym.Env):
         """
         if self._state is None or self._terminated:
             raise ResetNeeded("the episode has ended or has not begun; call reset()")
-        design = self.problem.design(action, ())
-        result = self.problem.transition(self._state, design)
+        tensors = self.problem.read(action, ())
+        design, stop = self.problem.actions.decode(tensors), self.problem.actions.stops(tensors)
+        result = self.problem.transition(self._state, design, stop=stop)
         self._state, self._terminated = result.state, bool(result.terminated)
         if self.render_mode is not None:
             # The caller may write to its action.

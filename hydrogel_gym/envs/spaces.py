@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
@@ -51,7 +52,12 @@ def episode_fields(horizon: int, max_score: float) -> tuple[Field, Field]:
 
 
 def observation_space(
-    obs_format: ObsFormat, *, horizon: int, max_score: float, observe_explored: bool
+    obs_format: ObsFormat,
+    *,
+    horizon: int,
+    max_score: float,
+    observe_explored: bool,
+    slot: tuple[Field, ...] = (),
 ) -> spaces.Box | spaces.Dict:
     """Space of one observation.
 
@@ -60,6 +66,7 @@ def observation_space(
         horizon: steps per episode.
         max_score: upper bound of `current_best_score`.
         observe_explored: append one 0/1 entry per polymer, 1 once it was used in the episode.
+        slot: append a history of `horizon` slots with these fields each.
 
     Raises:
         ValueError: `obs_format` is unknown.
@@ -74,13 +81,23 @@ def observation_space(
         "current_best_score": (score,),
         "iteration": (iteration,),
     } | ({"explored_polymers": mask} if observe_explored else {})
-    if obs_format == "dict":
-        return spaces.Dict({name: spaces.Box(*bounds(fields)) for name, fields in groups.items()})
-    return spaces.Box(*bounds(sum(groups.values(), ())))
+    if obs_format == "box":
+        return spaces.Box(*bounds((*sum(groups.values(), ()), *slot * horizon)))
+    boxes: dict[str, spaces.Space[Any]]
+    boxes = {name: spaces.Box(*bounds(fields)) for name, fields in groups.items()}
+    if slot:
+        low, high = (np.tile(bound, (horizon, 1)) for bound in bounds(slot))
+        boxes["history"] = spaces.Box(low, high)
+    return spaces.Dict(boxes)
 
 
-def split_observation(obs: Tensor) -> dict[str, Tensor]:
-    """Group a (..., F) observation as the `dict` format does (views, no copy)."""
+def split_observation(obs: Tensor, slot_width: int = 0) -> dict[str, Tensor]:
+    """Group a (..., F) observation as the `dict` format does (views, no copy).
+
+    Args:
+        obs: as the `box` format has it.
+        slot_width: of a history, if it has one, which then is (..., slots, slot_width).
+    """
     num_patient_fields = len(PATIENT_FIELDS)
     groups = {
         "patient_features": obs[..., :NUM_PATIENT_FEATURES],
@@ -88,8 +105,11 @@ def split_observation(obs: Tensor) -> dict[str, Tensor]:
         "current_best_score": obs[..., num_patient_fields : num_patient_fields + 1],
         "iteration": obs[..., num_patient_fields + 1 : num_patient_fields + 2],
     }
-    if obs.shape[-1] > num_patient_fields + 2:
-        groups["explored_polymers"] = obs[..., num_patient_fields + 2 :]
+    rest = obs[..., num_patient_fields + 2 :]
+    if slot_width:
+        groups["history"] = rest.unflatten(-1, (-1, slot_width))
+    elif rest.shape[-1]:
+        groups["explored_polymers"] = rest
     return groups
 
 

@@ -152,7 +152,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         check_choice("output", output, get_args(Output))
         check_choice("dtype", dtype, get_args(Dtype) if output == "torch" else ("float32",))
         self.autoreset_mode = _autoreset_mode(autoreset_mode)
-        self.problem = DesignProblem(
+        self.problem = self._make_problem(
             device=device,
             horizon=horizon,
             cohort=cohort,
@@ -175,6 +175,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             numpy=output == "numpy",
             explored=observe_explored,
             grouped=obs_format == "dict",
+            history=self.problem.history_size,
         )
         check_memory(num_envs, self._bytes_per_env, self.device)
         self.metadata = {**type(self).metadata, "autoreset_mode": self.autoreset_mode}
@@ -187,6 +188,9 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.render_mode = render_mode
         self._last: tuple[State, Tensor, tuple[Tensor, ...]] | None = None
         self._prepare(compile)
+
+    def _make_problem(self, **settings: Any) -> DesignProblem:
+        return DesignProblem(**settings)
 
     @_explains_failures
     @torch.no_grad()
@@ -342,7 +346,8 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             state, stepped, action = self._last
             stepped = stepped & self.problem.actions.allows(action)
             design = self.problem.ignore(self.problem.actions.decode(action), ~stepped)
-            result = self.problem.transition(state, design, skip=~stepped)
+            stop = self.problem.actions.stops(action)
+            result = self.problem.transition(state, design, skip=~stepped, stop=stop)
             patients = torch.where(stepped, state.patient_index, patients)
             evaluations = [
                 evaluation if shown else None
@@ -357,7 +362,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """What every later observation, reward and reset depends on, beside the actions.
 
         Returns:
-            (B,) tensors on `device`: the fields of `dynamics.State` and `done` (the episode ended
+            (B, ...) tensors on `device`: those of `dynamics.State` and `done` (the episode ended
             in the step before). They are never written to. Environments of another B take any
             rows of them, in any order, by `load_state_dict`.
 
@@ -366,40 +371,22 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """
         if self._state is None:
             raise ResetNeeded("call reset() before state_dict()")
-        return {**self._state._asdict(), "done": self._done}
+        return {**self._state.tensors(), "done": self._done}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Continue from what `state_dict` returned, here or in other environments of this problem.
 
         Args:
-            state: (B,) tensors, on any device; copied.
+            state: (B, ...) tensors, on any device; copied.
 
         Raises:
             ValueError: an entry is missing, unknown, or of another shape or type, or names a
                 patient that the cohort does not have; nothing is loaded.
         """
-        zeros = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        expected = dynamics.initial(zeros, self.problem.params)._asdict()
-        expected["done"] = torch.zeros_like(zeros, dtype=torch.bool)
-        if state.keys() != expected.keys():
-            raise ValueError(f"state has {sorted(state)}; expected {sorted(expected)}")
-        for name, entry in expected.items():
-            given = state[name]
-            if given.shape != entry.shape or given.dtype != entry.dtype:
-                raise ValueError(
-                    f"state {name!r} is a {tuple(given.shape)} tensor of {given.dtype}; "
-                    f"expected {tuple(entry.shape)} of {entry.dtype}"
-                )
-        for name in ("home_index", "patient_index"):
-            low, high = (int(bound) for bound in state[name].aminmax())
-            if low < 0 or high >= self.problem.params.num_patients:
-                raise ValueError(
-                    f"state {name!r} runs from {low} to {high}; "
-                    f"allowed: 0 to {self.problem.params.num_patients - 1}"
-                )
-        copied = {name: state[name].to(self.device, copy=True) for name in expected}
+        self.problem.check_state(state, self.num_envs)
+        copied = {name: rows.to(self.device, copy=True) for name, rows in state.items()}
         self._done = copied.pop("done")
-        self._state, self._last = State(**copied), None
+        self._state, self._last = State.of(copied), None
 
     def _refuse(self, state: State, action: tuple[Tensor, ...]) -> NoReturn:
         """Say what is wrong with a step, which was found only to be wrong somewhere."""
@@ -412,7 +399,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         skip = self._done if mode is AutoresetMode.NEXT_STEP else None
         problem.actions.check(action, skip=skip)
         design = problem.ignore(problem.actions.decode(action), skip)
-        problem.transition(state, design, skip=skip)
+        problem.transition(state, design, skip=skip, stop=problem.actions.stops(action))
         raise ValueError("the reward model returned an outcome that is not finite, but not again")
 
     def _accept(self, step: Step) -> tuple[Any, Any, Any, Any, dict[str, Any]]:

@@ -20,6 +20,7 @@ range; "form" is the shape of the equation, as against its numbers. `REFERENCES`
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,7 @@ from hydrogel_gym.problem.fields import (
     by_name,
 )
 from hydrogel_gym.problem.polymers import PolymerTable, load_polymers
+from hydrogel_gym.problem.response import RESPONSE_NAMES
 
 OutcomeScale = Literal["source", "literature"]
 Grade = Literal["A", "B", "C", "D", "definition"]
@@ -349,6 +351,14 @@ class MechanisticParams:
         return math.expm1(-k * coverage_frac) / math.expm1(-k)
 
 
+def _responding(response: Tensor | None) -> Callable[[str, Tensor], Tensor]:
+    """What multiplies a value by a factor of the response, in its dtype; without one, nothing."""
+    if response is None:
+        return lambda name, value: value
+    factors = dict(zip(RESPONSE_NAMES, response.unbind(-1), strict=True))
+    return lambda name, value: value * factors[name].to(value.dtype)
+
+
 class MechanisticModel(nn.Module):
     """Closed-form Stage-1 model; see the module docstring for what it is and is not.
 
@@ -473,7 +483,12 @@ class MechanisticModel(nn.Module):
         return base.clamp(min=p.headroom_floor).pow(p.headroom_exponent)
 
     def forward(
-        self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor
+        self,
+        patient: Tensor,
+        polymer_id: Tensor,
+        formulation: Tensor,
+        coverage: Tensor,
+        response: Tensor | None = None,
     ) -> Outcomes:
         """Predict the outcomes of a batch of designs; the batch shapes broadcast.
 
@@ -482,11 +497,13 @@ class MechanisticModel(nn.Module):
             polymer_id: (...) int64 row of the polymer table.
             formulation: (..., D), order and units of `FORMULATION_FIELDS`.
             coverage: (...) int64 index into `COVERAGES`.
+            response: (..., R) float, order of `RESPONSE_FIELDS`: how the patient responds. None is
+                as predicted, as are factors of 1, to the last bit.
 
         Returns:
             Outcomes of the broadcast batch shape, in the dtype and on the device of `patient`.
         """
-        p = self.params
+        p, respond = self.params, _responding(response)
         dtype = patient.dtype
         known = by_name(PATIENT_FIELDS, patient)
         EF, S, BZ = (known[x] for x in ("lvef_pct", "scar_fraction_pct", "bz_fraction_pct"))
@@ -521,15 +538,17 @@ class MechanisticModel(nn.Module):
 
         # 4. Gains in LVEF: mechanical M, biological B, electrical Z.
         M = -p.mechanical_gain_max_pp * torch.expm1(-R0 / p.mechanical_gain_scale_pct)
+        M = respond("mechanical_gain", M)
         C_b = p.bz_spread_floor + (1.0 - p.bz_spread_floor) * f_zeta
         inhibition = 1.0 + (t / p.thickness_inhibition_mm).pow(p.thickness_inhibition_exponent)
         u = t / (t + p.thickness_half_saturation_mm) / inhibition / p.thickness_norm
         u = u.clamp(max=p.thickness_factor_max)
         tau_best = p.best_half_life_intercept_days + p.best_half_life_slope_days_per_scar_pct * S
         match = torch.exp(-0.5 * ((tau / tau_best).log() / p.half_life_width_ln).square())
-        B = p.biological_gain_max_pp * b * match * C_b * u
+        B = respond("biological_gain", p.biological_gain_max_pp * b * match * C_b * u)
         saturation = kappa / (kappa + p.conductivity_half_saturation_s_per_m)
         Z = p.electrical_gain_max_pp * p.electrical_norm * saturation * C_b
+        Z = respond("electrical_gain", Z)
         w_M, w_B, w_Z = self._responder_weights(SC, T, BZ)
         H = self._headroom(EF, S, BZ)
 
@@ -537,14 +556,10 @@ class MechanisticModel(nn.Module):
         base_dose = A * t / p.toxicity_reference_dose_mm
         filler_dose = (kappa / kappa50).square()
         filler_thickness = t / p.toxicity_reference_thickness_mm
-        toxicity_risk = -torch.expm1(
-            -(
-                a0 * (p.toxicity_base_floor + p.toxicity_base_slope * base_dose)
-                + m
-                * (filler_dose / (1.0 + filler_dose))
-                * (p.toxicity_filler_floor + p.toxicity_filler_slope * filler_thickness)
-            )
-        )
+        toxicity_hazard = a0 * (p.toxicity_base_floor + p.toxicity_base_slope * base_dose) + m * (
+            filler_dose / (1.0 + filler_dose)
+        ) * (p.toxicity_filler_floor + p.toxicity_filler_slope * filler_thickness)
+        toxicity_risk = -torch.expm1(-respond("toxicity", toxicity_hazard))
         fibrosis_risk = -torch.expm1(
             -(
                 p.fibrosis_baseline
@@ -561,18 +576,21 @@ class MechanisticModel(nn.Module):
         brittle = (E - E_lo) / E_width - p.integrity_brittle_threshold
         thick = t - p.integrity_thick_threshold_mm
         excess_stress = (SC - p.integrity_stress_concentration_threshold).clamp(min=0.0)
-        structural_integrity = (
-            p.integrity_cohesion_gain * chi
-            - p.integrity_loss_degraded * degraded.square()
-            - p.integrity_loss_soft * torch.exp(-E / p.integrity_soft_scale_kpa)
-            - p.integrity_loss_brittle * softplus(brittle / p.integrity_brittle_width)
-            - p.integrity_loss_thick * softplus(thick / p.integrity_thick_width_mm)
-            - p.integrity_loss_stress * excess_stress
-            - p.integrity_loss_infeasible * (1.0 - F)
-        ).clamp(0.0, 1.0)
+        structural_integrity = p.integrity_cohesion_gain * chi
+        for loss in (
+            p.integrity_loss_degraded * degraded.square(),
+            p.integrity_loss_soft * torch.exp(-E / p.integrity_soft_scale_kpa),
+            p.integrity_loss_brittle * softplus(brittle / p.integrity_brittle_width),
+            p.integrity_loss_thick * softplus(thick / p.integrity_thick_width_mm),
+            p.integrity_loss_stress * excess_stress,
+            p.integrity_loss_infeasible * (1.0 - F),
+        ):
+            structural_integrity = structural_integrity - respond("integrity", loss)
+        structural_integrity = structural_integrity.clamp(0.0, 1.0)
 
         # 7. What is lost: filling restriction P_d, feedback of harm P_t.
-        crowding = softplus((eg * A - p.restriction_threshold) / p.restriction_width)
+        crowded = respond("restriction", eg * A) - p.restriction_threshold
+        crowding = softplus(crowded / p.restriction_width)
         restriction_ratio = p.restriction_slope_pp / p.restriction_max_pp
         P_d = -p.restriction_max_pp * torch.expm1(-restriction_ratio * crowding)
         toxic = softplus((toxicity_risk - p.harm_toxicity_threshold) / p.harm_width)

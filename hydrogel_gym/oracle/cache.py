@@ -41,6 +41,8 @@ SOURCES = (
     "problem/fields.py",
     "problem/polymers.py",
     "problem/reward.py",
+    "problem/streams.py",
+    "problem/response.py",
     "models/mechanistic.py",
     "oracle/search.py",
     "oracle/best.py",

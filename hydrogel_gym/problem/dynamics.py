@@ -11,86 +11,34 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from hydrogel_gym.problem import checking
+from hydrogel_gym.problem.adaptive import with_history
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.reward import (
-    RewardConfig,
     RewardFunction,
     RewardTerms,
     is_optimal,
     reward_terms,
     sum_terms,
 )
+from hydrogel_gym.problem.state import (
+    EnvParams,
+    PatientAssignment,
+    RewardMode,
+    State,
+    Transition,
+)
+from hydrogel_gym.problem.streams import random_bits
 
-RewardMode = Literal["score", "improvement"]
-PatientAssignment = Literal["fixed", "random"]
+__all__ = ["EnvParams", "PatientAssignment", "RewardMode", "State", "Transition"]
+
 Autoreset = Literal["SameStep", "NextStep", "Disabled"]  # Gymnasium's names
-
-
-@dataclass(frozen=True, eq=False)
-class EnvParams:
-    """What a user may vary, fixed for the life of an environment.
-
-    `patients` is the (P, C) table in the order of `PATIENT_FIELDS`. Every real number of a step
-    has its dtype, float32 unless somebody checks rounding.
-    """
-
-    patients: Tensor
-    horizon: int = 1
-    reward_config: RewardConfig = field(default_factory=RewardConfig)
-    reward_mode: RewardMode = "score"
-    patient_assignment: PatientAssignment = "fixed"
-    observe_explored: bool = False
-    max_episode_steps: int | None = None
-
-    @property
-    def num_patients(self) -> int:
-        """Number of rows of the patient table."""
-        return self.patients.shape[0]
-
-
-class State(NamedTuple):
-    """State of B environments; every tensor has leading dimension B."""
-
-    seed: Tensor  # (B,) int64, key of the environment's stream of patient draws
-    episode: Tensor  # (B,) int64, episodes begun under that seed: the counter of the stream
-    home_index: Tensor  # (B,) int64, the patient it keeps under `fixed` assignment
-    patient_index: Tensor  # (B,) int64, the patient of this episode
-    best_score: Tensor  # (B,) float32, max(0, scores of this episode)
-    iteration: Tensor  # (B,) int64, steps of this episode
-    explored: Tensor  # (B,) int64, bit i is set once polymer i was used in this episode
-
-
-class Transition(NamedTuple):
-    """Everything one step produces; (B,) tensors unless noted."""
-
-    state: State
-    reward: Tensor
-    terminated: Tensor
-    truncated: Tensor
-    score: Tensor  # the sum of `terms`, whatever `reward_mode` pays
-    terms: RewardTerms
-    outcomes: Outcomes
-    formulation: Tensor  # (B, D), the formulation that was evaluated
-    formulation_clipped: Tensor
-    is_optimal: Tensor
-
-
-def _mix64(x: Tensor) -> Tensor:
-    """Finaliser of SplitMix64 [Steele2014] on int64, whose products wrap as unsigned ones do."""
-
-    def shift_right(value: Tensor, bits: int) -> Tensor:
-        return (value >> bits) & ((1 << (64 - bits)) - 1)  # logical, not arithmetic
-
-    x = (x ^ shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xBF58476D1CE4E5B9
-    x = (x ^ shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94D049BB133111EB
-    return x ^ shift_right(x, 31)
 
 
 def draw_patient_index(seed: Tensor, episode: Tensor, num_patients: int) -> Tensor:
@@ -107,17 +55,17 @@ def draw_patient_index(seed: Tensor, episode: Tensor, num_patients: int) -> Tens
 
     Returns:
         (B,) int64 in [0, P).
-
-    References:
-        [Steele2014] Steele, Lea, Flood. Fast splittable pseudorandom number generators.
-        OOPSLA 2014.
     """
-    golden_gamma = -0x61C8864680B583EB  # 0x9E3779B97F4A7C15
-    bits = _mix64(_mix64(seed + golden_gamma) + episode * golden_gamma)
-    return (bits & 0x7FFF_FFFF_FFFF_FFFF) % num_patients
+    return (random_bits(seed, episode) & 0x7FFF_FFFF_FFFF_FFFF) % num_patients
 
 
-def _begin(seed: Tensor, episode: Tensor, home_index: Tensor, params: EnvParams) -> State:
+def _begin(
+    seed: Tensor,
+    episode: Tensor,
+    home_index: Tensor,
+    params: EnvParams,
+    history: Tensor | None = None,
+) -> State:
     if params.patient_assignment == "random":
         patient_index = draw_patient_index(seed, episode, params.num_patients)
     else:
@@ -130,6 +78,7 @@ def _begin(seed: Tensor, episode: Tensor, home_index: Tensor, params: EnvParams)
         best_score=torch.zeros_like(seed, dtype=params.patients.dtype),
         iteration=torch.zeros_like(seed),
         explored=torch.zeros_like(seed),
+        checks=params.adaptive.begin(seed, episode, history) if params.adaptive else (),
     )
 
 
@@ -146,13 +95,18 @@ def initial(seed: Tensor, params: EnvParams) -> State:
 
 def next_episode(state: State, params: EnvParams) -> State:
     """Begin another episode in every environment."""
-    return _begin(state.seed, state.episode + 1, state.home_index, params)
+    history = state.checks.history if state.checks else None
+    return _begin(state.seed, state.episode + 1, state.home_index, params, history)
 
 
 def select(mask: Tensor, chosen: State, other: State) -> State:
     """State whose rows come from `chosen` where the (B,) mask is true, else from `other`."""
-    pairs = zip(chosen, other, strict=True)
-    return State(*(a if a is b else torch.where(mask, a, b) for a, b in pairs))
+
+    def pick(a: Tensor, b: Tensor) -> Tensor:
+        return a if a is b else torch.where(mask.view(-1, *[1] * (a.dim() - 1)), a, b)
+
+    others = other.tensors()
+    return State.of({name: pick(a, others[name]) for name, a in chosen.tensors().items()})
 
 
 def explored_polymers(state: State) -> Tensor:
@@ -162,16 +116,17 @@ def explored_polymers(state: State) -> Tensor:
 
 
 def observation(state: State, params: EnvParams) -> Tensor:
-    """(B, F) observation in physical units, with the mask of explored polymers if wanted."""
-    patients = params.patients[state.patient_index]
+    """(B, F) observation in physical units, with what was explored and tried where wanted."""
+    patients, checks = params.patients[state.patient_index], state.checks
     columns = [
         patients,
-        state.best_score.unsqueeze(-1),
+        (checks.best_measured if checks else state.best_score).unsqueeze(-1),
         state.iteration.unsqueeze(-1).to(patients.dtype),
     ]
     if params.observe_explored:
         columns.append(explored_polymers(state).to(patients.dtype))
-    return torch.cat(columns, dim=-1)
+    joined = torch.cat(columns, dim=-1)
+    return with_history(joined, checks, state.iteration) if checks else joined
 
 
 def clip_formulation(formulation: Tensor) -> Tensor:
@@ -182,7 +137,11 @@ def clip_formulation(formulation: Tensor) -> Tensor:
 
 
 def transition(
-    state: State, design: Design, params: EnvParams, reward_model: RewardFunction
+    state: State,
+    design: Design,
+    params: EnvParams,
+    reward_model: RewardFunction,
+    stop: Tensor | None = None,
 ) -> Transition:
     """Apply one design per environment.
 
@@ -190,7 +149,8 @@ def transition(
         state: B environments in the middle of an episode.
         design: one design each; the formulation is clipped to its box, the indices must be valid.
         params: the problem.
-        reward_model: the Stage-1 model.
+        reward_model: the Stage-1 model; of an adaptive problem, one that takes a response.
+        stop: (B,) bool, who ends the episode instead; of an adaptive problem alone.
 
     Returns:
         The new state and everything observed on the way. `terminated` is true once the episode has
@@ -199,7 +159,8 @@ def transition(
     """
     formulation = clip_formulation(design.formulation)
     patients = params.patients[state.patient_index]
-    outcomes = reward_model(patients, design.polymer_id, formulation, design.coverage)
+    response = (state.checks.response,) if state.checks else ()
+    outcomes = reward_model(patients, design.polymer_id, formulation, design.coverage, *response)
 
     used = torch.ones_like(design.polymer_id) << design.polymer_id
     config = params.reward_config
@@ -207,7 +168,7 @@ def transition(
     score = sum_terms(terms)
     best_score = torch.maximum(state.best_score, score)
     iteration = state.iteration + 1
-    return Transition(
+    result = Transition(
         state=state._replace(
             best_score=best_score, iteration=iteration, explored=state.explored | used
         ),
@@ -221,6 +182,9 @@ def transition(
         formulation=formulation,
         formulation_clipped=(formulation != design.formulation).any(-1),
         is_optimal=is_optimal(outcomes, config),
+    )
+    return (
+        result if params.adaptive is None else checking.check(state, design, result, params, stop)
     )
 
 
@@ -298,6 +262,7 @@ def step(
     params: EnvParams,
     reward_model: RewardFunction,
     autoreset: Autoreset,
+    stop: Tensor | None = None,
 ) -> Step:
     """Apply one design per environment and reset those whose episode has ended.
 
@@ -309,8 +274,9 @@ def step(
         params: the problem.
         reward_model: the Stage-1 model.
         autoreset: when an ended episode is followed by another.
+        stop: as for `transition`.
     """
-    result = transition(state, design, params, reward_model)
+    result = transition(state, design, params, reward_model, stop)
     after, reward = result.state, result.reward
     terminated, truncated = result.terminated, result.truncated
     begun = torch.zeros_like(done)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from hydrogel_gym.problem.fields import OUTCOME_FIELDS, Outcomes
 
-RewardFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Outcomes]
+# Of a patient, a polymer, a formulation, a coverage and, of some models, a response.
+RewardFunction = Callable[..., Outcomes]
 
 
 class SafetyLimit(NamedTuple):
@@ -99,13 +100,22 @@ class RewardConfig:
     @property
     def max_score(self) -> float:
         """Largest reward of one step for outcomes within their physical ranges."""
+        return self._extreme_score(1.0)
+
+    @property
+    def min_score(self) -> float:
+        """Smallest reward of one step for outcomes within their physical ranges."""
+        return -self._extreme_score(-1.0)
+
+    def _extreme_score(self, sign: float) -> float:
+        """Largest score times a sign; the ranges of the weighted outcomes are symmetric about 0."""
         high = {item.name: item.high for item in OUTCOME_FIELDS}
         gains = [self.optimal_prob_weight, *(-self.penalty(name) for name in SAFETY_LIMITS)]
         gains.append(self.novelty_bonus)
         return (
             abs(self.delta_ef_weight) * high["delta_ef_pct"]
             + abs(self.stress_reduction_weight) * high["stress_reduction_pct"] / 100.0
-            + sum(max(0.0, gain) for gain in gains)
+            + sum(max(0.0, sign * gain) for gain in gains)
         )
 
 

@@ -211,7 +211,9 @@ def test_select_takes_masked_rows_and_leaves_the_others_bit_equal(eight_environm
     state, _, params = eight_environments
     mask = torch.arange(8) == 3
     chosen = select(mask, next_episode(state, params), state)
-    for new, old, fresh in zip(chosen, state, next_episode(state, params), strict=True):
+    for new, old, fresh in zip(
+        *map(tree_leaves, (chosen, state, next_episode(state, params))), strict=True
+    ):
         assert torch.equal(new[~mask], old[~mask])
         assert torch.equal(new[mask], fresh[mask])
 
@@ -289,7 +291,7 @@ def test_rows_are_stacked_in_the_order_of_their_names_and_must_match_them():
 
 def test_transition_writes_into_none_of_its_arguments(eight_environments):
     state, design, params = eight_environments
-    arguments = [*state, *design, params.patients]
+    arguments = tree_leaves([state, design, params.patients])
     before = [value.clone() for value in arguments]
     transition(state, design, params, MechanisticModel())
     assert all(map(torch.equal, arguments, before))

@@ -1,0 +1,217 @@
+"""Checks of designs on a patient whose response is hidden: what is measured, recorded and paid.
+
+Pure batched functions, as in `dynamics`, which calls them where `EnvParams.adaptive` is set.
+Shapes: B environments, H slots of a history (the horizon), W columns of a slot, R fields of a
+response, K outcomes, L levels of a draw.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hydrogel_gym.problem.fields import (
+    COVERAGES,
+    FORMULATION_FIELDS,
+    OUTCOME_FIELDS,
+    Design,
+    Field,
+    Outcomes,
+)
+from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.response import draw_response, response_levels
+from hydrogel_gym.problem.reward import (
+    RewardConfig,
+)
+from hydrogel_gym.problem.streams import draw_levels, level_middles
+
+# An observation has finite bounds; at this logit a probability is 0 or 1 to float32.
+_MAX_LOGIT = 40.0
+# What can be measured of each outcome: its physical range.
+MEASURED_FIELDS = tuple(
+    item._replace(low=max(item.low, -_MAX_LOGIT), high=min(item.high, _MAX_LOGIT))
+    if item.name == "optimal_logit"
+    else item
+    for item in OUTCOME_FIELDS
+)
+
+
+def slot_fields(config: RewardConfig) -> tuple[Field, ...]:
+    """The W columns of one slot of a history: a design and what was measured; 0 while empty.
+
+    Args:
+        config: bounds the score.
+    """
+    polymers = (Field(f"polymer_{i}", 0.0, 1.0, "polymer tried") for i in range(NUM_POLYMERS))
+    coverages = (Field(f"coverage_{name}", 0.0, 1.0, "coverage tried") for name in COVERAGES)
+    measured = (item._replace(name=f"measured_{item.name}") for item in MEASURED_FIELDS)
+    score = Field("measured_score", config.min_score, config.max_score, "score as measured, reward")
+    columns = (
+        Field("tried", 0.0, 1.0, "whether the slot is filled"),
+        *polymers,
+        *FORMULATION_FIELDS,
+        *coverages,
+        *measured,
+        score,
+    )
+    return tuple(x._replace(low=min(x.low, 0.0), high=max(x.high, 0.0)) for x in columns)
+
+
+_NAMES = [item.name for item in slot_fields(RewardConfig())]
+SLOT_WIDTH = len(_NAMES)
+_POLYMER, _COVERAGE = _NAMES.index("polymer_0"), _NAMES.index(f"coverage_{COVERAGES[0]}")
+
+
+class Checks(NamedTuple):
+    """What a `State` has besides, where patients respond otherwise than predicted."""
+
+    response: Tensor  # (B, R), factors of this episode; hidden
+    # (B, H, W), of which only what was tried in this episode counts: nothing at its beginning, and
+    # the slots from `iteration` on are 0 after its first check.
+    history: Tensor
+    best_measured: Tensor  # (B,), max(0, scores measured in this episode)
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptiveParams:
+    """What a user may vary of an adaptive problem; `response_sd` is in `response_levels`.
+
+    Attributes:
+        response_levels: (L, R), see `response.response_levels`.
+        normal_levels: (L,), the middles of equally likely parts of a standard normal distribution.
+        outcome_noise: K deviations of measured outcomes, each in the outcome's unit.
+        horizon: H.
+        check_cost: what each check takes off the reward.
+    """
+
+    response_levels: Tensor
+    normal_levels: Tensor
+    outcome_noise: tuple[float, ...]
+    horizon: int
+    check_cost: float = 0.0
+
+    @classmethod
+    def make(
+        cls,
+        response_sd: float,
+        outcome_noise: tuple[float, ...],
+        horizon: int,
+        check_cost: float,
+        like: Tensor,
+    ) -> AdaptiveParams:
+        """Parameters with tables in the dtype and on the device of a tensor."""
+        normal = torch.special.ndtri(level_middles())
+        return cls(
+            response_levels=response_levels(response_sd).to(like),
+            normal_levels=normal.to(like),
+            outcome_noise=outcome_noise,
+            horizon=horizon,
+            check_cost=check_cost,
+        )
+
+    def begin(self, seed: Tensor, episode: Tensor, history: Tensor | None) -> Checks:
+        """The beginning of an episode.
+
+        Args:
+            seed: (B,) int64 stream keys.
+            episode: (B,) int64 counters.
+            history: of the episode before, which is overwritten later: blanking it now would take
+                as long as a check.
+        """
+        response = draw_response(seed, episode, self.response_levels)
+        if history is None:
+            history = response.new_zeros(seed.shape[0], self.horizon, SLOT_WIDTH)
+        return Checks(response, history, response.new_zeros(seed.shape[0]))
+
+
+def with_history(columns: Tensor, checks: Checks, iteration: Tensor) -> Tensor:
+    """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step."""
+    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype))
+    return joined
+
+
+def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
+    """(B, 1) of 0 or 1, to multiply a history with: a choice by a mask is far slower."""
+    return (iteration > 0).to(dtype).unsqueeze(-1)
+
+
+# Operators of their own, since a compiler that sees into them moves the numbers of a history one by
+# one, which takes six times as long.
+@torch.library.custom_op("hydrogel_gym::join_history", mutates_args=())
+def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+    joined = torch.cat([columns, history.flatten(1)], -1)
+    joined[:, columns.shape[-1] :].mul_(has_begun)
+    return joined
+
+
+@torch.library.custom_op("hydrogel_gym::record_slot", mutates_args=())
+def _record(
+    history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
+) -> Tensor:
+    slot = numbers.new_zeros(numbers.shape[0], SLOT_WIDTH)
+    slot[:, 0] = 1.0
+    slot.scatter_(1, one_hot, 1.0)
+    num = len(FORMULATION_FIELDS)
+    slot[:, _COVERAGE - num : _COVERAGE] = numbers[:, :num]
+    slot[:, _COVERAGE + len(COVERAGES) :] = numbers[:, num:]
+    kept = history.flatten(1) * has_begun
+    return kept.view(-1, SLOT_WIDTH).index_copy_(0, index, slot).view_as(history)
+
+
+@_join.register_fake
+def _(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+    return columns.new_empty(columns.shape[0], columns.shape[1] + history[0].numel())
+
+
+@_record.register_fake
+def _(
+    history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
+) -> Tensor:
+    return torch.empty_like(history)
+
+
+def measured(
+    outcomes: Outcomes, params: AdaptiveParams, seed: Tensor, episode: Tensor, step: Tensor
+) -> Outcomes:
+    """Outcomes as measured: with normal noise, clipped to their ranges; as they are without noise.
+
+    Args:
+        outcomes: true ones, (B,) each.
+        params: deviations and levels.
+        seed: (B,) int64 stream keys; the noise depends on these three alone.
+        episode: (B,) int64 counters.
+        step: (B,) int64, checks before this one.
+    """
+    if not any(params.outcome_noise):
+        return outcomes
+    levels = draw_levels(len(outcomes), seed, episode, step + 1)  # counter 0 is the response
+    noise = params.normal_levels[levels].unbind(-1)
+    rows = zip(outcomes, params.outcome_noise, noise, MEASURED_FIELDS, strict=True)
+    return Outcomes(
+        *((value + sd * z).clamp(x.low, x.high) if sd else value for value, sd, z, x in rows)
+    )
+
+
+def recorded(
+    history: Tensor,
+    iteration: Tensor,
+    design: Design,
+    outcomes: Outcomes,
+    score: Tensor,
+) -> Tensor:
+    """(B, H, W) history with the slot of this check filled."""
+    num_envs, horizon, _ = history.shape
+    rows = zip(outcomes, MEASURED_FIELDS, strict=True)
+    columns = [*(x.clamp(item.low, item.high) for x, item in rows), score]
+    # Finite also for an action that is not allowed; times 0 it would not be blank.
+    numbers = torch.stack([*design.formulation.unbind(-1), *columns], -1).nan_to_num()
+    # An episode that has ended and is not reset overwrites its last slot.
+    first = torch.arange(num_envs, device=history.device) * horizon
+    index = first + iteration.clamp(0, horizon - 1)
+    has_begun = _has_begun(iteration, history.dtype)
+    one_hot = torch.stack([design.polymer_id + _POLYMER, design.coverage + _COVERAGE], -1)
+    recorded: Tensor = _record(history, has_begun, index, one_hot, numbers)
+    return recorded
