@@ -31,16 +31,14 @@ FLAGGED = 0.2  # share of the patients of whom it is said how much of all regret
 # of all regret that is of the flagged.
 PREDICTED = (
     "predicted_regret",
-    "regret_rank_correlation",
-    "regret_bound_coverage",
-    "regret_of_flagged",
+    *("regret_rank_correlation", "regret_bound_coverage", "regret_of_flagged"),
 )
 
 
 class Tried(NamedTuple):
     """What trying designs for each of P patients showed; arrays on the host."""
 
-    reward: np.ndarray  # (P,) of the deterministic design
+    reward: np.ndarray  # (P,) of the deterministic design as a first step
     gain: np.ndarray  # (P,) >= 0, by which the best of those tried is better
     regret: np.ndarray | None  # (P,) >= 0, by which the best possible is, if known
 
@@ -88,19 +86,17 @@ def try_designs(
     low, high = (torch.from_numpy(x).to(patients) for x in (FORMULATION_LOW, FORMULATION_HIGH))
     rows = torch.arange(len(patients), device=patients.device)
 
-    def rewards(design: Design) -> Tensor:
-        """(N, P) of designs (N, P) of all patients."""
-        repeated = patients.expand(len(design.polymer_id), -1, -1).flatten(0, 1)
-        outcomes = problem.reward_model(repeated, *(part.flatten(0, 1) for part in design))
-        return compute_reward(outcomes, config=config).view_as(design.polymer_id)
+    def rewards(*designs: Tensor) -> Tensor:
+        """(N, P) of designs (N, P); as many at a time as the environments evaluate."""
+        outcomes = (problem.reward_model(patients, *each) for each in zip(*designs, strict=True))
+        return torch.stack([compute_reward(each, config=config) for each in outcomes])
 
     generator = torch.Generator(patients.device).manual_seed(0)
     obs, _ = envs.reset()
     drawn = [policy(obs, generator if k else None)[0] for k in range(1 + num_samples)]
-    polymers = torch.arange(NUM_POLYMERS, device=patients.device)
-    drawn += [drawn[0] | {"polymer_id": polymer.expand(len(rows))} for polymer in polymers]
+    drawn += [drawn[0] | {"polymer_id": torch.full_like(rows, i)} for i in range(NUM_POLYMERS)]
     designs = Design(*(torch.stack([each[name] for each in drawn]) for name in Design._fields))
-    reward = rewards(designs)
+    reward = rewards(*designs)
     of_polymer = reward.new_full((NUM_POLYMERS, len(rows)), -torch.inf)
     of_polymer = of_polymer.scatter_reduce(0, designs.polymer_id, reward, "amax")
     leading = of_polymer.topk(num_starts, dim=0).indices
@@ -108,18 +104,19 @@ def try_designs(
     best = reward[first, rows]
     polymer_id, formulation, coverage = (part[first, rows] for part in designs)
     share, size = (formulation - low) / (high - low), torch.full_like(best, FIRST_STEP)
-    noise = torch.randn(num_frames, 4, 4, generator=torch.Generator().manual_seed(0))
-    axes = torch.linalg.qr(noise).Q.to(share)
+    shape, noise = (num_frames, len(low), len(low)), torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(shape, generator=noise)).Q.to(share)
     for direction in torch.stack([axes, -axes], 2).flatten(0, 2):
         trial = (share + size.unsqueeze(-1) * direction).clamp(0.0, 1.0)
-        found = rewards(Design(polymer_id, torch.lerp(low, high, trial), coverage))
+        found = rewards(polymer_id, torch.lerp(low, high, trial), coverage)
         gained = found > best
         share = torch.where(gained.unsqueeze(-1), trial, share)
         best, size = torch.where(gained, found, best), size * torch.where(gained, LONGER, SHORTER)
     highest = torch.maximum(best, reward[:1]).amax(0)
     own, beaten = (x.double().cpu().numpy() for x in (reward[0], highest))
-    regret = None if best_score is None else best_score.double().cpu().numpy() - own
-    return Tried(own, beaten - own, None if regret is None else np.maximum(regret, 0.0))
+    if best_score is None:
+        return Tried(own, beaten - own, None)
+    return Tried(own, beaten - own, (best_score.double().cpu().numpy() - own).clip(min=0.0))
 
 
 def calibrate(gain: np.ndarray, regret: np.ndarray) -> Calibration:
