@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,8 @@ def trained(preset: str, seed: int) -> tuple[Agent, Calibration]:
 
 
 @torch.no_grad()
-def signals(agent: Agent, evaluated: EvaluationSet) -> dict[str, tuple[np.ndarray, str, str]]:
-    """What might tell of the regret: (P,) values, reward calls and milliseconds per patient."""
+def signals(agent: Agent, evaluated: EvaluationSet) -> dict[str, tuple[np.ndarray, int]]:
+    """What might tell of the regret: (P,) values, and reward calls per patient."""
     problem: Any = evaluated.envs.unwrapped.problem
     obs, _ = evaluated.envs.reset()
 
@@ -76,17 +75,14 @@ def signals(agent: Agent, evaluated: EvaluationSet) -> dict[str, tuple[np.ndarra
     generator = torch.Generator().manual_seed(0)
     samples = torch.stack([reward(agent.design(obs, generator)[0]) for _ in range(32)])
     found = {
-        "entropy of the policy": (entropy.numpy(), "0", ""),
-        "value less reward": ((agent.value(obs) - reward(own)).numpy(), "1", ""),
-        "gain of the best of 32 samples": ((samples.amax(0) - reward(own)).numpy(), "33", ""),
+        "entropy of the policy": (entropy.numpy(), 0),
+        "value less reward": ((agent.value(obs) - reward(own)).numpy(), 1),
+        "gain of the best of 32 samples": ((samples.amax(0) - reward(own)).numpy(), 33),
     }
     for name, sizes in SEARCHES.items():
-        began = time.perf_counter()
-        gain = try_designs(agent.design, evaluated, **sizes).gain
-        seconds = time.perf_counter() - began
         starts, frames = sizes.get("num_starts", 3), sizes.get("num_frames", 3)
         calls = 25 + sizes.get("num_samples", 8) + 8 * starts * frames
-        found[name] = (gain, str(calls), f"{1000 * seconds / len(gain):.2f}")
+        found[name] = (try_designs(agent.design, evaluated, **sizes).gain, calls)
     return found
 
 
@@ -118,22 +114,21 @@ def main(argv: list[str] | None = None) -> None:
             if preset == "quick":
                 groups = np.array_split(np.argsort(expected), 10)
                 tenths.append([[x[g].mean() for g in groups] for x in (expected, regret)])
-                for signal, (values, *cost) in signals(agent, each).items():
+                for signal, (values, calls) in signals(agent, each).items():
                     found = rank_correlation(values, regret), share_of_regret(values, regret, 0.1)
-                    told.setdefault(signal, []).append((*found, *cost))
+                    told.setdefault((signal, calls), []).append(found)
     lines = ["## How good it is", "", *table(HEADER, rows), "", "## By tenth", ""]
     header = ["quick policies, unseen patients", *(f"{i}" for i in range(1, 11))]
     named = zip(("predicted regret", "true regret"), np.mean(tenths, 0), strict=True)
     lines += table(header, [[name, *(f"{x:.3f}" for x in values)] for name, values in named])
     lines += ["", "## What tells", ""]
-    header = ["signal", "rank correlation", "regret in the tenth flagged, %", "reward calls", "ms"]
+    header = ["signal", "reward calls", "rank correlation", "regret in the tenth flagged, %"]
     shown = []
     for signal, found in told.items():
-        correlation, share, calls, times = zip(*found, strict=True)
-        cost = [calls[0], times[0] and spread(map(float, times))]
-        shown.append([signal, spread(correlation), spread((100 * x for x in share), ".0f"), *cost])
+        correlation, share = zip(*found, strict=True)
+        shown.append([*signal, spread(correlation), spread((100 * x for x in share), ".0f")])
     lines += [*table(header, shown), ""]
-    lines += ["Quick policies on both cohorts: median [range]. Calls and time are per patient."]
+    lines += ["Quick policies on both cohorts: median [range]. Calls are per patient."]
     write(args.output_dir, "uncertainty", lines, made=made_by(1))
 
 
