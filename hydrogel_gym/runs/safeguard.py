@@ -15,7 +15,9 @@ from torch import Tensor
 from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW
 from hydrogel_gym.problem.reward import compute_reward, safety_margins
 
-ROOM = 5e-4  # to the limit, of an index from 0 to 1
+# Of an index from 0 to 1: the room that is kept to a limit, and by how much a design may overstep it
+# to be moved. Beyond that a policy has not learnt the limit yet, which is to be seen.
+ROOM, LARGEST_OVERSTEP = 5e-4, 0.02
 PROBE = 1e-3  # step of a difference quotient, where each parameter's range is 1
 LONGEST_MOVE = 0.1  # in the same unit
 
@@ -31,7 +33,8 @@ def on_safe_side(design: dict[str, Tensor], problem: Any) -> dict[str, Tensor]:
         problem: reward model, limits and the P patients, in this order.
 
     Returns:
-        The design, with the formulations that earn more on the safe side.
+        The design; formulations that slightly overstep a limit, and earn more on its safe side, are
+        there.
     """
     config, patients = problem.params.reward_config, problem.params.patients
     formulation = design["formulation"]
@@ -59,6 +62,7 @@ def on_safe_side(design: dict[str, Tensor], problem: Any) -> dict[str, Tensor]:
     steepness = slope.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     length = ((ROOM - room[0]).unsqueeze(-1) / steepness).clamp(0.0, LONGEST_MOVE)
     moved = (share + length * slope / steepness).clamp(0.0, 1.0)
-    pays = (room[0] < 0.0) & (evaluated(moved)[1][0] > reward[0])
+    is_slight = (room[0] < 0.0) & (room[0] >= -LARGEST_OVERSTEP)
+    pays = is_slight & (evaluated(moved)[1][0] > reward[0])
     safe = torch.lerp(low, high, moved[0])
     return design | {"formulation": torch.where(pays.unsqueeze(-1), safe, formulation)}
