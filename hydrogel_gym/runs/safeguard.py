@@ -15,8 +15,8 @@ from torch import Tensor
 from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW
 from hydrogel_gym.problem.reward import compute_reward, safety_margins
 
-# Of an index from 0 to 1: the room that is kept to a limit, and by how much a design may overstep it
-# to be moved. Beyond that a policy has not learnt the limit yet, which is to be seen.
+# Of an index from 0 to 1: the room that is kept to a limit, and by how much a design that is moved
+# may overstep it. Who oversteps it by more has not learnt the limit yet, which is to be seen.
 ROOM, LARGEST_OVERSTEP = 5e-4, 0.02
 PROBE = 1e-3  # step of a difference quotient, where each parameter's range is 1
 LONGEST_MOVE = 0.1  # in the same unit
