@@ -89,8 +89,10 @@ def prepare_docstring(
     if what in ("attribute", "data", "property"):
         # An empty comment, or napoleon takes the words before a colon for a type.
         lines[:] = ["..", "", *lines]
-    if obj is hydrogel_gym.HydrogelEnv:  # Markdown, and a page of its own
-        lines[:] = [lines[0], "", "The manual is the page :doc:`/environment`.", ""]
+    # Markdown, and pages of their own.
+    pages = {hydrogel_gym.HydrogelEnv: "environment", hydrogel_gym.HydrogelAdaptEnv: "adaptive"}
+    if isinstance(obj, type) and obj in pages:
+        lines[:] = [lines[0], "", f"The manual is the page :doc:`/{pages[obj]}`.", ""]
 
 
 def setup(app: Sphinx) -> None:

@@ -30,10 +30,11 @@ from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.adaptive import SLOT_WIDTH, AdaptiveParams, slot_fields
 from hydrogel_gym.problem.cohort import Cohort
-from hydrogel_gym.problem.dynamics import PatientAssignment, RewardMode, State, Step
+from hydrogel_gym.problem.dynamics import Step
 from hydrogel_gym.problem.fields import OUTCOME_FIELDS
 from hydrogel_gym.problem.response import MAX_RESPONSE_SD
 from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.state import PatientAssignment, RewardMode, State
 
 OutcomeNoise = float | Mapping[str, float] | Sequence[float]
 

@@ -29,17 +29,10 @@ from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat, observation_space,
 from hydrogel_gym.models.contract import RewardModel, load_reward_model
 from hydrogel_gym.problem import dynamics
 from hydrogel_gym.problem.cohort import Cohort, load_cohort
-from hydrogel_gym.problem.dynamics import (
-    Autoreset,
-    EnvParams,
-    PatientAssignment,
-    RewardMode,
-    State,
-    Step,
-    Transition,
-)
+from hydrogel_gym.problem.dynamics import Autoreset, Step
 from hydrogel_gym.problem.fields import Design
 from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.state import EnvParams, PatientAssignment, RewardMode, State, Transition
 
 _PROCESS = os.getpid()
 

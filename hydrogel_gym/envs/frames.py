@@ -12,9 +12,9 @@ from gymnasium.error import DependencyNotInstalled
 from hydrogel_gym.envs import rendering
 from hydrogel_gym.envs.design_problem import DesignProblem
 from hydrogel_gym.envs.rendering import RENDER_MODES, Evaluation, Scene
-from hydrogel_gym.problem.dynamics import Transition
 from hydrogel_gym.problem.fields import Design
 from hydrogel_gym.problem.polymers import load_polymers
+from hydrogel_gym.problem.state import Transition
 
 
 def evaluations_of(design: Design, result: Transition) -> list[Evaluation]:

@@ -20,9 +20,9 @@ from hydrogel_gym.envs.spaces import ActionFormat, ObsFormat
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.problem import dynamics
 from hydrogel_gym.problem.cohort import Cohort
-from hydrogel_gym.problem.dynamics import PatientAssignment, RewardMode, State, Transition
 from hydrogel_gym.problem.fields import Design
 from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.state import PatientAssignment, RewardMode, State, Transition
 
 
 def _step_info(result: Transition) -> dict[str, Tensor]:

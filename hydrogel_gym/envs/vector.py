@@ -37,8 +37,9 @@ from hydrogel_gym.memory import bytes_per_env, check_memory, is_out_of_memory, t
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.problem import dynamics
 from hydrogel_gym.problem.cohort import Cohort
-from hydrogel_gym.problem.dynamics import PatientAssignment, RewardMode, State, Step
+from hydrogel_gym.problem.dynamics import Step
 from hydrogel_gym.problem.reward import RewardConfig
+from hydrogel_gym.problem.state import PatientAssignment, RewardMode, State
 
 Output = Literal["numpy", "torch"]
 Dtype = Literal["float32", "float64"]
@@ -362,7 +363,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         """What every later observation, reward and reset depends on, beside the actions.
 
         Returns:
-            (B, ...) tensors on `device`: those of `dynamics.State` and `done` (the episode ended
+            (B, ...) tensors on `device`: those of `state.State` and `done` (the episode ended
             in the step before). They are never written to. Environments of another B take any
             rows of them, in any order, by `load_state_dict`.
 

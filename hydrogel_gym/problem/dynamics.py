@@ -27,16 +27,8 @@ from hydrogel_gym.problem.reward import (
     reward_terms,
     sum_terms,
 )
-from hydrogel_gym.problem.state import (
-    EnvParams,
-    PatientAssignment,
-    RewardMode,
-    State,
-    Transition,
-)
+from hydrogel_gym.problem.state import EnvParams, State, Transition
 from hydrogel_gym.problem.streams import random_bits
-
-__all__ = ["EnvParams", "PatientAssignment", "RewardMode", "State", "Transition"]
 
 Autoreset = Literal["SameStep", "NextStep", "Disabled"]  # Gymnasium's names
 

@@ -32,7 +32,7 @@ from hydrogel_gym.runs.environments import make_envs
 from hydrogel_gym.runs.evaluation import EvaluationSet, policy_designs
 from hydrogel_gym.runs.identity import digest
 from hydrogel_gym.runs.options import ProblemOptions, RunOptions, from_config
-from hydrogel_gym.runs.uncertainty import Prediction, predict, try_designs
+from hydrogel_gym.runs.uncertainty import RegretPrediction, predict, try_designs
 
 SLICE_POINTS = 33  # along each parameter of the formulation, both bounds included
 # Another processor rounds otherwise, and may tip the choice of a polymer for a few patients.
@@ -62,7 +62,7 @@ class Patients(NamedTuple):
     predicted: dict[str, np.ndarray]  # outcomes and terms of the reward, by name
     best: np.ndarray | None  # largest possible reward
     slices: Slices
-    prediction: Prediction | None = None  # of the regret, where the policy is calibrated
+    prediction: RegretPrediction | None = None  # of the regret, where the policy is calibrated
 
     @property
     def features(self) -> dict[str, np.ndarray]:

@@ -51,7 +51,7 @@ class Calibration(NamedTuple):
     rest_bound: list[float]  # what a share of `BOUND` of the patients stays below
 
 
-class Prediction(NamedTuple):
+class RegretPrediction(NamedTuple):
     """Regret as it is predicted for each of P patients."""
 
     expected: np.ndarray
@@ -150,9 +150,9 @@ def calibrate_policy(
     return calibration._asdict(), named
 
 
-def predict(calibration: Calibration, gain: np.ndarray) -> Prediction:
+def predict(calibration: Calibration, gain: np.ndarray) -> RegretPrediction:
     """Regret of patients by the (P,) gain of `try_designs`; between bins it is interpolated."""
-    return Prediction(*(gain + np.interp(gain, calibration.gain, y) for y in calibration[1:]))
+    return RegretPrediction(*(gain + np.interp(gain, calibration.gain, y) for y in calibration[1:]))
 
 
 def rank_correlation(one: np.ndarray, other: np.ndarray) -> float:

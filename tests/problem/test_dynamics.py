@@ -13,8 +13,6 @@ from hydrogel_gym.problem.dynamics import (
     INFO_FLAGS,
     INFO_SCALARS,
     STEP_ROWS,
-    EnvParams,
-    State,
     clip_formulation,
     draw_patient_index,
     explored_polymers,
@@ -29,6 +27,7 @@ from hydrogel_gym.problem.dynamics import (
 )
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, Design, formulation_at
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.problem.state import EnvParams, State
 
 MASK_64 = 2**64 - 1
 GAMMA = 0x9E3779B97F4A7C15
