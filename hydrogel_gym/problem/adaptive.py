@@ -142,8 +142,10 @@ def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
 # one, which takes six times as long.
 @torch.library.custom_op("hydrogel_gym::join_history", mutates_args=())
 def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
-    joined = torch.cat([columns, history.flatten(1)], -1)
-    joined[:, columns.shape[-1] :].mul_(has_begun)
+    num = columns.shape[-1]
+    joined = columns.new_empty(len(columns), num + history[0].numel())
+    joined[:, :num] = columns
+    torch.mul(history.flatten(1), has_begun, out=joined[:, num:])
     return joined
 
 
