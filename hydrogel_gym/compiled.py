@@ -32,6 +32,7 @@ class CompiledFunction:
 
     Args:
         function: what to compile; without a read on the host, a branch on data or side effects.
+        device: of the tensors.
         options: of the compiler; `guard_filter_fn` by its name in `torch.compiler`.
 
     Raises:
@@ -40,9 +41,12 @@ class CompiledFunction:
     """
 
     def __init__(
-        self, function: Callable[..., Any], options: dict[str, Any] = STEP_OPTIONS
+        self,
+        function: Callable[..., Any],
+        device: torch.device,
+        options: dict[str, Any] = STEP_OPTIONS,
     ) -> None:
-        self.function, self.options = function, options
+        self.function, self.device, self.options = function, device, options
         self.is_compiled = False
         if torch.__version__ < "2.10":
             raise CompileError(f"compiling needs torch 2.10 or later; this is {torch.__version__}")
@@ -59,7 +63,13 @@ class CompiledFunction:
                 call,
                 fullgraph=True,
                 dynamic=False,
-                options={**options, "guard_filter_fn": keep_guards},
+                options={
+                    **options,
+                    "guard_filter_fn": keep_guards,
+                    # Kernels called from C++ let other threads of Python run, those called from
+                    # Python do not.
+                    "cpp_wrapper": device.type == "cpu",
+                },
             )
         except Exception as error:
             raise CompileError(_cause(error)) from error
@@ -82,7 +92,7 @@ class CompiledFunction:
         return result
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return CompiledFunction, (self.function, self.options)
+        return CompiledFunction, (self.function, self.device, self.options)
 
 
 def _cause(error: BaseException) -> str:

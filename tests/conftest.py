@@ -7,6 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
+import threading
 from importlib.resources import files
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from hydrogel_gym import Cohort, HydrogelVectorEnv, Outcomes, runs
 from hydrogel_gym.models import ensemble as stage1
 from hydrogel_gym.problem.fields import COVERAGES, FORMULATION_FIELDS, PATIENT_FIELDS
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
+from hydrogel_gym.runs import compiled
 from hydrogel_gym.train import ppo_hybrid
 
 no_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -43,6 +45,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=no_cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     return request.param
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """What would be compiled stays plain Python; all else is as in a compiled run."""
+    # A module is called with other weights by changing it meanwhile, which a graph does not.
+    lock = threading.Lock()
+
+    def one_at_a_time(function, _):
+        def call(*inputs):
+            with lock:
+                return function(*inputs)
+
+        return call
+
+    monkeypatch.setattr(compiled, "compile_function", one_at_a_time)
+    monkeypatch.setattr("hydrogel_gym.envs.vector.CompiledFunction", lambda function, _: function)
 
 
 @pytest.fixture(scope="session")

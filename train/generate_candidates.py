@@ -176,8 +176,8 @@ def evaluator(problem: Any, sampler: Sampler, args: Args, total: int) -> Callabl
     )
     if args.compile == "off" or (args.compile == "auto" and total < WORTH_COMPILING):
         return evaluate
-    compiled = CompiledFunction(evaluate)
     size, device = sampling.BLOCK, sampler.patient.device
+    compiled = CompiledFunction(evaluate, device)
     here = {"dtype": torch.float32, "device": device}
     uniform = torch.rand(size, **here)
     normal = torch.randn(size, len(FORMULATION_FIELDS), **here)

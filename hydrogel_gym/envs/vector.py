@@ -205,7 +205,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         if not compile:
             return
-        self._step = CompiledFunction(self._step)
+        self._step = CompiledFunction(self._step, self.device)
         keys = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
         state = dynamics.initial(keys, self.problem.params)
         action = create_empty_array(self.single_action_space, self.num_envs, np.zeros)

@@ -8,16 +8,17 @@ from __future__ import annotations
 import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from hydrogel_gym.compiled import CompiledFunction, CompileError
 from hydrogel_gym.errors import UsageError
-from hydrogel_gym.runs.ranks import World
+from hydrogel_gym.runs.ranks import ALONE, World
 
 Compile = Literal["auto", "on", "off"]
 Made = TypeVar("Made")
@@ -89,8 +90,7 @@ def compile_function(function: Callable[..., Any], device: torch.device) -> Call
     Shapes and settings never change in training, and checking whether they did takes as long as a
     tenth of an update.
     """
-    options = {"guard_filter_fn": "skip_all_guards_unsafe"}
-    graph = CompiledFunction(function, options=options)
+    graph = CompiledFunction(function, device, {"guard_filter_fn": "skip_all_guards_unsafe"})
     return Replayed(graph) if device.type == "cuda" else graph
 
 
@@ -123,8 +123,10 @@ def compile_training(
     Raises:
         CompileError: something that compiling needs is missing; says what.
     """
-    step = CompiledStep(agent, optimizer, loss, max_grad_norm, world)
-    fast_act = compile_function(functools.partial(act, agent), step.flat.device)
+    (flat,) = optimizer.param_groups[0]["params"]
+    workers = num_workers(len(tree_leaves(minibatch)[0]), flat.device)
+    step = CompiledStep(agent, optimizer, loss, max_grad_norm, world, workers)
+    fast_act = compile_function(functools.partial(act, agent), flat.device)
     with torch.no_grad():
         fast_act(*act_inputs)
     step.warm_up(minibatch)
@@ -145,17 +147,26 @@ def flatten_weights(module: nn.Module) -> nn.Parameter:
     return flat
 
 
-class CompiledStep:
-    """A step of an optimiser on a minibatch: forward, loss, backward and clipping as one graph.
+def num_workers(rows: int, device: torch.device) -> int:
+    """How many threads share a minibatch of so many rows equally: at most those of torch."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    return max(n for n in range(1, threads + 1) if rows % n == 0)
 
-    With several ranks these are two graphs, between which the gradient is averaged.
+
+class CompiledStep:
+    """A step of an optimiser on a minibatch: forward, loss and backward as one graph, and clipping.
+
+    On several CPU cores each of as many threads takes its share of the minibatch from end to end,
+    and they meet once per step. Threads inside an operation meet at every one, and where another
+    process has one of the cores all wait for it: `benchmark/speed/throughput.py`.
 
     Args:
         module: what is learned, in place.
         optimizer: of `flatten_weights(module)` alone.
-        loss: of a minibatch; calls what it is given as it would call the module.
+        loss: the mean over a minibatch; calls what it is given as it would call the module.
         max_grad_norm: largest norm of the gradient.
         world: the ranks.
+        workers: threads that share a minibatch, on a CPU.
     """
 
     def __init__(
@@ -164,19 +175,22 @@ class CompiledStep:
         optimizer: torch.optim.Optimizer,
         loss: Loss,
         max_grad_norm: float,
-        world: World,
+        world: World = ALONE,
+        workers: int = 1,
     ) -> None:
-        self.module, self.optimizer, self.loss, self.world = module, optimizer, loss, world
-        self.max_grad_norm = max_grad_norm
+        self.module, self.optimizer, self.loss = module, optimizer, loss
+        self.max_grad_norm, self.workers = max_grad_norm, workers
         (self.flat,) = optimizer.param_groups[0]["params"]
         weights = dict(module.named_parameters())
         self.names = list(weights)
         self.shapes = [weight.shape for weight in weights.values()]
         self.sizes = [weight.numel() for weight in weights.values()]
         self.buffers = dict(module.named_buffers())
-        gradient = self.gradient if world.joined else self.clipped_gradient
+        self.meets = world.joined or workers > 1  # others, before the gradient is clipped
+        gradient = self.gradient if self.meets else self.clipped_gradient
         self.gradient_graph = compile_function(gradient, self.flat.device)
         self.clip_graph = compile_function(self.clipped, self.flat.device)
+        self.pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
 
     def __call__(self, minibatch: Any, average: Callable[[Tensor], Tensor] | None = None) -> Parts:
         """Update the module; returns the parts of the loss and the norm of the gradient.
@@ -185,24 +199,46 @@ class CompiledStep:
             minibatch: this rank's share of it.
             average: the mean of a vector over the ranks, if there are several.
         """
-        with torch.no_grad():
-            parts: Parts
-            gradient, parts = self.gradient_graph(minibatch)
-            if average is not None:
-                gradient, parts["grad_norm"] = self.clip_graph(average(gradient))
+        parts: Parts = self.in_worker(self.update, minibatch, average)
+        return parts
+
+    def in_worker(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call in a single-threaded thread on a CPU, and where it is on other devices."""
+        if self.flat.device.type != "cpu":
+            return function(*args)
+        return self.pool.submit(function, *args).result()
+
+    @torch.no_grad()
+    def update(self, minibatch: Any, average: Callable[[Tensor], Tensor] | None) -> Parts:
+        """`__call__` in a worker, which takes a share itself."""
+        first, *others = shares_of(minibatch, self.workers)
+        waiting = [self.pool.submit(self.gradient_of, share) for share in others]
+        results = [self.gradient_of(first), *(each.result() for each in waiting)]
+        gradient = mean_of([gradient for gradient, _ in results])
+        parts = {name: mean_of([each[name] for _, each in results]) for name in results[0][1]}
+        if self.meets:
+            gradient = average(gradient) if average else gradient
+            gradient, parts["grad_norm"] = self.clip_graph(gradient)
         self.flat.grad = gradient
         self.optimizer.step()
         self.flat.grad = None  # so that the next gradient takes its memory, which is in the cache
         return parts
+
+    @torch.no_grad()  # of each thread
+    def gradient_of(self, share: Any) -> tuple[Tensor, Parts]:
+        """`gradient`, compiled."""
+        gradient, parts = self.gradient_graph(share)
+        return gradient, parts
 
     @torch.no_grad()
     def warm_up(self, minibatch: Any) -> None:
         """Compile, and leave everything as it was."""
         # Copies, since a graph would be specialised to two inputs being the same tensor. Nothing is
         # averaged, since another rank may be unable to compile.
-        gradient, _ = self.gradient_graph(tree_map(torch.clone, minibatch))
-        if self.world.joined:
-            self.clip_graph(gradient)
+        first, *_ = shares_of(tree_map(torch.clone, minibatch), self.workers)
+        gradient, _ = self.in_worker(self.gradient_of, first)
+        if self.meets:
+            self.in_worker(self.clip_graph, gradient)
 
     def gradient(self, minibatch: Any) -> tuple[Tensor, Parts]:
         """Gradient of the loss as one vector, and the parts of the loss."""
@@ -231,6 +267,21 @@ class CompiledStep:
         gradient, parts = self.gradient(minibatch)
         gradient, norm = self.clipped(gradient)
         return gradient, parts | {"grad_norm": norm}
+
+
+def shares_of(minibatch: Any, count: int) -> list[Any]:
+    """A minibatch in so many equal parts."""
+    rows = len(tree_leaves(minibatch)[0]) // count
+    starts = range(0, rows * count, rows)
+    return [tree_map(lambda part: part[start : start + rows], minibatch) for start in starts]  # noqa: B023
+
+
+def mean_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Mean of tensors of one shape, in the place of the first."""
+    first, *others = tensors
+    for other in others:
+        first += other
+    return first.div_(len(tensors)) if others else first
 
 
 class Replayed:

@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.torch("2.10"),
 ]
 SLOW = pytest.mark.slow
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -148,14 +149,14 @@ def test_one_function_may_be_compiled_more_often_than_it_may_have_graphs(traced_
     def double(x):
         return 2 * x
 
-    doubles = [CompiledFunction(double)(torch.ones(size)) for size in range(1, 10)]
+    doubles = [CompiledFunction(double, CPU)(torch.ones(size)) for size in range(1, 10)]
     assert [x.tolist() for x in doubles] == [[2.0] * size for size in range(1, 10)]
 
 
 def test_second_function_is_compiled_with_the_options_of_the_first():
     """`torch.compile` takes some out of the dict that it is given."""
     given = dict(STEP_OPTIONS)
-    first, second = (CompiledFunction(torch.neg) for _ in range(2))
+    first, second = (CompiledFunction(torch.neg, CPU) for _ in range(2))
     assert first.options == second.options == STEP_OPTIONS == given
     assert "guard_filter_fn" in given
 

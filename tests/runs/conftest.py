@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import torch
 
-from hydrogel_gym.runs import checkpoints, compiled
+from hydrogel_gym.runs import checkpoints
 
 TIMING = "rollout_seconds reward_model_seconds update_seconds wall_seconds samples_per_second"
 
@@ -20,13 +20,6 @@ TIMING = "rollout_seconds reward_model_seconds update_seconds wall_seconds sampl
 @pytest.fixture(autouse=True)
 def _quick(without_pictures):
     """No pictures, but for those of the shared runs."""
-
-
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """What would be compiled stays plain Python; all else is as in a compiled run."""
-    monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
-    monkeypatch.setattr("hydrogel_gym.envs.vector.CompiledFunction", lambda function: function)
 
 
 def checkpoint(output_dir: Path, iteration: int) -> Path:

@@ -50,3 +50,32 @@ def test_without_a_compiler_auto_goes_on_and_on_names_the_fallback(
     assert not args.output_dir.exists()
     assert ppo.train(args)["compiled"] is False
     assert "going on without: no C++ compiler" in capsys.readouterr().err
+
+
+def test_threads_that_share_a_minibatch_update_as_one_that_has_it_whole(
+    ppo, make_learner, uncompiled, monkeypatch
+):
+    weights, parts = [], []
+    for workers in (1, 3):
+        monkeypatch.setattr(compiled, "num_workers", lambda *_, n=workers: n)
+        learner, act, step = make_learner()
+        assert step.workers == workers
+        width, generator = len(learner.agent.obs_mean), torch.Generator().manual_seed(0)
+        noise = ppo.draw_noise(24, dim=4, generator=generator)
+        obs = torch.linspace(-1.0, 1.0, 24 * width).view(24, width)
+        with torch.no_grad():
+            action, logprob, value, _ = act(learner.agent, obs, noise)
+        advantage = torch.linspace(-1.0, 1.0, 24)
+        batch = ppo.Batch(obs, action, logprob, advantage, value + advantage, value)
+        parts.append([step(batch) for _ in range(3)][-1])
+        weights.append(step.flat.detach())
+    for name in parts[0]:
+        torch.testing.assert_close(*(each[name] for each in parts), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-6)
+
+
+def test_threads_are_as_many_as_torch_may_use_and_divide_a_minibatch(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    cpu = torch.device("cpu")
+    assert [compiled.num_workers(rows, cpu) for rows in (2000, 6, 7, 1)] == [5, 6, 1, 1]
+    assert compiled.num_workers(2000, torch.device("cuda")) == 1

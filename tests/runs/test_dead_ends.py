@@ -29,7 +29,7 @@ def test_compiler_without_a_folder_to_write_to_is_no_compiler(monkeypatch):
 
     monkeypatch.setattr(torch, "compile", refuse)
     with pytest.raises(CompileError, match="FileNotFoundError: .*'/proc/nope'"):
-        CompiledFunction(torch.relu)
+        CompiledFunction(torch.relu, torch.device("cpu"))
 
 
 def test_cache_that_is_damaged_or_cannot_be_written_is_not_trusted(tmp_path, capsys, monkeypatch):

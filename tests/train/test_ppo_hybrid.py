@@ -279,10 +279,10 @@ UNCLIPPED = dict(clip_vloss=True, max_grad_norm=1e9)
     ],
 )
 def test_the_pure_step_compiled_or_not_gives_the_same_updates_as_the_plain_one(
-    monkeypatch, dtype, rtol, device, compile, changes
+    request, dtype, rtol, device, compile, changes
 ):
     if not compile:
-        monkeypatch.setattr(compiled, "compile_function", lambda function, device: function)
+        request.getfixturevalue("uncompiled")
     args = ppo.Args(**changes)
     agents = [make_agent(args.policy, state_std=args.state_std) for _ in range(3)]
     batch = tree_map(lambda part: part.to(device), random_batch(agents[0], dtype))
