@@ -24,6 +24,7 @@ import tyro
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.files import make_folder
 from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.runs.adaptive import figures_after_checks
 from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
 from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.designing import model_content
@@ -37,7 +38,7 @@ from hydrogel_gym.runs.identity import (
     patients_of,
     versions,
 )
-from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
 from hydrogel_gym.runs.ranks import world_from_environment
 from hydrogel_gym.runs.summary import print_figures
@@ -125,6 +126,9 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
             figures = final_figures(
                 agent.design, sets, horizon=problem.horizon, generator=generator
             )
+            if args.oracle and iteration is None and problem.env_id == ADAPTIVE:
+                envs = list(sets.values())[-1].envs
+                figures |= figures_after_checks(agent.design, envs, problem.horizon)
         results.append(({} if iteration is None else {"iteration": iteration}) | figures)
     about = {
         "policy_file": str(path),
