@@ -170,6 +170,7 @@ def write(
     folder: Path, name: str, lines: Sequence[str], picture: Any = None, made: str = ""
 ) -> None:
     """Write and print a table, what it was `made_by` first, and a figure or PNG beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
     text = "\n".join([made, "", *lines] if made else lines) + "\n"
     write_atomically(folder / f"{name}.md", text.encode())
     if picture is not None:

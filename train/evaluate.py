@@ -7,7 +7,8 @@
 
 Writes `evaluation-shipped.json` beside the policy; of other patients or another model
 `evaluation-COHORT-MODEL.json`, with a short hash of what each file contains; with
-`--every-checkpoint` a CSV with a row for each.
+`--every-checkpoint` a CSV with a row for each. `evaluation-...-patients.csv` has the regret that is
+predicted for each patient, largest first: those on top deserve a search.
 """
 
 from __future__ import annotations
@@ -18,19 +19,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.files import make_folder
-from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.problem.cohort import Cohort, load_cohort
 from hydrogel_gym.runs.adaptive import figures_after_checks
 from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
 from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.designing import model_content
 from hydrogel_gym.runs.devices import fast_float32, resolve_device
 from hydrogel_gym.runs.directory import write_csv, write_json
-from hydrogel_gym.runs.evaluation import evaluation_sets, final_figures
+from hydrogel_gym.runs.evaluation import (
+    DesignPolicy,
+    EvaluationSet,
+    evaluation_sets,
+    final_figures,
+)
 from hydrogel_gym.runs.identity import (
     MODEL,
     check_origin,
@@ -38,10 +45,20 @@ from hydrogel_gym.runs.identity import (
     patients_of,
     versions,
 )
+from hydrogel_gym.runs.metrics import COHORTS
 from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
 from hydrogel_gym.runs.ranks import world_from_environment
 from hydrogel_gym.runs.summary import print_figures
+from hydrogel_gym.runs.uncertainty import (
+    BOUND,
+    FLAGGED,
+    PREDICTED,
+    Calibration,
+    predict,
+    regret_figures,
+    try_designs,
+)
 from hydrogel_gym.train.ppo_hybrid import Agent
 
 
@@ -143,9 +160,77 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     )
     if args.every_checkpoint:
         write_csv(output, [flat(result) for result in results])
+        return about | results[-1] | {"written_to": str(output)}
+    if why := no_prediction(content, problem, model):
+        print(f"note: no regret is predicted: {why}", file=sys.stderr)
     else:
-        write_json(output, about | results[0])
+        with fast_float32(device):
+            calibration = Calibration(**content["regret_calibration"])
+            predicted, rows = predict_regret(agent.design, calibration, sets, cohorts)
+        results[0] |= predicted
+        write_csv(output.with_name(f"{output.stem}-patients.csv"), rows)
+    write_json(output, about | results[0])
     return about | results[-1] | {"written_to": str(output)}
+
+
+def no_prediction(content: dict[str, Any], problem: ProblemOptions, model: str) -> str | None:
+    """Why the regret of patients cannot be predicted; None where it can.
+
+    Args:
+        content: of the policy's file.
+        problem: what is evaluated.
+        model: digest of the reward model.
+    """
+    if problem.env_id == ADAPTIVE:
+        return "patients respond otherwise than predicted"
+    if content.get("regret_calibration") is None:
+        return "the policy was trained without an oracle, or by an earlier version"
+    trained = ProblemOptions.of(content["training_config"])
+    if content["origin"][MODEL] != model or problem.pessimism != trained.pessimism:
+        return "the policy's calibration is of another reward model"
+    return None
+
+
+def predict_regret(
+    policy: DesignPolicy,
+    calibration: Calibration,
+    sets: dict[str, EvaluationSet],
+    cohorts: dict[str, Cohort],
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Figures by the names of `summary.json`, and a row for each patient, the worst first."""
+    figures, rows = {}, []
+    for name, each in sets.items():
+        tried = try_designs(policy, each)
+        figures |= {f"{name}_{k}": x for k, x in regret_figures(calibration, tried).items()}
+        expected, bound = predict(calibration, tried.gain)
+        columns = {"cohort": [name] * len(expected), "patient_id": cohorts[name].patient_ids}
+        columns |= {"reward": tried.reward, "gain_found": tried.gain}
+        columns |= {"predicted_regret": expected, "regret_bound": bound}
+        if tried.regret is not None:
+            columns["regret"] = tried.regret
+        for i in np.argsort(-expected, kind="stable"):
+            row = {key: values[i] for key, values in columns.items()}
+            rows.append({k: round(x, 4) if isinstance(x, float) else x for k, x in row.items()})
+    return figures, rows
+
+
+def prediction_lines(figures: dict[str, Any]) -> list[str]:
+    """How well regret is predicted, in a line for each cohort."""
+    lines = []
+    for name in COHORTS:
+        get = {key: figures.get(f"{name}_{key}") for key in (*PREDICTED, "regret")}
+        if get["predicted_regret"] is None:
+            continue
+        line = f"predicted regret, {name}: mean {get['predicted_regret']:.3f}"
+        if get["regret_bound_coverage"] is not None:
+            line += (
+                f" (true {get['regret']:.3f}), rank correlation "
+                f"{get['regret_rank_correlation']:.2f}, {100 * get['regret_bound_coverage']:.0f} % "
+                f"below their bound (meant: {100 * BOUND:.0f} %); the {100 * FLAGGED:.0f} % for "
+                f"whom most is predicted have {100 * get['regret_of_flagged']:.0f} % of it"
+            )
+        lines.append(line)
+    return lines
 
 
 def file_stem(args: Args, patients: str, model: str) -> str:
@@ -179,6 +264,8 @@ def main(argv: list[str] | None = None) -> int:
         if world_from_environment().rank == 0:
             figures = evaluate_saved(args)
             print_figures(figures, figures["written_to"])
+            for line in prediction_lines(figures):
+                print(line)
 
     return run_script(body)
 

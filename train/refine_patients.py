@@ -262,6 +262,7 @@ def policy_file(saved: dict[str, Any], weights: dict[str, Tensor], patient_id: s
     content = saved | {
         "policy_state_dict": saved["policy_state_dict"] | own,
         "patient_id": patient_id,
+        "regret_calibration": None,  # is of the policy for all
     }
     buffer = io.BytesIO()
     torch.save(content, buffer)

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Parser, count, first_patients, made_by, table, write
 
 from hydrogel_gym import RewardConfig, load_cohort
+from hydrogel_gym.memory import keep_freed_memory
 from hydrogel_gym.oracle.best import search_designs
 from hydrogel_gym.oracle.search import CALLS_PER_SEARCH
 from hydrogel_gym.problem.reward import safety_margins
@@ -31,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the searches")
     parser.add_argument("--num-patients", type=count, default=2000, help="at most, of each cohort")
     args = parser.parse_args(argv)
+    keep_freed_memory()  # as all commands that search
     rows = []
     for name in ("train", "holdout"):
         cohort, every, seconds = first_patients(load_cohort(name), args.num_patients), [], []

@@ -32,7 +32,11 @@ from hydrogel_gym.problem.polymers import NUM_POLYMERS, load_polymers
 
 @runtime_checkable
 class RewardModel(Protocol):
-    """A frozen Stage-1 model."""
+    """A frozen Stage-1 model.
+
+    One with a true attribute `broadcasts` may be given batch shapes that broadcast, others get
+    equal ones of one dimension.
+    """
 
     def __call__(
         self, patient: Tensor, polymer_id: Tensor, formulation: Tensor, coverage: Tensor

@@ -374,6 +374,9 @@ class MechanisticModel(nn.Module):
         ValueError: `outcome_scale` is unknown.
     """
 
+    # What depends on the patient or the polymer alone is computed once for all their designs.
+    broadcasts = True
+
     polymer_table: Tensor
     coverage_table: Tensor
 

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from hydrogel_gym.files import write_atomically
+from hydrogel_gym.memory import keep_freed_memory
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.output import unfailing_output
 from hydrogel_gym.problem.tables import require_pyarrow
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     start = time.perf_counter()
+    keep_freed_memory()
     try:
         if args.output.suffix not in (".csv", ".parquet"):
             raise ValueError(f"--output is {str(args.output)!r}; allowed: a .csv or .parquet file")

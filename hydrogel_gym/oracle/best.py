@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 # Patients searched at once: what fits a core's cache; an accelerator wants more work at a time.
-PATIENTS_AT_ONCE = {"cpu": 32}
+PATIENTS_AT_ONCE = {"cpu": 64}
 PATIENTS_AT_ONCE_ELSEWHERE = 1024
 # What stored designs may score otherwise than when they were stored: a hundred roundings.
 SAME_SCORE = 1e-3

@@ -111,16 +111,16 @@ def _score_function(
     patients: Tensor, reward_model: RewardFunction, config: RewardConfig
 ) -> ScoreFunction:
     """Score of formulations (P, K, N, D), shares of the box, for pairs (P, K, 2)."""
+    broadcasts = getattr(reward_model, "broadcasts", False)
 
     def score_of(pairs: Tensor, share: Tensor) -> Tensor:
         batch = share.shape[:-1]
-        # One batch dimension, as in the environments: not every model broadcasts.
-        outcomes = reward_model(
-            patients[:, None, None].expand(*batch, -1).reshape(-1, patients.shape[-1]),
-            pairs[..., None, 0].expand(batch).reshape(-1),
-            _formulation(share).reshape(-1, share.shape[-1]),
-            pairs[..., None, 1].expand(batch).reshape(-1),
-        )
+        formulation, (polymer_id, coverage) = _formulation(share), pairs[..., None, :].unbind(-1)
+        inputs = patients[:, None, None], polymer_id, formulation, coverage
+        if not broadcasts:  # one batch dimension, as in the environments
+            every = (x.expand(*batch, *x.shape[3:]).flatten(0, 2) for x in inputs)
+            inputs = next(every), next(every), next(every), next(every)
+        outcomes = reward_model(*inputs)
         score = compute_reward(outcomes, config=config)
         is_finite = functools.reduce(torch.add, outcomes).isfinite()
         return torch.where(is_finite, score, torch.inf).view(batch)

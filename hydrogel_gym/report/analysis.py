@@ -29,9 +29,10 @@ from hydrogel_gym.problem.reward import (
 from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.runs.devices import fast_float32
 from hydrogel_gym.runs.environments import make_envs
-from hydrogel_gym.runs.evaluation import policy_designs
+from hydrogel_gym.runs.evaluation import EvaluationSet, policy_designs
 from hydrogel_gym.runs.identity import digest
 from hydrogel_gym.runs.options import ProblemOptions, RunOptions, from_config
+from hydrogel_gym.runs.uncertainty import Prediction, predict, try_designs
 
 SLICE_POINTS = 33  # along each parameter of the formulation, both bounds included
 # Another processor rounds otherwise, and may tip the choice of a polymer for a few patients.
@@ -61,6 +62,7 @@ class Patients(NamedTuple):
     predicted: dict[str, np.ndarray]  # outcomes and terms of the reward, by name
     best: np.ndarray | None  # largest possible reward
     slices: Slices
+    prediction: Prediction | None = None  # of the regret, where the policy is calibrated
 
     @property
     def features(self) -> dict[str, np.ndarray]:
@@ -107,6 +109,10 @@ def design_patients(run: SavedRun) -> Patients:
         problem = envs.unwrapped.problem
         design = {name: predicted.pop(name) for name in Design._fields}
         slices = slices_of(problem, design)
+        prediction = None
+        if (calibration := run.policy.calibration) is not None:
+            tried = try_designs(run.policy.design, EvaluationSet(envs, None))
+            prediction = predict(calibration, tried.gain)
         best = cached_best_designs(
             cohort,
             problem.reward_model,
@@ -131,6 +137,7 @@ def design_patients(run: SavedRun) -> Patients:
         predicted={name: value.numpy() for name, value in predicted.items()},
         best=None if best is None else best.score.numpy().astype(float),
         slices=slices,
+        prediction=prediction,
     )
 
 

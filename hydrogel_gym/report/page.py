@@ -20,6 +20,7 @@ from hydrogel_gym.report.sections import (
     formulation_section,
     learning_section,
     polymer_section,
+    prediction_section,
     regret_section,
     safety_section,
     terms_section,
@@ -76,7 +77,7 @@ def run_page(run: SavedRun) -> bytes:
     sections.append(polymer_section(run, patients))
     if patients:
         sections += [formulation_section(patients), safety_section(patients)]
-        sections.append(regret_section(patients))
+        sections += [regret_section(patients), prediction_section(patients, run.summary)]
         if patients.best is None:
             run.gaps.append(
                 "The best possible reward of each patient is not in the folder oracle beside the "

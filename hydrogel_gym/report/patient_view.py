@@ -45,7 +45,11 @@ def patient_columns(patients: Patients) -> list[tuple[str, Any, int | None]]:
     requested = patients.formulation.T
     broken = np.stack([margin < 0 for margin in patients.margins.values()], -1)
     limits = [", ".join(itertools.compress(SAFETY_LIMITS, row)) for row in broken]
-    regret = [] if patients.best is None else [("regret", patients.regret, 2)]
+    regret: list[tuple[str, Any, int | None]] = []
+    if patients.prediction is not None:
+        regret.append(("predicted regret", patients.prediction.expected, 3))
+    if patients.best is not None:
+        regret.append(("regret", patients.regret, 3))
     return [
         ("patient", np.array(patients.cohort.patient_ids, object), None),
         ("polymer", [names[i] for i in patients.polymer_id], None),

@@ -34,6 +34,7 @@ from hydrogel_gym.runs.directory import (
 from hydrogel_gym.runs.evaluation import DesignPolicy
 from hydrogel_gym.runs.identity import patients_of
 from hydrogel_gym.runs.policies import agent_of, load_policy
+from hydrogel_gym.runs.uncertainty import Calibration
 
 MakeAgent = Callable[
     ..., Any
@@ -49,6 +50,7 @@ class SavedPolicy(NamedTuple):
     design: DesignPolicy
     config: dict[str, Any]
     origin: str
+    calibration: Calibration | None = None  # of a finished run that had an oracle
 
 
 @dataclass
@@ -211,7 +213,10 @@ def read_policy(run: SavedRun, checkpoint: dict[str, Any] | None, make_agent: Ma
     if run.summary or not checkpoint:
         try:
             agent, saved = load_policy(path, make_agent, "cpu")
-            run.policy = SavedPolicy(agent.design, saved["training_config"], path.name)
+            found = saved.get("regret_calibration")
+            calibration = Calibration(**found) if found else None
+            config = saved["training_config"]
+            run.policy = SavedPolicy(agent.design, config, path.name, calibration)
             run.patients_digest = saved.get("origin", {}).get(patients_of("train"))
             return
         except UsageError as error:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 
 from hydrogel_gym.problem.fields import (
     COVERAGES,
@@ -47,10 +48,12 @@ from hydrogel_gym.report.plots import (
 )
 from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.runs.pictures import (
+    KL_BOUND,
     SOURCE_MEAN_REWARD,
     SOURCE_POLYMER_SHARE,
     SOURCE_SAMPLES_PER_ITERATION,
 )
+from hydrogel_gym.runs.uncertainty import BOUND, FLAGGED
 
 
 class ReportTable(NamedTuple):
@@ -153,7 +156,7 @@ def learning_section(run: SavedRun) -> Section | None:
             "first value, before any sample, is in the table only."
         )
         plots.append(Plot("learning", "Learning curves", caption, figure))
-    plots += yardstick_plots(run)
+    plots += [*yardstick_plots(run), *divergence_plots(run)]
     return Section("learning-curves", "Learning", [], plots, [beside_the_source(run)])
 
 
@@ -193,6 +196,23 @@ def yardstick_plots(run: SavedRun) -> list[Plot]:
         else:
             run.gaps.append(f"{title}: not recorded, as of a run without an oracle, and left out.")
     return plots
+
+
+def divergence_plots(run: SavedRun) -> list[Plot]:
+    """How far an iteration's updates take the policy, and the bound on that."""
+    table = run.metrics
+    if not has(table, "approx_kl", "clipfrac"):
+        return []
+    figure = new_figure(SAMPLES, "KL divergence, nats; share of ratios", height=400)
+    figure.add_trace(line(table, "approx_kl", "approximate KL divergence", BLUE))
+    figure.add_trace(line(table, "clipfrac", "share clipped", VERMILLION, style=dict(dash="dash")))
+    figure.update_yaxes(rangemode="tozero")
+    kl, clipped = table["approx_kl"], table["clipfrac"]
+    caption = (
+        f"KL divergence: median {kl.median():.3f}, largest {kl.max():.3f}; ratios clipped: median "
+        f"{100 * clipped.median():.0f} %, largest {100 * clipped.max():.0f} %. {KL_BOUND}"
+    )
+    return [Plot("divergence", "Divergence and clipping", caption, figure)]
 
 
 def terms_section(run: SavedRun) -> Section | None:
@@ -354,3 +374,54 @@ def regret_section(patients: Patients) -> Section | None:
     )
     plot = Plot("regret-patients", "Regret over the patients", caption, figure)
     return Section("regret", "Distance to the best possible design", [], [plot], [])
+
+
+def prediction_section(patients: Patients, summary: dict[str, Any]) -> Section | None:
+    """Who deserves a search: predicted regret, beside the true one where it is known."""
+    if patients.prediction is None:
+        return None
+    expected, bound = patients.prediction
+    share = f"{100 * BOUND:.0f} %"
+    texts = [
+        "How far from the best possible each design may be, predicted without a search: how much "
+        "better the best of a hundred designs near it is, and what is usually left beyond that. "
+        f"The bound is meant to hold for {share} of the patients."
+    ]
+    if (correlation := summary.get("holdout_regret_rank_correlation")) is not None:
+        coverage, flagged = (
+            final_figure(name, summary[name])
+            for name in ("holdout_regret_bound_coverage", "holdout_regret_of_flagged")
+        )
+        texts.append(
+            "On the held-out patients, who had no part in it: rank correlation with the true "
+            f"regret {correlation:.2f}, {coverage} below their bound; the {100 * FLAGGED:.0f} % "
+            f"for whom most is predicted have {flagged} of all regret."
+        )
+    order = np.argsort(-expected, kind="stable")
+    groups = np.array_split(order[::-1], min(10, len(order)))
+    figure = new_figure("predicted regret", "regret (reward)", height=340)
+    x = [expected[rows].mean() for rows in groups]
+    curves = [("bound", [bound[rows].mean() for rows in groups], VERMILLION, "dash")]
+    curves.append(("predicted", x, BLACK, "dot"))
+    if patients.best is not None:
+        regret = patients.regret
+        curves.append(("true", [regret[rows].mean() for rows in groups], BLUE, "solid"))
+    for name, y, color, dash in curves:
+        style = dict(color=color, dash=dash)
+        figure.add_trace(go.Scatter(x=x, y=y, name=name, mode="lines+markers", line=style))
+    figure.update_xaxes(type="log")
+    log_regret(figure)
+    caption = (
+        "Means of tenths of the training patients, whom the prediction was fitted on, by "
+        "predicted regret."
+    )
+    plot = Plot("predicted-regret", "Predicted and true regret", caption, figure)
+    rows = []
+    for i in order[:10]:
+        known = "–" if patients.best is None else f"{patients.regret[i]:.3f}"
+        name = load_polymers().names[patients.polymer_id[i]]
+        cells = [f"{x[i]:.3f}" for x in (expected, bound)]
+        rows.append([patients.cohort.patient_ids[i], name, *cells, known])
+    header = ["patient", "polymer", "predicted regret", f"bound, {share}", "true regret"]
+    table = ReportTable("Ten patients who deserve a search first", header, rows)
+    return Section("predicted-regret", "Who deserves a search", texts, [plot], [table])

@@ -27,6 +27,7 @@ def save_policy(
     architecture: dict[str, Any],
     config: dict[str, Any],
     origin: dict[str, str],
+    regret_calibration: dict[str, Any] | None = None,
 ) -> None:
     """Write a policy: all that `load_policy` needs.
 
@@ -36,6 +37,7 @@ def save_policy(
         architecture: its arguments, of plain types.
         config: settings of its training, of plain types.
         origin: digests of what it was trained on, by the names of `identity.ORIGIN`.
+        regret_calibration: an `uncertainty.Calibration` as a dict; None without an oracle.
     """
     buffer = io.BytesIO()
     torch.save(
@@ -45,6 +47,7 @@ def save_policy(
             "policy_state_dict": {k: v.detach().cpu() for k, v in agent.state_dict().items()},
             "training_config": config,
             "origin": origin,
+            "regret_calibration": regret_calibration,
             "polymers": list(load_polymers().names),
             "versions": versions(),
         },

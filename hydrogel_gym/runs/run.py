@@ -72,6 +72,7 @@ from hydrogel_gym.runs.policies import save_policy
 from hydrogel_gym.runs.ranks import World, joined
 from hydrogel_gym.runs.signals import Signals
 from hydrogel_gym.runs.tracking import Logs, Outcome, make_logs
+from hydrogel_gym.runs.uncertainty import calibrate_policy
 
 WATCHED = ("mean_reward", "policy_loss", "value_loss")  # end a run that they are not finite in
 
@@ -334,11 +335,13 @@ class Run:
         )
         if args.oracle and args.env_id == ADAPTIVE:
             figures |= figures_after_checks(self.policy, self.sets["holdout"].envs, args.horizon)
+        calibration, predicted = calibrate_policy(self.policy, self.sets)
         samples = self.rows[-1]["global_step"]
         summary = {
             "interrupted": interrupted,
             **self.labels,
             **figures,
+            **predicted,
             "iterations": len(self.rows),
             "samples": samples,
             "training_began": self.began_at,
@@ -356,7 +359,8 @@ class Run:
         with explaining_disk_failures(output_dir, len(self.rows)):
             config, architecture = plain_config(args), self.learner.architecture
             origin = {name: self.identity[name] for name in ORIGIN}
-            save_policy(output_dir / POLICY_FILE, agent, architecture, config, origin)
+            path = output_dir / POLICY_FILE
+            save_policy(path, agent, architecture, config, origin, calibration)
             draw_learning_curve(output_dir / CURVE_FILE, self.rows)
             draw_policy_selection(output_dir / SELECTION_FILE, figures["polymer_share"])
             # Last: a summary says that the directory is complete.

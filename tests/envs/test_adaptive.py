@@ -292,7 +292,7 @@ def no_model(patient, polymer_id, formulation, coverage):
         ({"reward_mode": "best"}, "reward_mode is 'best'; allowed: ('score', 'improvement')"),
         ({"reward_model": no_model}, "allowed: 'mechanistic', or what returns a MechanisticModel"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: "".join(value) if isinstance(value, dict) else "",
 )
 def test_argument_that_is_not_allowed_is_refused_in_one_line(changes, message):
     for env_class in (HydrogelAdaptEnv, HydrogelAdaptVectorEnv):

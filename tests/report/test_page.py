@@ -13,7 +13,7 @@ import torch
 from hydrogel_gym.report.page import about, run_page
 from hydrogel_gym.report.patient_view import patient_data
 from hydrogel_gym.report.reading import SavedRun
-from hydrogel_gym.report.sections import beside_the_source
+from hydrogel_gym.report.sections import beside_the_source, divergence_plots, prediction_section
 from hydrogel_gym.runs.pictures import SOURCE_MEAN_REWARD
 from hydrogel_gym.train import report
 
@@ -46,8 +46,8 @@ def test_page_has_all_that_a_finished_run_shows_the_same_each_time_and_fetches_n
     shown = content(trained)
     assert shown["gaps"] == []
     plots = [plot for section in shown["sections"] for plot in section.plots]
-    assert len(shown["sections"]) == 7
-    assert len({plot.name for plot in plots}) == len(plots) == 18
+    assert len(shown["sections"]) == 8
+    assert len({plot.name for plot in plots}) == len(plots) == 20
     for plot in plots:
         assert f'data-plot="{plot.name}"' in html
         assert plot.figure.layout.xaxis.title.text
@@ -71,6 +71,39 @@ def test_run_without_an_oracle_lacks_what_it_would_show_and_says_so(copy, conten
     assert fraction.startswith("Fraction of the oracle: not recorded")
     assert regret.startswith("Regret: not recorded")
     assert "regret by patient is left out" in by_patient
+
+
+def test_the_patients_of_largest_predicted_regret_are_listed_beside_the_true_one(
+    patients, trained, read_run
+):
+    summary = read_run(trained).summary
+    section = prediction_section(patients, summary)
+    expected, bound = patients.prediction
+    first = int(expected.argmax())
+    patient, _, *cells = section.tables[0].rows[0]
+    assert patient == patients.cohort.patient_ids[first]
+    assert cells == [f"{x[first]:.3f}" for x in (expected, bound, patients.regret)]
+    assert len(section.tables[0].rows) == 10
+    assert f"{summary['holdout_regret_rank_correlation']:.2f}," in section.texts[1]
+    curves = {curve.name: curve.y for curve in section.plots[0].figure.data}
+    assert list(curves) == ["bound", "predicted", "true"]
+    assert curves["predicted"][-1] == pytest.approx(expected.max())
+    unknown = prediction_section(patients._replace(best=None), {})
+    assert len(unknown.texts) == 1
+    assert unknown.tables[0].rows[0] == [patient, _, *cells[:2], "–"]
+    assert prediction_section(patients._replace(prediction=None), summary) is None
+
+
+def test_divergence_is_shown_with_its_median_largest_and_bound(trained, read_run):
+    run = read_run(trained)
+    kl, clipped = run.metrics["approx_kl"], run.metrics["clipfrac"]
+    (plot,) = divergence_plots(run)
+    assert f"median {kl.median():.3f}, largest {kl.max():.3f};" in plot.caption
+    assert f"median {100 * clipped.median():.0f} %" in plot.caption
+    assert "about 0.02 for each of the four parameters" in plot.caption
+    assert [list(curve.y) for curve in plot.figure.data] == [list(kl), list(clipped)]
+    run.metrics = run.metrics.drop(columns="approx_kl")
+    assert divergence_plots(run) == []
 
 
 def test_hostile_names_are_text(copy, read_run, edit_json, tmp_path, html):

@@ -14,9 +14,11 @@ import pytest
 import torch
 
 from hydrogel_gym import compute_reward, load_cohort, load_reward_model
+from hydrogel_gym.models.ensemble import save_stage1
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.runs import environments, evaluation, policies
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
+from hydrogel_gym.runs.uncertainty import PREDICTED
 from hydrogel_gym.train import evaluate
 
 
@@ -30,9 +32,11 @@ def run(finished_run):
     def evaluated(policy, *flags):
         flags = [*flags, *cohorts, "--output-dir", str(folder)]
         assert evaluate.main([str(policy), *flags]) == 0
-        (path,) = folder.iterdir()
+        paths = list(folder.iterdir())
+        (path,) = (path for path in paths if not path.stem.endswith("-patients"))
         content = path.read_text()
-        path.unlink()
+        for each in paths:
+            each.unlink()
         return path.name, content
 
     return evaluated
@@ -54,7 +58,7 @@ def test_a_policy_repeats_the_figures_of_its_run(finished_run, run, capsys):
         figures = json.loads(content)
         assert re.fullmatch(r"evaluation-cohort-[0-9a-f]{8}\.json", name)
         deterministic = [key for key in summary if re.match("(train|holdout)_", key)]
-        assert len(deterministic) == 2 * (3 + len(YARDSTICK))
+        assert len(deterministic) == 2 * (3 + len(YARDSTICK) + len(PREDICTED))
         for key in deterministic:
             assert figures[key] == pytest.approx(summary[key], rel=1e-6), key
         # Of other samples of the same designs.
@@ -157,6 +161,52 @@ def test_reward_and_oracle_are_of_the_checkpoint_which_is_named_from_anywhere(
     sets = evaluation.evaluation_sets(args, {"holdout": cohort}, device, cache_dir=tmp_path)
     assert searched == ["Stage1Ensemble"]
     assert sets["holdout"].best_score.tolist() == [40.0] * 8
+
+
+def test_patients_are_listed_by_the_regret_that_is_predicted_for_them(finished_run, capsys):
+    args, summary = finished_run
+    folder = args.output_dir.parent / "listed"  # beside the run, so that its oracle is found
+    flags = ["--cohort", str(args.cohort), "--output-dir", str(folder)]
+    assert evaluate.main([str(args.output_dir), *flags, "--no-oracle"]) == 0
+    mean = f"mean {summary['train_predicted_regret']:.3f}"
+    assert f"predicted regret, train: {mean}\n" in capsys.readouterr().out
+    (path,) = folder.glob("*-patients.csv")
+    assert "regret" not in pd.read_csv(path)
+    assert evaluate.main([str(args.output_dir), *flags]) == 0
+    correlation = f"{summary['train_regret_rank_correlation']:.2f}"
+    assert f"{mean} (true {summary['train_regret']:.3f}), rank correlation {correlation}, " in (
+        capsys.readouterr().out
+    )
+    table = pd.read_csv(path).set_index("patient_id")
+    assert sorted(table.index) == sorted(load_cohort(args.cohort).patient_ids)
+    assert table["predicted_regret"].is_monotonic_decreasing
+    assert (table["predicted_regret"] >= table["gain_found"]).all()
+    best = best_designs(args.cohort, cache_dir=args.output_dir.parent / "oracle").to_frame()
+    regret = best.set_index("patient_id")["reward"] - table["reward"]
+    assert (table["regret"] - regret).abs().max() < 2e-4
+
+
+def test_regret_is_predicted_only_by_a_calibration_of_the_same_model(
+    finished_run, make_stage1, tmp_path, capsys
+):
+    run = finished_run[0].output_dir
+    saved = torch.load(run / "stage2_policy.pt", weights_only=True)
+    torch.save(saved | {"regret_calibration": None}, tmp_path / "without.pt")
+    del saved["regret_calibration"]
+    torch.save(saved, tmp_path / "earlier.pt")
+    save_stage1(tmp_path / "other.pt", make_stage1(), {})
+    flags = ["--cohort", str(finished_run[0].cohort), "--output-dir", str(tmp_path), "--no-oracle"]
+    for policy, more, why in (
+        (tmp_path / "without.pt", [], "the policy was trained without an oracle, or by an earlier"),
+        (tmp_path / "earlier.pt", [], "the policy was trained without an oracle, or by an earlier"),
+        (run, ["--reward-model", str(tmp_path / "other.pt")], "the policy's calibration is of ano"),
+    ):
+        assert evaluate.main([str(policy), *flags, *more]) == 0
+        printed = capsys.readouterr()
+        assert printed.err.count("\n") == 1
+        assert printed.err.startswith(f"note: no regret is predicted: {why}")
+        assert "predicted regret" not in printed.out
+    assert not list(tmp_path.glob("*-patients.csv"))
 
 
 POLICY, CHECKPOINT = "stage2_policy.pt", "checkpoints/checkpoint-000004.pt"

@@ -155,6 +155,7 @@ def test_every_policy_is_whole_and_never_worse_than_the_one_for_all(base, refine
     for patient_id in PATIENTS:
         path = refined / "patient_policies" / f"{patient_id}.pt"
         own, content = load_policy(path, Agent, "cpu")
+        assert content["regret_calibration"] is None  # that of the policy for all is not its own
         assert content["patient_id"] == patient_id
         row = cohort.index(patient_id)
         gains.append(float(policy_designs(own.design, envs)["reward"][row] - before[row]))
