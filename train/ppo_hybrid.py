@@ -45,7 +45,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     """Train a hybrid-action PPO policy on HydrogelDesign-v0."""
 
     preset: Preset = "source"
-    """start of all other flags: the source's table, half a minute, the best, or who adapts"""
+    """start of all other flags: the source's table, half a minute, the best, or adaptive"""
 
     # Learned reward
     limit_margin: float = 0.004
