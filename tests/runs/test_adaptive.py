@@ -14,7 +14,13 @@ from hydrogel_gym.oracle.search import search
 from hydrogel_gym.runs import ADAPTIVE, ProblemOptions, evaluation, make_envs
 from hydrogel_gym.runs.adaptive import figures_after_checks
 from hydrogel_gym.runs.summary import print_summary
-from hydrogel_gym.train import evaluate, generate_candidates, ppo_hybrid, rank_designs
+from hydrogel_gym.train import (
+    evaluate,
+    generate_candidates,
+    ppo_hybrid,
+    rank_designs,
+    refine_patients,
+)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +118,11 @@ def test_a_saved_policy_repeats_the_figures_of_its_run(adaptive_run):
     assert evaluate.evaluate_saved(given)[name] == pytest.approx(summary[name], abs=1e-5)
 
 
-@pytest.mark.parametrize("script", [generate_candidates, rank_designs], ids=["candidates", "rank"])
+@pytest.mark.parametrize(
+    "script",
+    [generate_candidates, refine_patients, rank_designs],
+    ids=["candidates", "refine", "rank"],
+)
 def test_what_designs_before_anything_is_measured_refuses_a_policy_that_waits_for_it(
     adaptive_run, tmp_path, capsys, script
 ):
