@@ -39,18 +39,21 @@ def figures_after_checks(
     """
     obs, info = envs.reset(seed=SEED)
     patients, response = obs[:NUM_PATIENTS, : len(PATIENT_FIELDS)], info["response"][:NUM_PATIENTS]
-    scores = []
+    scores: list[Tensor] = []
+    tried: list[Tensor] = []  # polymers
     problem: Any = envs.unwrapped.problem  # type: ignore[attr-defined]
 
-    def true_score(design: Design) -> Tensor:
+    def true_score(design: Design, is_novel: Tensor | bool = True) -> Tensor:
         outcomes = problem.reward_model(patients, *design, response)
-        return compute_reward(outcomes, config=problem.params.reward_config)
+        return compute_reward(outcomes, is_novel, problem.params.reward_config)
 
     for _ in range(horizon):
         action, _ = policy(obs, None)
         # What a step reports was measured; its reward may be an improvement, or less a cost.
         design = Design(*(action[name][:NUM_PATIENTS] for name in Design._fields))
-        scores.append(true_score(design))
+        known = [polymer_id == design.polymer_id for polymer_id in tried]
+        scores.append(true_score(design, ~torch.stack(known).any(0) if known else True))
+        tried.append(design.polymer_id)
         obs = envs.step(action)[0]
     best = true_score(_best_designs(problem, torch.cat([patients, response], -1)))
     predicted = true_score(_best_designs(problem, patients))
