@@ -179,7 +179,7 @@ class CompiledStep:
         workers: int = 1,
     ) -> None:
         self.module, self.optimizer, self.loss = module, optimizer, loss
-        self.max_grad_norm, self.workers = max_grad_norm, workers
+        self.max_grad_norm, self.world, self.workers = max_grad_norm, world, workers
         (self.flat,) = optimizer.param_groups[0]["params"]
         weights = dict(module.named_parameters())
         self.names = list(weights)
@@ -214,11 +214,13 @@ class CompiledStep:
         first, *others = shares_of(minibatch, self.workers)
         waiting = [self.pool.submit(self.gradient_of, share) for share in others]
         results = [self.gradient_of(first), *(each.result() for each in waiting)]
-        gradient = mean_of([gradient for gradient, _ in results])
+        gradients = [gradient for gradient, _ in results]
         parts = {name: mean_of([each[name] for _, each in results]) for name in results[0][1]}
+        if average is not None:
+            gradients = [average(mean_of(gradients))]
+        gradient = gradients[0]
         if self.meets:
-            gradient = average(gradient) if average else gradient
-            gradient, parts["grad_norm"] = self.clip_graph(gradient)
+            gradient, parts["grad_norm"] = self.clip_graph(*gradients)
         self.flat.grad = gradient
         self.optimizer.step()
         self.flat.grad = None  # so that the next gradient takes its memory, which is in the cache
@@ -238,7 +240,8 @@ class CompiledStep:
         first, *_ = shares_of(tree_map(torch.clone, minibatch), self.workers)
         gradient, _ = self.in_worker(self.gradient_of, first)
         if self.meets:
-            self.in_worker(self.clip_graph, gradient)
+            of_each = 1 if self.world.joined else self.workers
+            self.in_worker(self.clip_graph, *(gradient.clone() for _ in range(of_each)))
 
     def gradient(self, minibatch: Any) -> tuple[Tensor, Parts]:
         """Gradient of the loss as one vector, and the parts of the loss."""
@@ -257,8 +260,9 @@ class CompiledStep:
 
         return self.loss(forward, minibatch)
 
-    def clipped(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        """The gradient, no longer than `max_grad_norm`, and its norm before."""
+    def clipped(self, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean gradient, no longer than `max_grad_norm`, and its norm before."""
+        gradient = functools.reduce(torch.add, gradients) / len(gradients)
         norm = gradient.norm()
         return gradient * (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0), norm
 

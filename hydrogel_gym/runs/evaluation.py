@@ -23,6 +23,7 @@ from hydrogel_gym.problem.reward import SAFETY_LIMITS, RewardTerms
 from hydrogel_gym.runs.environments import at_step, make_envs
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
 from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
+from hydrogel_gym.runs.safeguard import on_safe_side
 
 DesignPolicy = Callable[[Tensor, torch.Generator | None], tuple[dict[str, Tensor], Tensor]]
 EPISODES = 10  # per patient, of the sampled figures of a summary
@@ -87,6 +88,28 @@ def best_scores(envs: gym.vector.VectorEnv, cache_dir: Path) -> Tensor:
     return best.score.to(problem.device)
 
 
+def designs_of(
+    policy: DesignPolicy,
+    envs: gym.vector.VectorEnv,
+    obs: Tensor,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a policy designs, and its entropy; deterministic designs on the safe side of limits.
+
+    Args:
+        policy: what designs.
+        envs: one environment per patient.
+        obs: of each.
+        generator: source of samples; None for deterministic designs.
+    """
+    design, entropy = policy(obs, generator)
+    problem = getattr(envs.unwrapped, "problem", None)
+    # A response that is hidden makes other designs unsafe than those that seem so.
+    if generator is None and problem is not None and problem.params.adaptive is None:
+        design = on_safe_side(design, problem)
+    return design, entropy
+
+
 @torch.no_grad()
 def evaluate(
     policy: DesignPolicy,
@@ -117,7 +140,7 @@ def evaluate(
     obs, _ = envs.reset(seed=SEED)
     rewards, optimal, breached, entropies, polymers = [], [], [], [], []
     for _ in range(num_episodes * horizon):
-        design, entropy = policy(obs, generator)
+        design, entropy = designs_of(policy, envs, obs, generator)
         obs, reward, _, _, info = envs.step(design)
         penalty = sum(at_step(info, f"reward_{name}") for name in SAFETY_LIMITS)
         rewards.append(reward)
@@ -160,7 +183,7 @@ def policy_designs(policy: DesignPolicy, envs: gym.vector.VectorEnv) -> dict[str
         outcome and every term of the reward, by their names in `info`.
     """
     obs, _ = envs.reset(seed=SEED)
-    design, _ = policy(obs, None)
+    design, _ = designs_of(policy, envs, obs)
     _, reward, _, _, info = envs.step(design)
     predicted = (*Outcomes._fields, *RewardTerms._fields)
     return {**design, "reward": reward, **{name: at_step(info, name) for name in predicted}}

@@ -17,7 +17,7 @@ from torch import Tensor
 from hydrogel_gym.problem.fields import FORMULATION_HIGH, FORMULATION_LOW, Design
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.reward import compute_reward
-from hydrogel_gym.runs.evaluation import DesignPolicy, EvaluationSet
+from hydrogel_gym.runs.evaluation import DesignPolicy, EvaluationSet, designs_of
 
 # Chosen by table: `benchmark/quality/uncertainty.py`.
 NUM_SAMPLES, NUM_STARTS, NUM_FRAMES = 8, 3, 3
@@ -93,8 +93,10 @@ def try_designs(
 
     generator = torch.Generator(patients.device).manual_seed(0)
     obs, _ = envs.reset()
-    drawn = [policy(obs, generator if k else None)[0] for k in range(1 + num_samples)]
-    drawn += [drawn[0] | {"polymer_id": torch.full_like(rows, i)} for i in range(NUM_POLYMERS)]
+    sources = [None, *[generator] * num_samples]
+    drawn = [designs_of(policy, envs, obs, source)[0] for source in sources]
+    own, _ = policy(obs, None)
+    drawn += [own | {"polymer_id": torch.full_like(rows, i)} for i in range(NUM_POLYMERS)]
     designs = Design(*(torch.stack([each[name] for each in drawn]) for name in Design._fields))
     reward = rewards(*designs)
     of_polymer = reward.new_full((NUM_POLYMERS, len(rows)), -torch.inf)
@@ -113,10 +115,11 @@ def try_designs(
         share = torch.where(gained.unsqueeze(-1), trial, share)
         best, size = torch.where(gained, found, best), size * torch.where(gained, LONGER, SHORTER)
     highest = torch.maximum(best, reward[:1]).amax(0)
-    own, beaten = (x.double().cpu().numpy() for x in (reward[0], highest))
+    earned, beaten = (x.double().cpu().numpy() for x in (reward[0], highest))
     if best_score is None:
-        return Tried(own, beaten - own, None)
-    return Tried(own, beaten - own, (best_score.double().cpu().numpy() - own).clip(min=0.0))
+        return Tried(earned, beaten - earned, None)
+    regret = (best_score.double().cpu().numpy() - earned).clip(min=0.0)
+    return Tried(earned, beaten - earned, regret)
 
 
 def calibrate(gain: np.ndarray, regret: np.ndarray) -> Calibration:

@@ -26,7 +26,7 @@ def arguments(three_patients, toy_model, tmp_path):
 
 @pytest.fixture
 def searched(monkeypatch):
-    """Seeds of the searches that were run."""
+    """Seeds of the searches that were run, in one thread."""
     seeds = []
 
     def search(patients, model, config, seed, original=oracle.search.search):
@@ -34,6 +34,7 @@ def searched(monkeypatch):
         return original(patients, model, config, seed)
 
     monkeypatch.setattr(oracle.best, "search", search)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     return seeds
 
 

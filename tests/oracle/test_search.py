@@ -91,7 +91,7 @@ def test_safety_limit_is_kept_closely_or_broken_where_the_gain_outweighs_the_pen
 def test_another_seed_or_fewer_patients_at_once_find_the_same_scores(
     cohort, best, mechanistic, monkeypatch
 ):
-    monkeypatch.setattr(oracle.best, "PATIENTS_AT_ONCE", {"cpu": 3})
+    monkeypatch.setattr(oracle.best, "PATIENTS_AT_ONCE", 3)
     sizes = []
 
     def watching(*arguments):

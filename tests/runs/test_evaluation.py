@@ -18,6 +18,7 @@ LIMITS = [f"reward_{name}" for name in SAFETY_LIMITS]
 class TwoPatients:
     """Pays known rewards over two episodes of one step; the second breaks a limit for one."""
 
+    unwrapped = None  # no problem that is known
     single_action_space = {"polymer_id": SimpleNamespace(n=3)}
     nothing = {"is_optimal": torch.zeros(2), **dict.fromkeys(LIMITS, torch.zeros(2))}
     breach = {"is_optimal": torch.ones(2), LIMITS[0]: torch.tensor([-1.0, 0.0])}

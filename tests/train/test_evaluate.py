@@ -8,16 +8,18 @@ import re
 import shutil
 from importlib.resources import files
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
 
-from hydrogel_gym import compute_reward, load_cohort, load_reward_model
+from hydrogel_gym import RewardConfig, compute_reward, load_cohort, load_reward_model
 from hydrogel_gym.models.ensemble import save_stage1
 from hydrogel_gym.oracle import best_designs
 from hydrogel_gym.runs import environments, evaluation, policies
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
+from hydrogel_gym.runs.safeguard import on_safe_side
 from hydrogel_gym.runs.uncertainty import PREDICTED
 from hydrogel_gym.train import evaluate
 
@@ -48,6 +50,8 @@ def designed(ppo, policy, path, model):
     features = load_cohort(path).features.float()
     with torch.no_grad():
         design, _ = agent.design(torch.cat([features, torch.zeros(len(features), 2)], -1))
+    params = SimpleNamespace(patients=features, reward_config=RewardConfig())
+    design = on_safe_side(design, SimpleNamespace(params=params, reward_model=model))
     return compute_reward(model(features, *design.values()))
 
 
