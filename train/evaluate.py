@@ -26,6 +26,7 @@ import tyro
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.files import make_folder
 from hydrogel_gym.problem.cohort import Cohort, load_cohort
+from hydrogel_gym.runs.adaptive import figures_after_checks
 from hydrogel_gym.runs.checkpoints import checkpoints, read_checkpoint, unseal
 from hydrogel_gym.runs.command_line import read_command_line, run_script
 from hydrogel_gym.runs.designing import model_content
@@ -45,7 +46,7 @@ from hydrogel_gym.runs.identity import (
     versions,
 )
 from hydrogel_gym.runs.metrics import COHORTS
-from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.policies import agent_of, load_policy, policy_path
 from hydrogel_gym.runs.ranks import world_from_environment
 from hydrogel_gym.runs.summary import print_figures
@@ -142,6 +143,9 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
             figures = final_figures(
                 agent.design, sets, horizon=problem.horizon, generator=generator
             )
+            if args.oracle and iteration is None and problem.env_id == ADAPTIVE:
+                envs = list(sets.values())[-1].envs
+                figures |= figures_after_checks(agent.design, envs, problem.horizon)
         results.append(({} if iteration is None else {"iteration": iteration}) | figures)
     about = {
         "policy_file": str(path),
@@ -177,6 +181,8 @@ def no_prediction(content: dict[str, Any], problem: ProblemOptions, model: str) 
         problem: what is evaluated.
         model: digest of the reward model.
     """
+    if problem.env_id == ADAPTIVE:
+        return "patients respond otherwise than predicted"
     if content.get("regret_calibration") is None:
         return "the policy was trained without an oracle, or by an earlier version"
     trained = ProblemOptions.of(content["training_config"])

@@ -36,7 +36,7 @@ from hydrogel_gym.errors import UsageError
 from hydrogel_gym.problem.fields import PATIENT_FIELDS, Outcomes
 from hydrogel_gym.problem.reward import compute_reward
 
-Preset = Literal["source", "quick", "full"]
+Preset = Literal["source", "quick", "full", "adapt"]
 Policy = Literal["factored", "autoregressive"]
 
 
@@ -45,7 +45,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     """Train a hybrid-action PPO policy on HydrogelDesign-v0."""
 
     preset: Preset = "source"
-    """start of all other flags: the source's table, half a minute, or the best in a few minutes"""
+    """start of all other flags: the source's table, half a minute, the best, or adaptive"""
 
     # Learned reward
     limit_margin: float = 0.004
@@ -110,15 +110,18 @@ class Args(runs.RunOptions, runs.ProblemOptions):
 # Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
 SHORT = dict(minibatch_size=1000, num_epochs=4, vf_coef=2.0)
 SHORT |= dict(ent_coef=0.1, temperature=0.3, patient_baseline=True)
+ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_envs=1000)
+# A design is worth its score alone, so that each check is the best that is known by then.
+ADAPT |= dict(gamma=0.0, patient_assignment="random", limit_margin=0.0, penalty_scale=1.0)
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
     "quick": SHORT | dict(num_iterations=100, num_steps=2, learning_rate=2.5e-3),
     "full": SHORT | dict(num_steps=5, learning_rate=1.2e-3, limit_margin=0.002),
+    "adapt": SHORT | ADAPT | dict(num_iterations=130, learning_rate=1.5e-3),
 }
 
-# Wide enough to bind nowhere in practice; keeps a diverging run from overflow.
-LOG_STD_RANGE = (-6.0, 1.0)
+LOG_STD_RANGE = (-6.0, 1.0)  # binds nowhere in practice; keeps a diverging run from overflow
 HEAD_WIDTHS = (128, 128, 64, 128)  # hidden units for polymer, formulation, coverage, value
 
 
@@ -593,10 +596,9 @@ def update(
         rows = args.minibatch_size // world.size
         for start in range(0, len(shuffled.logprob), rows):
             history.append(step(rows_of(shuffled, slice(start, start + rows))))
-        if args.target_kl is not None:
-            # On every rank, or one would go on and wait for the others for ever.
-            if world.average(history[-1]["approx_kl"].clone()) > args.target_kl:
-                break
+        # On every rank, or one would go on and wait for the others for ever.
+        if args.target_kl and world.average(history[-1]["approx_kl"].clone()) > args.target_kl:
+            break
     losses = {name: torch.stack([parts[name] for parts in history]).mean() for name in history[0]}
     means = world.average(torch.stack(list(losses.values())))
     return dict(zip(losses, means.unbind(), strict=True))
@@ -604,9 +606,7 @@ def update(
 
 def learning_rate_at(iteration: int, args: Args) -> float:
     """Learning rate of an iteration, the first of which is 1: cosine decay to zero."""
-    if not args.anneal_lr:
-        return args.learning_rate
-    share = (iteration - 1) / args.num_iterations
+    share = (iteration - 1) / args.num_iterations if args.anneal_lr else 0.0
     return args.learning_rate * 0.5 * (1.0 + math.cos(math.pi * share))
 
 

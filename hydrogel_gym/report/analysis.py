@@ -31,7 +31,7 @@ from hydrogel_gym.runs.devices import fast_float32
 from hydrogel_gym.runs.environments import make_envs
 from hydrogel_gym.runs.evaluation import EvaluationSet, policy_designs
 from hydrogel_gym.runs.identity import digest
-from hydrogel_gym.runs.options import ProblemOptions, RunOptions, from_config
+from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions, RunOptions, from_config
 from hydrogel_gym.runs.uncertainty import RegretPrediction, predict, try_designs
 
 SLICE_POINTS = 33  # along each parameter of the formulation, both bounds included
@@ -99,6 +99,8 @@ def design_patients(run: SavedRun) -> Patients:
         cohort = load_cohort(options.cohort)
     except (CohortError, TypeError) as error:
         raise UsageError(first_line(error)) from error
+    if options.env_id == ADAPTIVE:
+        raise UsageError(f"in {ADAPTIVE} they respond otherwise than predicted")
     if run.patients_digest not in (None, digest(cohort)):
         raise UsageError(f"{cohort.name} contains other patients than the run was trained on")
     device = torch.device("cpu")

@@ -10,7 +10,13 @@ from hydrogel_gym.runs.compiled import compile_training, compiled_or_plain, flat
 from hydrogel_gym.runs.devices import Precision, check_rollout_memory
 from hydrogel_gym.runs.environments import at_step, make_envs, observation_statistics
 from hydrogel_gym.runs.metrics import INFOS
-from hydrogel_gym.runs.options import ProblemOptions, RunOptions, check_options, check_shares
+from hydrogel_gym.runs.options import (
+    ADAPTIVE,
+    ProblemOptions,
+    RunOptions,
+    check_options,
+    check_shares,
+)
 from hydrogel_gym.runs.presets import read_run_options
 from hydrogel_gym.runs.ranks import (
     ALONE,
@@ -23,6 +29,7 @@ from hydrogel_gym.runs.run import start_run
 from hydrogel_gym.runs.summary import print_summary
 
 __all__ = [
+    "ADAPTIVE",
     "ALONE",
     "INFOS",
     "Learner",

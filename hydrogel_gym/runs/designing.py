@@ -30,7 +30,7 @@ from hydrogel_gym.runs.identity import (
     digest,
     versions,
 )
-from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.policies import load_policy, policy_path
 
 MAX_TOP_K = 1_000_000  # they are kept in memory, by several threads
@@ -116,6 +116,11 @@ def problem_and_patients(
         UsageError: patients or model are no longer those of training, and no others are given.
     """
     options = ProblemOptions.of(saved["training_config"])
+    if options.env_id == ADAPTIVE:
+        raise UsageError(
+            f"the policy is of {ADAPTIVE}, which designs by what was measured before; allowed: one "
+            "of HydrogelDesign-v0"
+        )
     if reward_model is not None:
         options = dataclasses.replace(options, reward_model=reward_model, pessimism=None)
     try:

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hydrogel_gym.errors import UsageError, first_line
-from hydrogel_gym.models.contract import load_reward_model
+from hydrogel_gym.models.contract import RewardModelError, load_reward_model
+from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.cohort import Cohort
-from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.ranks import ALONE, World
 
 
@@ -47,13 +48,22 @@ def make_envs(
 
     Raises:
         RewardModelError: the reward model cannot be used.
-        UsageError: the id is of an environment that does not take these arguments.
+        UsageError: the id is of an environment that does not take these arguments or values.
     """
-    given: dict[str, Any] = {}
+    settings = ("reward_mode", "response_sd", "outcome_noise", "check_cost")
+    values = {name: getattr(problem, name) for name in settings}
+    given: dict[str, Any] = {name: x for name, x in values.items() if x is not None}
+    if problem.env_id == ADAPTIVE and not num_envs:
+        given["reveal_response"] = True  # what a policy is compared with knows it
     if problem.reward_model is not None or problem.pessimism is not None:
         given["reward_model"] = load_reward_model(
             problem.reward_model_name, device, pessimism=problem.pessimism
         )
+        if problem.env_id == ADAPTIVE and not isinstance(given["reward_model"], MechanisticModel):
+            raise UsageError(
+                f"--reward-model is {problem.reward_model_name!r}, which takes no patient's "
+                f"response; allowed with {ADAPTIVE}: mechanistic"
+            )
     if compile:
         given["compile"] = True
     if dtype != "float32":
@@ -76,6 +86,10 @@ def make_envs(
         raise UsageError(
             f"--env-id {problem.env_id} is no environment of this kind: {first_line(error)}"
         ) from error
+    except RewardModelError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--env-id {problem.env_id}: {first_line(error)}") from error
 
 
 @torch.no_grad()

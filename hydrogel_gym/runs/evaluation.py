@@ -22,11 +22,12 @@ from hydrogel_gym.problem.polymers import load_polymers
 from hydrogel_gym.problem.reward import SAFETY_LIMITS, RewardTerms
 from hydrogel_gym.runs.environments import at_step, make_envs
 from hydrogel_gym.runs.metrics import COHORTS, YARDSTICK
-from hydrogel_gym.runs.options import ProblemOptions
+from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.safeguard import on_safe_side
 
 DesignPolicy = Callable[[Tensor, torch.Generator | None], tuple[dict[str, Tensor], Tensor]]
 EPISODES = 10  # per patient, of the sampled figures of a summary
+SEED = 0  # of what an environment draws: the same at every evaluation
 
 
 class EvaluationSet(NamedTuple):
@@ -56,6 +57,8 @@ def evaluation_sets(
     Raises:
         UsageError: the oracle cannot search.
     """
+    if problem.env_id == ADAPTIVE:
+        cache_dir = None  # who responds otherwise is not best served by what is predicted
     sets = {}
     for name, cohort in cohorts.items():
         envs = make_envs(problem, cohort, device, dtype=dtype)
@@ -134,7 +137,7 @@ def evaluate(
         patients of how far the mean reward of a step falls short of the best) and
         `fraction_of_oracle` (mean reward over mean best), else None for each.
     """
-    obs, _ = envs.reset()
+    obs, _ = envs.reset(seed=SEED)
     rewards, optimal, breached, entropies, polymers = [], [], [], [], []
     for _ in range(num_episodes * horizon):
         design, entropy = designs_of(policy, envs, obs, generator)
@@ -179,7 +182,7 @@ def policy_designs(policy: DesignPolicy, envs: gym.vector.VectorEnv) -> dict[str
         units of `hydrogel_gym.spaces.FORMULATION_FIELDS`, and (P,) each, `reward`, every predicted
         outcome and every term of the reward, by their names in `info`.
     """
-    obs, _ = envs.reset()
+    obs, _ = envs.reset(seed=SEED)
     design, _ = designs_of(policy, envs, obs)
     _, reward, _, _, info = envs.step(design)
     predicted = (*Outcomes._fields, *RewardTerms._fields)

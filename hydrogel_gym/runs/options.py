@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 BUILT_IN = "mechanistic"
+ADAPTIVE = "HydrogelAdapt-v0"  # its patients respond otherwise than predicted
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 # Flags of training that earlier versions had, and what replaces each.
 REMOVED_FLAGS = {
@@ -52,6 +53,17 @@ class ProblemOptions:
     pessimism: float | None = None
     """standard deviations of a checkpoint's ensemble below its mean that are rewarded; default the
     checkpoint's own"""
+    reward_mode: Literal["score", "improvement"] | None = None
+    """what a step is worth: its score, or what it gains on the best of the episode; default the
+    environment's own"""
+
+    # Of HydrogelAdapt-v0, whose own are the defaults
+    response_sd: float | None = None
+    """how far patients respond otherwise than predicted"""
+    outcome_noise: tuple[float, ...] | None = None
+    """deviation of each of the six measured outcomes, in its unit"""
+    check_cost: float | None = None
+    """what a check takes off the reward"""
 
     @property
     def reward_model_name(self) -> str:

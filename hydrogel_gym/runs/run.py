@@ -22,6 +22,7 @@ from tqdm import tqdm
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.memory import keep_freed_memory
 from hydrogel_gym.problem.cohort import load_cohort
+from hydrogel_gym.runs.adaptive import figures_after_checks
 from hydrogel_gym.runs.checkpoints import (
     CHECKPOINT_FORMAT,
     Learner,
@@ -65,7 +66,7 @@ from hydrogel_gym.runs.identity import (
     versions,
 )
 from hydrogel_gym.runs.metrics import YARDSTICK, Infos, as_row, rollout_metrics
-from hydrogel_gym.runs.options import plain_config, with_absolute_paths
+from hydrogel_gym.runs.options import ADAPTIVE, plain_config, with_absolute_paths
 from hydrogel_gym.runs.pictures import draw_learning_curve, draw_policy_selection
 from hydrogel_gym.runs.policies import save_policy
 from hydrogel_gym.runs.ranks import World, joined
@@ -332,6 +333,8 @@ class Run:
         figures = final_figures(
             self.policy, self.sets, horizon=args.horizon, generator=self.learner.generator
         )
+        if args.oracle and args.env_id == ADAPTIVE:
+            figures |= figures_after_checks(self.policy, self.sets["holdout"].envs, args.horizon)
         calibration, predicted = calibrate_policy(self.policy, self.sets)
         samples = self.rows[-1]["global_step"]
         summary = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import numpy as np
+
 from hydrogel_gym.runs.command_line import INTERRUPTED
 
 SHOWN = (
@@ -16,6 +18,8 @@ SHOWN = (
     "holdout_fraction_of_oracle",
     "holdout_deterministic_limit_breach_rate",
 )
+# Of an adaptive problem: after each check, and of the best predicted design.
+REGRETS = ("regret_after_checks", "no_learning_regret")
 
 
 def print_figures(figures: dict[str, Any], written_to: str) -> None:
@@ -23,6 +27,10 @@ def print_figures(figures: dict[str, Any], written_to: str) -> None:
     for name in SHOWN:
         if figures.get(name) is not None:
             print(f"{name:>40}  {figures[name]:.3f}")
+    for name in REGRETS:
+        for statistic, values in figures.get(name, {}).items():
+            row = " ".join(f"{value:.2f}" for value in np.atleast_1d(values))
+            print(f"{f'{name}, {statistic}':>40}  {row}")
     print(f"{'written to':>40}  {written_to}")
 
 

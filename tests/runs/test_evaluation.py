@@ -23,7 +23,7 @@ class TwoPatients:
     nothing = {"is_optimal": torch.zeros(2), **dict.fromkeys(LIMITS, torch.zeros(2))}
     breach = {"is_optimal": torch.ones(2), LIMITS[0]: torch.tensor([-1.0, 0.0])}
 
-    def reset(self):
+    def reset(self, seed):
         self.steps = iter([([1.0, 5.0], {}), ([3.0, 7.0], self.breach)])
         return torch.zeros(2, 13), {}
 
