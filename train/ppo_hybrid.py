@@ -48,7 +48,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     """start of all other flags: the source's table, half a minute, the best, or adaptive"""
 
     # Learned reward
-    limit_margin: float = 0.004
+    limit_margin: float = 0.001
     """learn from safety limits tighter by this; what is reported keeps the true ones"""
     penalty_scale: float = 2.0
     """learn from safety penalties this many times as large; what is reported keeps the true ones"""
