@@ -37,32 +37,36 @@ def on_safe_side(design: dict[str, Tensor], problem: Any) -> dict[str, Tensor]:
         there.
     """
     config, patients = problem.params.reward_config, problem.params.patients
-    formulation = design["formulation"]
-    low, high = (torch.from_numpy(x).to(formulation) for x in (FORMULATION_LOW, FORMULATION_HIGH))
 
-    def evaluated(share: Tensor) -> tuple[Tensor, Tensor]:
-        """Room to the nearest limit and reward, (N, P) each, of formulations (N, P, D)."""
-        shape = share.shape[:-1]
+    def evaluated(rows: Tensor | slice, formulations: Tensor) -> tuple[Tensor, Tensor]:
+        """Room to the nearest limit and reward, (N, R) each, of formulations (N, R, D)."""
+        shape = formulations.shape[:-1]
         outcomes = problem.reward_model(
-            patients.expand(*shape, -1).flatten(0, 1),
-            design["polymer_id"].expand(shape).flatten(),
-            torch.lerp(low, high, share).flatten(0, 1),
-            design["coverage"].expand(shape).flatten(),
+            patients[rows].expand(*shape, -1).flatten(0, 1),
+            design["polymer_id"][rows].expand(shape).flatten(),
+            formulations.flatten(0, 1),
+            design["coverage"][rows].expand(shape).flatten(),
         )
         room = torch.stack([*safety_margins(outcomes, config).values()]).amin(0)
         return room.view(shape), compute_reward(outcomes, config=config).view(shape)
 
-    share = ((formulation - low) / (high - low)).unsqueeze(0)
+    every = design["formulation"]
+    (room,), _ = evaluated(slice(None), every.unsqueeze(0))
+    rows = ((room < 0.0) & (room >= -LARGEST_OVERSTEP)).nonzero().squeeze(-1)
+    if not len(rows):
+        return design
+    low, high = (torch.from_numpy(x).to(every) for x in (FORMULATION_LOW, FORMULATION_HIGH))
+    share = (every[rows] - low) / (high - low)
     step = torch.where(share > 0.5, -PROBE, PROBE)  # inwards
-    axes = torch.eye(len(low)).to(share).unsqueeze(1)
-    room, reward = evaluated(torch.cat([share, share + axes * step]))
-    slope = (room[1:] - room[0]).T / step[0]
-    outwards = ((share[0] <= 0.0) & (slope < 0.0)) | ((share[0] >= 1.0) & (slope > 0.0))
+    probes = torch.cat([share.unsqueeze(0), share + torch.diag_embed(step).movedim(1, 0)])
+    room, reward = evaluated(rows, torch.lerp(low, high, probes))
+    slope = (room[1:] - room[0]).T / step
+    outwards = ((share <= 0.0) & (slope < 0.0)) | ((share >= 1.0) & (slope > 0.0))
     slope = slope.masked_fill(outwards, 0.0)
     steepness = slope.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     length = ((ROOM - room[0]).unsqueeze(-1) / steepness).clamp(0.0, LONGEST_MOVE)
-    moved = (share + length * slope / steepness).clamp(0.0, 1.0)
-    is_slight = (room[0] < 0.0) & (room[0] >= -LARGEST_OVERSTEP)
-    pays = is_slight & (evaluated(moved)[1][0] > reward[0])
-    safe = torch.lerp(low, high, moved[0])
-    return design | {"formulation": torch.where(pays.unsqueeze(-1), safe, formulation)}
+    moved = torch.lerp(low, high, (share + length * slope / steepness).clamp(0.0, 1.0))
+    pays = (evaluated(rows, moved.unsqueeze(0))[1][0] > reward[0]).unsqueeze(-1)
+    formulation = every.clone()
+    formulation[rows] = torch.where(pays, moved, every[rows])
+    return design | {"formulation": formulation}
