@@ -3,6 +3,11 @@
 Each takes an `Episode` and returns what chooses the next design of every patient, given the
 observation. All see what was measured; the clairvoyant alone sees the response. Shapes: P patients,
 N particles, R factors of a response, M candidates.
+
+References:
+    [Ament2023] Ament et al. Unexpected improvements to expected improvement. NeurIPS 2023.
+    [Thompson1933] Thompson. On the likelihood that one unknown probability exceeds another in view
+    of the evidence of two samples. Biometrika 25:285.
 """
 
 from __future__ import annotations
@@ -63,7 +68,9 @@ class Episode:
         return bits
 
 
-def scored(model: CountingModel, patients: Tensor, design: Design, response: Tensor, used: Tensor):
+def scored(
+    model: CountingModel, patients: Tensor, design: Design, response: Tensor, used: Tensor
+) -> Tensor:
     """Scores of designs under responses, all of which broadcast, with what is left of novelty."""
     novel = (used >> design.polymer_id) & 1 == 0
     # Some outcomes depend on no response, and have one number for all.
@@ -106,7 +113,7 @@ def best_under(
 
 
 def clairvoyant(episode: Episode) -> Choose:
-    """The best design under the true response, again and again: the better of two searches."""
+    """The best design under the true response, again and again."""
     zero = torch.zeros(len(episode.patients), dtype=torch.int64)
     best = best_under(episode.model, episode.patients, episode.response, zero, config=CONFIG)
     return lambda obs: best
@@ -130,7 +137,6 @@ def random(episode: Episode) -> Choose:
     return lambda obs: design_of_unit(torch.rand(len(obs), 6, generator=generator))
 
 
-@torch.no_grad()
 def policy(episode: Episode, agent: Any) -> Choose:
     """The deterministic designs of a trained policy."""
     return torch.no_grad()(lambda obs: Design(**agent.design(obs)[0]))
@@ -143,7 +149,7 @@ Value = Callable[[Tensor, Tensor], Tensor]  # of (P, M, N) scores and the (P, 1,
 
 
 def thompson(episode: Episode) -> Choose:
-    """Posterior sampling: the best design under one response drawn from the posterior."""
+    """The best design under one response drawn from the posterior [Thompson1933]."""
     return _by_posterior(episode, None)
 
 
@@ -219,7 +225,9 @@ class _Part:
         return self.value(self._judged(design, judges, self.used[-1]), reached)
 
 
-def _refined(design: Design, worth: Callable[[Design], Tensor], generator: torch.Generator):
+def _refined(
+    design: Design, worth: Callable[[Design], Tensor], generator: torch.Generator
+) -> Design:
     """(P,) designs of most worth, by steps ever closer about the best of (P, M)."""
     value = worth(design)
     for k in range(ROUNDS + 1):
@@ -246,7 +254,7 @@ def _near(design: Design, count: int, spread: float, generator: torch.Generator)
     return Design(polymer_id, (formulation + step).clamp(LOW, HIGH), coverage)
 
 
-NUM_FIRST = 3  # Sobol designs before the first model
+NUM_FIRST = 5  # Sobol designs before the first model; with 3 or 4 the regret was larger
 NUM_SPREAD = 2048  # candidates over the whole space
 PEAKS = 8  # best predicted polymers whose best designs are candidates
 
@@ -257,7 +265,7 @@ def from_scratch(episode: Episode) -> Choose:
     num = len(episode.patients)
     first = design_of_unit(engine.draw(NUM_FIRST * num))
     first = Design(*(head.unflatten(0, (num, NUM_FIRST)) for head in first))
-    return _bayesian(episode, first, first, lambda design, used: torch.zeros(used.shape))
+    return _bayesian(episode, first, first, lambda design, used: torch.zeros(len(used), 1), None)
 
 
 def residual(episode: Episode) -> Choose:
@@ -274,7 +282,13 @@ def residual(episode: Episode) -> Choose:
         patients, response = episode.patients[:, None], ones[:, None]
         return scored(episode.model, patients, design, response, used)
 
-    return _bayesian(episode, first, every, prediction)
+    # How far predictions may be off, by the prior of responses.
+    prior = Posterior(episode.patients, episode.model, episode.response_sd, episode.noise, 0, 64)
+    shown = Design(*(head.unsqueeze(2) for head in every))
+    model, patients = episode.model, episode.patients[:, None, None]
+    scores = scored(model, patients, shown, prior.responses[:, None], episode.used[:, None, None])
+    scale = (scores - prediction(every, episode.used[:, None])[..., None]).square().mean((1, 2))
+    return _bayesian(episode, first, every, prediction, scale.sqrt())
 
 
 def _bayesian(
@@ -282,6 +296,7 @@ def _bayesian(
     first: Design,
     peaks: Design,
     mean: Callable[[Design, Tensor], Tensor],
+    scale: Tensor | None,
 ) -> Choose:
     """Expected improvement over a set of candidates, by a process about a prior mean.
 
@@ -290,6 +305,8 @@ def _bayesian(
         first: (P, F) checks before the first model.
         peaks: (P, M) candidates; so are designs about them, about the best so far, and a Sobol set.
         mean: (P, M) prior mean score of (P, M) designs, given (P, 1) bits of polymers tried.
+        scale: (P,) deviations of the process; by default the mean and deviation of the scores are
+            taken off first.
     """
     engine = torch.quasirandom.SobolEngine(6, scramble=True, seed=episode.seed)
     generator = torch.Generator().manual_seed(episode.seed)
@@ -313,10 +330,15 @@ def _bayesian(
             expected = mean(every, used)
             x = torch.stack([_point(design) for design in episode.tried], 1)
             score, known = torch.stack(episode.scores, 1), torch.cat(means, 1)
-            index = [
-                _most_promising(*rows)
-                for rows in zip(x, score, known, _point(every), expected, strict=True)
-            ]
+            if scale is None:  # as of scores with mean 0 and deviation 1
+                known, unit = score.mean(1, keepdim=True).expand_as(score), score.std(1)
+                expected = known[:, :1].expand(every.polymer_id.shape)
+            else:
+                unit = scale
+            goal = (score.amax(1, keepdim=True) - expected) / unit[:, None]
+            left = (score - known) / unit[:, None]
+            rows = zip(x, left.double(), _point(every), goal.double(), strict=True)
+            index = [_most_promising(*row) for row in rows]
             chosen = _picked(every, torch.tensor(index)[:, None])
         means.append(mean(chosen, used))
         return Design(*(head[:, 0] for head in chosen))
@@ -331,31 +353,27 @@ def _point(design: Design) -> Tensor:
     return torch.cat([share, torch.stack([level, design.polymer_id], -1)], -1).double()
 
 
-def _most_promising(
-    x: Tensor, score: Tensor, known: Tensor, every: Tensor, expected: Tensor
-) -> int:
+def _most_promising(x: Tensor, y: Tensor, every: Tensor, goal: Tensor) -> int:
     """Candidate of the largest expected improvement [Ament2023].
 
     Args:
         x: (T, 6) points tried.
-        score: (T,) measured.
-        known: (T,) prior means of these.
+        y: (T,) what was measured there, in deviations from the prior mean.
         every: (M, 6) candidates.
-        expected: (M,) prior means of these.
+        goal: (M,) what each must exceed to be the best, likewise.
     """
     from botorch.acquisition import LogExpectedImprovement
     from botorch.fit import fit_gpytorch_mll
     from botorch.models import MixedSingleTaskGP
-    from botorch.models.transforms import Standardize
     from gpytorch.mlls import ExactMarginalLogLikelihood
 
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a fit that had to try again
+        warnings.simplefilter("ignore")  # of data that are not standardised, and of a second fit
         torch.manual_seed(0)  # a second attempt at a fit draws its start
-        left = (score - known).double()[:, None]
-        model = MixedSingleTaskGP(x, left, [5], outcome_transform=Standardize(m=1))
+        model = MixedSingleTaskGP(x, y[:, None], [5])
         mll = ExactMarginalLogLikelihood(model.likelihood, model)
         fit_gpytorch_mll(mll, optimizer_kwargs={"options": {"maxiter": 50}})
-        acquisition = LogExpectedImprovement(model, (score.max() - expected).double())
         with torch.no_grad():
-            return int(acquisition(every[:, None]).argmax())
+            gain = LogExpectedImprovement(model, goal[:, None])(every[:, None])
+    is_known = (every[:, None] == x).all(-1).any(-1)
+    return int(gain.masked_fill(is_known, -torch.inf).argmax())
