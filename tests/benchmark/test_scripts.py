@@ -11,7 +11,7 @@ SCRIPTS = [
     for path in sorted(FOLDER.rglob("*.py"))
     if "run_script(main)" in path.read_text()
 ]
-assert len(SCRIPTS) == 21
+assert len(SCRIPTS) == 23
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
