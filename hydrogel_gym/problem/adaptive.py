@@ -140,7 +140,12 @@ def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
 
 # Operators of their own, since a compiler that sees into them moves the numbers of a history one by
 # one, which takes six times as long.
-@torch.library.custom_op("hydrogel_gym::join_history", mutates_args=())
+# Schemas, since torch before 2.5 reads none of annotations that are text.
+@torch.library.custom_op(
+    "hydrogel_gym::join_history",
+    mutates_args=(),
+    schema="(Tensor columns, Tensor history, Tensor has_begun) -> Tensor",
+)
 def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
     num = columns.shape[-1]
     joined = columns.new_empty(len(columns), num + history[0].numel())
@@ -149,7 +154,12 @@ def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
     return joined
 
 
-@torch.library.custom_op("hydrogel_gym::record_slot", mutates_args=())
+@torch.library.custom_op(
+    "hydrogel_gym::record_slot",
+    mutates_args=(),
+    schema="(Tensor history, Tensor has_begun, Tensor index, Tensor one_hot, Tensor numbers)"
+    " -> Tensor",
+)
 def _record(
     history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
 ) -> Tensor:
