@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 # Patients searched at once by a thread: a tensor of their designs nearly fits a core's cache. An
 # accelerator wants more work at a time.
 PATIENTS_AT_ONCE = 128
+PATIENTS_OF_ALL_THREADS = 256  # or so: each takes some 6 MB
 PATIENTS_AT_ONCE_ELSEWHERE = 1024
 # What stored designs may score otherwise than when they were stored: a hundred roundings.
 SAME_SCORE = 1e-3
@@ -178,7 +179,8 @@ def search_designs(
     threads, at_once = 1, PATIENTS_AT_ONCE_ELSEWHERE
     if patients.device.type == "cpu":
         threads = torch.get_num_threads()
-        at_once = min(PATIENTS_AT_ONCE, math.ceil(len(cohort) / threads))
+        share = math.ceil(min(len(cohort), PATIENTS_OF_ALL_THREADS) / threads)
+        at_once = min(PATIENTS_AT_ONCE, share)
 
     def search_some(start: int) -> tuple[Design, Tensor]:
         rows = slice(start, start + at_once)

@@ -23,9 +23,7 @@ from hydrogel_gym.problem.fields import (
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.response import draw_response, response_levels
-from hydrogel_gym.problem.reward import (
-    RewardConfig,
-)
+from hydrogel_gym.problem.reward import RewardConfig
 from hydrogel_gym.problem.streams import draw_levels, level_middles
 
 # An observation has finite bounds; at this logit a probability is 0 or 1 to float32.
