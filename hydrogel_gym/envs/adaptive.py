@@ -29,6 +29,7 @@ from hydrogel_gym.envs.vector import Dtype, HydrogelVectorEnv, Output
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.adaptive import SLOT_WIDTH, AdaptiveParams, slot_fields
+from hydrogel_gym.problem.belief import belief_fields
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.problem.dynamics import Step
 from hydrogel_gym.problem.fields import OUTCOME_FIELDS
@@ -55,6 +56,7 @@ class AdaptiveOptions:
     allow_stop: bool
     check_cost: float
     reveal_response: bool
+    observe_belief: bool
 
     def __post_init__(self) -> None:
         _check_number("response_sd", self.response_sd, MAX_RESPONSE_SD)
@@ -115,7 +117,12 @@ class AdaptiveProblem(DesignProblem):
         self.params = dataclasses.replace(
             self.params,
             adaptive=AdaptiveParams.make(
-                options.response_sd, noise, horizon, options.check_cost, self.params.patients
+                options.response_sd,
+                noise,
+                horizon,
+                options.check_cost,
+                options.observe_belief,
+                self.params.patients,
             ),
         )
         config = self.params.reward_config
@@ -125,6 +132,7 @@ class AdaptiveProblem(DesignProblem):
             max_score=config.max_score,
             observe_explored=False,
             slot=slot_fields(config),
+            belief=belief_fields() if options.observe_belief else (),
         )
         if options.allow_stop:
             action_format = self.actions.action_format
@@ -133,11 +141,19 @@ class AdaptiveProblem(DesignProblem):
     @property
     def history_size(self) -> int:
         """Numbers of the history in an observation."""
-        return self.params.horizon * SLOT_WIDTH
+        return self.params.horizon * SLOT_WIDTH + self._belief_width
+
+    @property
+    def _belief_width(self) -> int:
+        return len(belief_fields()) if self.options.observe_belief else 0
 
     def group(self, obs: Tensor) -> Tensor | dict[str, Tensor]:
         """A (B, F) observation in the chosen format (views, no copy)."""
-        return obs if self.obs_format == "box" else split_observation(obs, SLOT_WIDTH)
+        return (
+            obs
+            if self.obs_format == "box"
+            else split_observation(obs, SLOT_WIDTH, self._belief_width)
+        )
 
     def revealed(self, state: State) -> Tensor:
         """(B, R) a copy of the responses of the episodes of a state."""
@@ -185,6 +201,12 @@ class HydrogelAdaptEnv(HydrogelEnv):
 
     `obs_format="dict"` has the groups of `HydrogelEnv` and `history`, (`horizon`, $slot_width).
 
+    `observe_belief=True` appends $belief_width numbers (in the dict `belief`): an estimate of each
+    factor from what was measured so far, then the standard deviation of each. They are those of an
+    iterated extended Kalman filter, which begins with mean and variance of the prior and has the
+    built-in model's equations, so that a policy need not learn these. They add nothing to patient
+    and history but convenience.
+
     The response is not observed: this is a partially observable problem. It is Markov in the belief
     about the response, and since the prior is fixed and a transition depends on nothing else that
     is hidden, patient and history are sufficient for that belief. A policy of the observation
@@ -222,6 +244,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
     | `allow_stop` | bool | `False` | add `stop` to the action |
     | `check_cost` | float | `0.0` | what a check takes off the reward, 0 or more |
     | `reveal_response` | bool | `False` | have the hidden response in `info` |
+    | `observe_belief` | bool | `False` | append estimates of the response, with deviations |
     | `horizon` | int | `8` | checks per episode |
     | `cohort` | None, path, `Cohort` | `None` | patients; None is the shipped 2,000 |
     | `reward_model` | str, callable | `"mechanistic"` | the built-in model; no other responds |
@@ -248,6 +271,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
         allow_stop: bool = False,
         check_cost: float = 0.0,
         reveal_response: bool = False,
+        observe_belief: bool = False,
         device: str | torch.device = "cpu",
         horizon: int = 8,
         cohort: Cohort | str | os.PathLike[str] | None = None,
@@ -260,7 +284,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
         render_mode: RenderMode | None = None,
     ) -> None:
         self._options = AdaptiveOptions(
-            response_sd, outcome_noise, allow_stop, check_cost, reveal_response
+            response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe_belief
         )
         super().__init__(
             device=device,
@@ -302,7 +326,7 @@ class HydrogelAdaptVectorEnv(HydrogelVectorEnv):
 
     Args:
         num_envs: B.
-        response_sd, outcome_noise, allow_stop, check_cost, reveal_response: as for
+        response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe_belief: as for
             `HydrogelAdaptEnv`. With `reveal_response` the info has `response`, (B, R): where an
             episode begins that of the new one, as `patient_index` is.
         device, horizon, cohort, reward_model, reward_config: likewise.
@@ -325,6 +349,7 @@ class HydrogelAdaptVectorEnv(HydrogelVectorEnv):
         allow_stop: bool = False,
         check_cost: float = 0.0,
         reveal_response: bool = False,
+        observe_belief: bool = False,
         device: str | torch.device = "cpu",
         horizon: int = 8,
         cohort: Cohort | str | os.PathLike[str] | None = None,
@@ -343,7 +368,7 @@ class HydrogelAdaptVectorEnv(HydrogelVectorEnv):
         max_episode_steps: int | None = None,
     ) -> None:
         self._options = AdaptiveOptions(
-            response_sd, outcome_noise, allow_stop, check_cost, reveal_response
+            response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe_belief
         )
         super().__init__(
             num_envs,

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from hydrogel_gym.problem.belief import belief_columns, prior_belief
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
@@ -71,6 +72,7 @@ class Checks(NamedTuple):
     # the slots from `iteration` on are 0 after its first check.
     history: Tensor
     best_measured: Tensor  # (B,), max(0, scores measured in this episode)
+    belief: Tensor  # (B, R, 1 + R), see `belief`; (B, R, 0) where none is observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +84,7 @@ class AdaptiveParams:
         normal_levels: (L,), the middles of equally likely parts of a standard normal distribution.
         outcome_noise: K deviations of measured outcomes, each in the outcome's unit.
         horizon: H.
+        prior: (R, 1 + R), see `belief.prior_belief`; (R, 0) where no belief is observed.
         check_cost: what each check takes off the reward.
     """
 
@@ -89,6 +92,7 @@ class AdaptiveParams:
     normal_levels: Tensor
     outcome_noise: tuple[float, ...]
     horizon: int
+    prior: Tensor
     check_cost: float = 0.0
 
     @classmethod
@@ -98,15 +102,19 @@ class AdaptiveParams:
         outcome_noise: tuple[float, ...],
         horizon: int,
         check_cost: float,
+        observe_belief: bool,
         like: Tensor,
     ) -> AdaptiveParams:
         """Parameters with tables in the dtype and on the device of a tensor."""
         normal = torch.special.ndtri(level_middles())
+        levels = response_levels(response_sd)
+        prior = prior_belief(levels)
         return cls(
-            response_levels=response_levels(response_sd).to(like),
+            response_levels=levels.to(like),
             normal_levels=normal.to(like),
             outcome_noise=outcome_noise,
             horizon=horizon,
+            prior=(prior if observe_belief else prior[:, :0]).to(like),
             check_cost=check_cost,
         )
 
@@ -122,12 +130,18 @@ class AdaptiveParams:
         response = draw_response(seed, episode, self.response_levels)
         if history is None:
             history = response.new_zeros(seed.shape[0], self.horizon, SLOT_WIDTH)
-        return Checks(response, history, response.new_zeros(seed.shape[0]))
+        belief = self.prior.expand(seed.shape[0], -1, -1).clone()
+        return Checks(response, history, response.new_zeros(seed.shape[0]), belief)
 
 
 def with_history(columns: Tensor, checks: Checks, iteration: Tensor) -> Tensor:
-    """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step."""
-    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype))
+    """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step.
+
+    With a belief, (B, F + H W + 2 R).
+    """
+    known = checks.belief if checks.belief.shape[-1] else None
+    last = columns[:, :0] if known is None else belief_columns(known)
+    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype), last)
     return joined
 
 
@@ -142,13 +156,13 @@ def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op(
     "hydrogel_gym::join_history",
     mutates_args=(),
-    schema="(Tensor columns, Tensor history, Tensor has_begun) -> Tensor",
+    schema="(Tensor columns, Tensor history, Tensor has_begun, Tensor last) -> Tensor",
 )
-def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
-    num = columns.shape[-1]
-    joined = columns.new_empty(len(columns), num + history[0].numel())
-    joined[:, :num] = columns
-    torch.mul(history.flatten(1), has_begun, out=joined[:, num:])
+def _join(columns: Tensor, history: Tensor, has_begun: Tensor, last: Tensor) -> Tensor:
+    begin, end = columns.shape[-1], columns.shape[-1] + history[0].numel()
+    joined = columns.new_empty(len(columns), end + last.shape[-1])
+    joined[:, :begin], joined[:, end:] = columns, last
+    torch.mul(history.flatten(1), has_begun, out=joined[:, begin:end])
     return joined
 
 
@@ -172,8 +186,9 @@ def _record(
 
 
 @_join.register_fake
-def _(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
-    return columns.new_empty(columns.shape[0], columns.shape[1] + history[0].numel())
+def _(columns: Tensor, history: Tensor, has_begun: Tensor, last: Tensor) -> Tensor:
+    width = columns.shape[1] + history[0].numel() + last.shape[1]
+    return columns.new_empty(columns.shape[0], width)
 
 
 @_record.register_fake

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from hydrogel_gym.problem.adaptive import Checks, measured, recorded
+from hydrogel_gym.problem.belief import updated_belief
 from hydrogel_gym.problem.fields import Design, Outcomes
 from hydrogel_gym.problem.reward import RewardTerms, is_optimal, reward_terms, sum_terms
 from hydrogel_gym.problem.state import EnvParams, State, Transition
 
 
 def check(
-    state: State, design: Design, result: Transition, params: EnvParams, stop: Tensor | None
+    state: State,
+    design: Design,
+    result: Transition,
+    params: EnvParams,
+    predict: Callable[[Tensor], Outcomes],
+    stop: Tensor | None,
 ) -> Transition:
     """What a transition is where designs are checked: measured, recorded, paid for, or refused.
 
@@ -23,6 +29,7 @@ def check(
         design: what was tried.
         result: the transition as it truly is.
         params: the problem, an adaptive one.
+        predict: outcomes of the design under (B, M, R) responses, (B, M) each.
         stop: (B,) bool, who ends the episode instead of checking.
 
     Returns:
@@ -52,6 +59,9 @@ def check(
             result.score,
         ),
         best_measured=torch.maximum(checks.best_measured, result.score),
+        belief=updated_belief(checks.belief, predict, result.outcomes, known.outcome_noise)
+        if checks.belief.shape[-1]
+        else checks.belief,
     )
     result = result._replace(state=result.state._replace(checks=after))
     if known.check_cost:

@@ -175,9 +175,16 @@ def transition(
         formulation_clipped=(formulation != design.formulation).any(-1),
         is_optimal=is_optimal(outcomes, config),
     )
-    return (
-        result if params.adaptive is None else checking.check(state, design, result, params, stop)
-    )
+    if params.adaptive is None:
+        return result
+
+    def predict(responses: Tensor) -> Outcomes:
+        inputs = (patients, design.polymer_id, formulation, design.coverage)
+        return Outcomes(
+            *torch.broadcast_tensors(*reward_model(*(x.unsqueeze(1) for x in inputs), responses))
+        )
+
+    return checking.check(state, design, result, params, predict, stop)
 
 
 # What a step reports beside reward and observation: the (B,) numbers and the (B,) bools.

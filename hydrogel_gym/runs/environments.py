@@ -50,7 +50,7 @@ def make_envs(
         RewardModelError: the reward model cannot be used.
         UsageError: the id is of an environment that does not take these arguments or values.
     """
-    settings = ("reward_mode", "response_sd", "outcome_noise", "check_cost")
+    settings = ("reward_mode", "response_sd", "outcome_noise", "check_cost", "observe_belief")
     values = {name: getattr(problem, name) for name in settings}
     given: dict[str, Any] = {name: x for name, x in values.items() if x is not None}
     if problem.env_id == ADAPTIVE and not num_envs:

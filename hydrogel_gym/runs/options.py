@@ -64,6 +64,8 @@ class ProblemOptions:
     """deviation of each of the six measured outcomes, in its unit"""
     check_cost: float | None = None
     """what a check takes off the reward"""
+    observe_belief: bool | None = None
+    """whether the observation ends with what the checks say of the response"""
 
     @property
     def reward_model_name(self) -> str:

@@ -112,8 +112,9 @@ def test_without_response_noise_and_cost_it_is_the_first_environment_bit_for_bit
         dict(reveal_response=True),
         dict(outcome_noise=0.5, obs_format="dict", allow_stop=True, check_cost=0.25),
         dict(action_format="multidiscrete", allow_stop=True, reward_mode="score"),
+        dict(observe_belief=True, obs_format="dict"),
     ],
-    ids=["revealed", "noisy", "discrete"],
+    ids=["revealed", "noisy", "discrete", "belief"],
 )
 def test_vector_agrees_with_gymnasiums_own_over_single_ones_and_tensors_with_arrays(mode, settings):
     ours = make(autoreset_mode=mode, **settings)
@@ -223,6 +224,7 @@ def test_steps_and_resets_run_on_a_device_without_values(mode):
             outcome_noise=0.1,
             allow_stop=True,
             reveal_response=True,
+            observe_belief=True,
             obs_format="dict",
         )
         action = tree_map(lambda x: torch.from_numpy(x).to(device), sampled(env, 1)[0])
@@ -246,7 +248,8 @@ def test_traced_steps_equal_those_that_are_not(mode, monkeypatch):
         "compile",
         lambda function, *, options, **kwargs: inductor(function, backend="aot_eager", **kwargs),
     )
-    kwargs = dict(output="torch", outcome_noise=0.1, allow_stop=True, autoreset_mode=mode)
+    kwargs = dict(output="torch", outcome_noise=0.1, allow_stop=True, observe_belief=True)
+    kwargs["autoreset_mode"] = mode
     env, twin = make(compile=True, **kwargs), make(**kwargs)
     actions = sampled(env, 5)
     one, other = rollout(env, actions), rollout(twin, actions)
@@ -254,20 +257,23 @@ def test_traced_steps_equal_those_that_are_not(mode, monkeypatch):
 
 
 def test_loaded_state_continues_as_the_saved_one_and_another_layout_is_refused():
-    env, again = make(outcome_noise=0.1), make(outcome_noise=0.1)
+    env, again = (make(outcome_noise=0.1, observe_belief=True) for _ in range(2))
     env.reset(seed=0)
     actions = sampled(env, 6)
     env.step(actions[0])
     saved = copy.deepcopy(env.state_dict())
-    assert {"response", "history", "best_measured"} <= saved.keys()
+    assert {"response", "history", "best_measured", "belief"} <= saved.keys()
     again.load_state_dict(saved)
     for action in actions[1:]:
         assert_same(again.step(action), env.step(action))
     other = make(horizon=4)
+    message = r"'belief' is a \(3, 6, 7\) tensor of torch.float32; expected \(3, 6, 0\) of"
+    with pytest.raises(ValueError, match=message):
+        make().load_state_dict(saved)
     message = r"'history' is a \(3, 3, 40\) tensor of torch.float32; expected \(3, 4, 40\) of"
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved)
-    with pytest.raises(ValueError, match=r"^state has \['best_measured', .*; expected \['best_sc"):
+    with pytest.raises(ValueError, match=r"^state has \['belief', .*; expected \['best_sc"):
         HydrogelVectorEnv(3, horizon=3).load_state_dict(saved)
 
 
