@@ -88,6 +88,11 @@ class Cohort:
             )
         return self._row_of[patient_id]
 
+    def first(self, count: int) -> Cohort:
+        """The first patients of the table, or all if there are no more."""
+        rows = slice(count)
+        return Cohort(self.patient_ids[rows], self.features[rows], self.extra[rows], self.name)
+
     @cached_property
     def has_whole_number_ids(self) -> bool:
         """Whether any id is a whole number, so that a number may mean an id."""

@@ -17,7 +17,6 @@ from hydrogel_gym.problem.fields import PATIENT_FIELDS, Design, Outcomes
 from hydrogel_gym.problem.reward import compute_reward
 from hydrogel_gym.runs.evaluation import SEED, DesignPolicy
 
-NUM_PATIENTS = 200  # the clairvoyant takes 0.05 s for each
 AT_ONCE = 32
 
 
@@ -35,10 +34,10 @@ def figures_after_checks(
     Returns:
         `regret_after_checks`, of the best design of the first 1 to H checks, and
         `no_learning_regret`, of one design: each a dict of `mean`, `median` and `p95` over the
-        first 200 patients; and `regret_patients`, how many there were.
+        patients; and `regret_patients`, how many there are.
     """
     obs, info = envs.reset(seed=SEED)
-    patients, response = obs[:NUM_PATIENTS, : len(PATIENT_FIELDS)], info["response"][:NUM_PATIENTS]
+    patients, response = obs[:, : len(PATIENT_FIELDS)], info["response"]
     scores: list[Tensor] = []
     tried: list[Tensor] = []  # polymers
     problem: Any = envs.unwrapped.problem  # type: ignore[attr-defined]
@@ -50,7 +49,7 @@ def figures_after_checks(
     for _ in range(horizon):
         action, _ = policy(obs, None)
         # What a step reports was measured; its reward may be an improvement, or less a cost.
-        design = Design(*(action[name][:NUM_PATIENTS] for name in Design._fields))
+        design = Design(*(action[name] for name in Design._fields))
         known = [polymer_id == design.polymer_id for polymer_id in tried]
         scores.append(true_score(design, ~torch.stack(known).any(0) if known else True))
         tried.append(design.polymer_id)

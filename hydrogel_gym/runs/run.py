@@ -369,7 +369,7 @@ class Run:
             lambda: Outcome(
                 summary,
                 output_dir / POLICY_FILE,
-                self.cohorts["train"],
+                self.cohorts["train"].first(self.sets["train"].envs.num_envs),
                 policy_designs(self.policy, self.sets["train"].envs),
             )
         )

@@ -79,6 +79,15 @@ def test_regrets_are_those_of_the_best_design_so_far_and_of_the_best_predicted_o
     assert two[0] == pytest.approx((lost + regret[2].item()) / 3, abs=1e-5)
 
 
+def test_of_each_cohort_the_first_200_patients_are_evaluated(tmp_path):
+    cohorts = {name: load_cohort(name) for name in ("train", "holdout")}
+    problem, place = ProblemOptions(ADAPTIVE, horizon=2), torch.device("cpu")
+    sets = evaluation.evaluation_sets(problem, cohorts, place, cache_dir=tmp_path)
+    for name, each in sets.items():
+        obs, _ = each.envs.reset(seed=evaluation.SEED)
+        assert obs[:, :11].equal(cohorts[name].features[:200].float())
+
+
 def test_every_evaluation_is_of_the_same_patients_and_responses(three):
     def policy(obs, generator):
         design = {"polymer_id": torch.zeros(3, dtype=torch.int64)}
