@@ -4,8 +4,9 @@
     python train/report.py runs/quick-s1 runs/quick-s2      # writes runs/comparison.html
 
 The page of one run shows what was run, its learning curves, which designs the policy chooses for
-the patients it was trained on, and each of those patients. A run directory that lacks files, that
-is still being written or that was interrupted gives a page that says what it cannot show.
+the patients it was trained on, and each of those patients; of a run in HydrogelAdapt-v0 one
+patient's episode instead. A run directory that lacks files, that is still being written or that was
+interrupted gives a page that says what it cannot show.
 Runs that differ by nothing but the seed are one group of a comparison, shown as mean ± standard
 deviation. The pages are made in `hydrogel_gym.report`.
 """

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from hydrogel_gym.errors import UsageError
 from hydrogel_gym.report.analysis import design_patients
+from hydrogel_gym.report.episode import adaptive_sections
 from hydrogel_gym.report.labels import final_figure
 from hydrogel_gym.report.patient_view import patient_data, shown_rows, table_html
 from hydrogel_gym.report.reading import SavedRun
@@ -26,7 +27,7 @@ from hydrogel_gym.report.sections import (
     terms_section,
     what_was_run,
 )
-from hydrogel_gym.runs.options import BUILT_IN
+from hydrogel_gym.runs.options import ADAPTIVE, BUILT_IN
 
 TEMPLATE = files("hydrogel_gym.report") / "page.html"
 
@@ -65,16 +66,20 @@ def outcome_model(config: dict[str, Any]) -> str:
 def run_page(run: SavedRun) -> bytes:
     """The page of one run."""
     patients = None
+    is_adaptive = run.config.get("env_id") == ADAPTIVE
     run.gaps += run.policy_gaps
     if run.policy and run.config:
         try:
             patients = design_patients(run)
         except UsageError as error:
-            run.gaps.append(f"Nothing is shown of patients: {error}.")
+            whom = "training patients" if is_adaptive else "patients"
+            run.gaps.append(f"Nothing is shown of {whom}: {error}.")
     if run.policy and not run.config:
         run.gaps.append("Nothing is shown of patients, since the settings of the run are unknown.")
     sections = [what_was_run(run), learning_section(run), terms_section(run)]
     sections.append(polymer_section(run, patients))
+    if is_adaptive:
+        sections += adaptive_sections(run)
     if patients:
         sections += [formulation_section(patients), safety_section(patients)]
         sections += [regret_section(patients), prediction_section(patients, run.summary)]

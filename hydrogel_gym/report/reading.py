@@ -34,23 +34,31 @@ from hydrogel_gym.runs.directory import (
 from hydrogel_gym.runs.evaluation import DesignPolicy
 from hydrogel_gym.runs.identity import patients_of
 from hydrogel_gym.runs.policies import agent_of, load_policy
+from hydrogel_gym.runs.summary import REGRETS
 from hydrogel_gym.runs.uncertainty import Calibration
 
 MakeAgent = Callable[
     ..., Any
-]  # a policy's class: an `nn.Module` that has `design`, a `DesignPolicy`
+]  # a policy's class: an `nn.Module` that has `design`, a `DesignPolicy`, `value` and heads
 
 # What the page computes with, of both JSON files; all else is only printed.
 KINDS = dict(num_iterations=int, horizon=int, env_id=str, iterations=int, versions=dict)
+KINDS |= dict.fromkeys(REGRETS, dict)  # by statistic
 
 
 class SavedPolicy(NamedTuple):
     """A policy, and where it was found."""
 
-    design: DesignPolicy
+    agent: Any  # what `MakeAgent` makes
     config: dict[str, Any]
     origin: str
     calibration: Calibration | None = None  # of a finished run that had an oracle
+
+    @property
+    def design(self) -> DesignPolicy:
+        """The policy as what designs."""
+        design: DesignPolicy = self.agent.design
+        return design
 
 
 @dataclass
@@ -216,7 +224,7 @@ def read_policy(run: SavedRun, checkpoint: dict[str, Any] | None, make_agent: Ma
             found = saved.get("regret_calibration")
             calibration = Calibration(**found) if found else None
             config = saved["training_config"]
-            run.policy = SavedPolicy(agent.design, config, path.name, calibration)
+            run.policy = SavedPolicy(agent, config, path.name, calibration)
             run.patients_digest = saved.get("origin", {}).get(patients_of("train"))
             return
         except UsageError as error:
@@ -233,7 +241,7 @@ def read_policy(run: SavedRun, checkpoint: dict[str, Any] | None, make_agent: Ma
         run.policy_gaps.append(as_sentence(error))
         return
     origin = f"{CHECKPOINTS}/{checkpoint_name(iteration)}"
-    run.policy = SavedPolicy(agent.design, checkpoint["args"], origin)
+    run.policy = SavedPolicy(agent, checkpoint["args"], origin)
     run.policy_gaps.append(
         f"The designs are those of the policy at iteration {iteration:,} ({origin})."
     )
