@@ -113,7 +113,7 @@ SHORT |= dict(ent_coef=0.1, temperature=0.3, patient_baseline=True)
 ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_envs=1000)
 # A design is worth its score alone, so that each check is the best that is known by then.
 ADAPT |= dict(gamma=0.0, patient_assignment="random", limit_margin=0.0, penalty_scale=1.0)
-ADAPT |= dict(observe_belief=True)
+ADAPT |= dict(observe="response")
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),

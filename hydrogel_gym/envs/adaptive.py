@@ -7,13 +7,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from hydrogel_gym.envs.codec import check_choice
 from hydrogel_gym.envs.design_problem import DesignProblem
 from hydrogel_gym.envs.manual import with_numbers
 from hydrogel_gym.envs.rendering import RenderMode
@@ -28,12 +29,11 @@ from hydrogel_gym.envs.stop import StoppingCodec
 from hydrogel_gym.envs.vector import Dtype, HydrogelVectorEnv, Output
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.models.mechanistic import MechanisticModel
-from hydrogel_gym.problem.adaptive import SLOT_WIDTH, AdaptiveParams, slot_fields
-from hydrogel_gym.problem.belief import belief_fields
+from hydrogel_gym.problem.adaptive import AdaptiveParams, Observe, slot_fields
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.problem.dynamics import Step
-from hydrogel_gym.problem.fields import OUTCOME_FIELDS
-from hydrogel_gym.problem.response import MAX_RESPONSE_SD
+from hydrogel_gym.problem.fields import OUTCOME_FIELDS, Field
+from hydrogel_gym.problem.response import MAX_RESPONSE_SD, RESPONSE_FIELDS, ResponseField
 from hydrogel_gym.problem.reward import RewardConfig
 from hydrogel_gym.problem.state import PatientAssignment, RewardMode, State
 
@@ -56,11 +56,12 @@ class AdaptiveOptions:
     allow_stop: bool
     check_cost: float
     reveal_response: bool
-    observe_belief: bool
+    observe: Observe
 
     def __post_init__(self) -> None:
         _check_number("response_sd", self.response_sd, MAX_RESPONSE_SD)
         _check_number("check_cost", self.check_cost)
+        check_choice("observe", self.observe, get_args(Observe))
         noise_deviations(self.outcome_noise)
 
 
@@ -121,18 +122,19 @@ class AdaptiveProblem(DesignProblem):
                 noise,
                 horizon,
                 options.check_cost,
-                options.observe_belief,
+                options.observe,
                 self.params.patients,
             ),
+            # Without a history nothing else says for which polymers the bonus was paid.
+            observe_explored=not self._slot,
         )
-        config = self.params.reward_config
         self.observation_space = observation_space(
             self.obs_format,
             horizon=horizon,
-            max_score=config.max_score,
-            observe_explored=False,
-            slot=slot_fields(config),
-            belief=belief_fields() if options.observe_belief else (),
+            max_score=self.params.reward_config.max_score,
+            observe_explored=self.params.observe_explored,
+            slot=self._slot,
+            response=() if self._slot else tuple(map(response_field, RESPONSE_FIELDS)),
         )
         if options.allow_stop:
             action_format = self.actions.action_format
@@ -141,24 +143,28 @@ class AdaptiveProblem(DesignProblem):
     @property
     def history_size(self) -> int:
         """Numbers of the history in an observation."""
-        return self.params.horizon * SLOT_WIDTH + self._belief_width
+        return self.params.horizon * len(self._slot)
 
     @property
-    def _belief_width(self) -> int:
-        return len(belief_fields()) if self.options.observe_belief else 0
+    def _slot(self) -> tuple[Field, ...]:
+        is_observed = self.options.observe == "history"
+        return slot_fields(self.params.reward_config) if is_observed else ()
 
     def group(self, obs: Tensor) -> Tensor | dict[str, Tensor]:
         """A (B, F) observation in the chosen format (views, no copy)."""
-        return (
-            obs
-            if self.obs_format == "box"
-            else split_observation(obs, SLOT_WIDTH, self._belief_width)
-        )
+        if self.obs_format == "box":
+            return obs
+        return split_observation(obs, len(self._slot), 0 if self._slot else len(RESPONSE_FIELDS))
 
     def revealed(self, state: State) -> Tensor:
         """(B, R) a copy of the responses of the episodes of a state."""
         assert state.checks  # an adaptive problem has no other states
         return state.checks.response.clone()
+
+
+def response_field(factor: ResponseField) -> Field:
+    """The column of an observation that has a factor of the response."""
+    return Field(factor.name, factor.low, factor.high, "factor as observed")
 
 
 @with_numbers
@@ -201,11 +207,15 @@ class HydrogelAdaptEnv(HydrogelEnv):
 
     `obs_format="dict"` has the groups of `HydrogelEnv` and `history`, (`horizon`, $slot_width).
 
-    `observe_belief=True` appends $belief_width numbers (in the dict `belief`): an estimate of each
-    factor from what was measured so far, then the standard deviation of each. They are those of an
-    iterated extended Kalman filter, which begins with mean and variance of the prior and has the
-    built-in model's equations, so that a policy need not learn these. They add nothing to patient
-    and history but convenience.
+    With another `observe` than `"history"` the slots are replaced by $num_polymers entries, 1 for
+    each polymer used in this episode, and the $num_responses factors (in the dict
+    `explored_polymers` and `response`), so that a policy need not learn what measurements mean:
+
+    - `"estimate"`: the means of a Gaussian belief, which an iterated extended Kalman filter has
+      from the prior, the checks and the built-in model's equations.
+    - `"sample"`: a draw from that belief, another one before each check. Who designs for it what is
+      best explores by posterior sampling.
+    - `"response"`: the hidden response itself, to train a policy that is then given a sample.
 
     The response is not observed: this is a partially observable problem. It is Markov in the belief
     about the response, and since the prior is fixed and a transition depends on nothing else that
@@ -244,7 +254,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
     | `allow_stop` | bool | `False` | add `stop` to the action |
     | `check_cost` | float | `0.0` | what a check takes off the reward, 0 or more |
     | `reveal_response` | bool | `False` | have the hidden response in `info` |
-    | `observe_belief` | bool | `False` | append estimates of the response, with deviations |
+    | `observe` | str | `"history"` | `history`, `estimate`, `sample`, `response` |
     | `horizon` | int | `8` | checks per episode |
     | `cohort` | None, path, `Cohort` | `None` | patients; None is the shipped 2,000 |
     | `reward_model` | str, callable | `"mechanistic"` | the built-in model; no other responds |
@@ -271,7 +281,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
         allow_stop: bool = False,
         check_cost: float = 0.0,
         reveal_response: bool = False,
-        observe_belief: bool = False,
+        observe: Observe = "history",
         device: str | torch.device = "cpu",
         horizon: int = 8,
         cohort: Cohort | str | os.PathLike[str] | None = None,
@@ -284,7 +294,7 @@ class HydrogelAdaptEnv(HydrogelEnv):
         render_mode: RenderMode | None = None,
     ) -> None:
         self._options = AdaptiveOptions(
-            response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe_belief
+            response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe
         )
         super().__init__(
             device=device,
@@ -326,7 +336,7 @@ class HydrogelAdaptVectorEnv(HydrogelVectorEnv):
 
     Args:
         num_envs: B.
-        response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe_belief: as for
+        response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe: as for
             `HydrogelAdaptEnv`. With `reveal_response` the info has `response`, (B, R): where an
             episode begins that of the new one, as `patient_index` is.
         device, horizon, cohort, reward_model, reward_config: likewise.
@@ -349,7 +359,7 @@ class HydrogelAdaptVectorEnv(HydrogelVectorEnv):
         allow_stop: bool = False,
         check_cost: float = 0.0,
         reveal_response: bool = False,
-        observe_belief: bool = False,
+        observe: Observe = "history",
         device: str | torch.device = "cpu",
         horizon: int = 8,
         cohort: Cohort | str | os.PathLike[str] | None = None,
@@ -368,7 +378,7 @@ class HydrogelAdaptVectorEnv(HydrogelVectorEnv):
         max_episode_steps: int | None = None,
     ) -> None:
         self._options = AdaptiveOptions(
-            response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe_belief
+            response_sd, outcome_noise, allow_stop, check_cost, reveal_response, observe
         )
         super().__init__(
             num_envs,

@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from hydrogel_gym.envs.spaces import FLAT_ACTION_DIM, FORMULATION_LEVELS, episode_fields
 from hydrogel_gym.problem.adaptive import slot_fields
-from hydrogel_gym.problem.belief import belief_fields
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
@@ -88,7 +87,6 @@ def _adaptive_numbers(config: RewardConfig, slot_start: int) -> dict[str, object
     return {
         "slot_start": slot_start,
         "slot_width": len(slot),
-        "belief_width": len(belief_fields()),
         "adapt_horizon": horizon,
         "adapt_obs_dim": slot_start + horizon * len(slot),
         "slot_rows": _table(

@@ -58,7 +58,7 @@ def observation_space(
     max_score: float,
     observe_explored: bool,
     slot: tuple[Field, ...] = (),
-    belief: tuple[Field, ...] = (),
+    response: tuple[Field, ...] = (),
 ) -> spaces.Box | spaces.Dict:
     """Space of one observation.
 
@@ -68,7 +68,7 @@ def observation_space(
         max_score: upper bound of `current_best_score`.
         observe_explored: append one 0/1 entry per polymer, 1 once it was used in the episode.
         slot: append a history of `horizon` slots with these fields each.
-        belief: append these fields after it.
+        response: append these factors.
 
     Raises:
         ValueError: `obs_format` is unknown.
@@ -84,24 +84,26 @@ def observation_space(
         "iteration": (iteration,),
     } | ({"explored_polymers": mask} if observe_explored else {})
     if obs_format == "box":
-        return spaces.Box(*bounds((*sum(groups.values(), ()), *slot * horizon, *belief)))
+        return spaces.Box(*bounds((*sum(groups.values(), ()), *slot * horizon, *response)))
     boxes: dict[str, spaces.Space[Any]]
     boxes = {name: spaces.Box(*bounds(fields)) for name, fields in groups.items()}
     if slot:
         low, high = (np.tile(bound, (horizon, 1)) for bound in bounds(slot))
         boxes["history"] = spaces.Box(low, high)
-    if belief:
-        boxes["belief"] = spaces.Box(*bounds(belief))
+    if response:
+        boxes["response"] = spaces.Box(*bounds(response))
     return spaces.Dict(boxes)
 
 
-def split_observation(obs: Tensor, slot_width: int = 0, belief_width: int = 0) -> dict[str, Tensor]:
+def split_observation(
+    obs: Tensor, slot_width: int = 0, response_width: int = 0
+) -> dict[str, Tensor]:
     """Group a (..., F) observation as the `dict` format does (views, no copy).
 
     Args:
         obs: as the `box` format has it.
         slot_width: of a history, if it has one, which then is (..., slots, slot_width).
-        belief_width: columns of a belief after it.
+        response_width: columns of a response at its end.
     """
     num_patient_fields = len(PATIENT_FIELDS)
     groups = {
@@ -112,12 +114,12 @@ def split_observation(obs: Tensor, slot_width: int = 0, belief_width: int = 0) -
     }
     rest = obs[..., num_patient_fields + 2 :]
     if slot_width:
-        end = rest.shape[-1] - belief_width
-        groups["history"] = rest[..., :end].unflatten(-1, (-1, slot_width))
-        if belief_width:
-            groups["belief"] = rest[..., end:]
+        groups["history"] = rest.unflatten(-1, (-1, slot_width))
     elif rest.shape[-1]:
-        groups["explored_polymers"] = rest
+        explored = rest.shape[-1] - response_width
+        groups["explored_polymers"] = rest[..., :explored]
+        if response_width:
+            groups["response"] = rest[..., explored:]
     return groups
 
 

@@ -174,7 +174,7 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
         self._bytes_per_env = bytes_per_env(
             compiled=compile,
             numpy=output == "numpy",
-            explored=observe_explored,
+            explored=self.problem.params.observe_explored,
             grouped=obs_format == "dict",
             history=self.problem.history_size,
         )

@@ -8,12 +8,12 @@ response, K outcomes, L levels of a draw.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hydrogel_gym.problem.belief import belief_columns, prior_belief
+from hydrogel_gym.problem.belief import prior_belief, sample_belief
 from hydrogel_gym.problem.fields import (
     COVERAGES,
     FORMULATION_FIELDS,
@@ -27,6 +27,8 @@ from hydrogel_gym.problem.response import draw_response, response_levels
 from hydrogel_gym.problem.reward import RewardConfig
 from hydrogel_gym.problem.streams import draw_levels, level_middles
 
+# What an observation ends with: the checks, or factors of the response.
+Observe = Literal["history", "estimate", "sample", "response"]
 # An observation has finite bounds; at this logit a probability is 0 or 1 to float32.
 _MAX_LOGIT = 40.0
 # What can be measured of each outcome: its physical range.
@@ -69,10 +71,10 @@ class Checks(NamedTuple):
 
     response: Tensor  # (B, R), factors of this episode; hidden
     # (B, H, W), of which only what was tried in this episode counts: nothing at its beginning, and
-    # the slots from `iteration` on are 0 after its first check.
+    # the slots from `iteration` on are 0 after its first check. (B, 0, W) where it is not observed.
     history: Tensor
     best_measured: Tensor  # (B,), max(0, scores measured in this episode)
-    belief: Tensor  # (B, R, 1 + R), see `belief`; (B, R, 0) where none is observed
+    belief: Tensor  # (B, R, 1 + R), mean and root, see `belief`; (B, R, 0) where none is observed
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,16 +85,18 @@ class AdaptiveParams:
         response_levels: (L, R), see `response.response_levels`.
         normal_levels: (L,), the middles of equally likely parts of a standard normal distribution.
         outcome_noise: K deviations of measured outcomes, each in the outcome's unit.
-        horizon: H.
+        num_slots: H, or 0 where no history is observed.
         prior: (R, 1 + R), see `belief.prior_belief`; (R, 0) where no belief is observed.
+        observe: what an observation ends with.
         check_cost: what each check takes off the reward.
     """
 
     response_levels: Tensor
     normal_levels: Tensor
     outcome_noise: tuple[float, ...]
-    horizon: int
+    num_slots: int
     prior: Tensor
+    observe: Observe = "history"
     check_cost: float = 0.0
 
     @classmethod
@@ -102,7 +106,7 @@ class AdaptiveParams:
         outcome_noise: tuple[float, ...],
         horizon: int,
         check_cost: float,
-        observe_belief: bool,
+        observe: Observe,
         like: Tensor,
     ) -> AdaptiveParams:
         """Parameters with tables in the dtype and on the device of a tensor."""
@@ -113,8 +117,9 @@ class AdaptiveParams:
             response_levels=levels.to(like),
             normal_levels=normal.to(like),
             outcome_noise=outcome_noise,
-            horizon=horizon,
-            prior=(prior if observe_belief else prior[:, :0]).to(like),
+            num_slots=horizon if observe == "history" else 0,
+            prior=(prior if observe in ("estimate", "sample") else prior[:, :0]).to(like),
+            observe=observe,
             check_cost=check_cost,
         )
 
@@ -129,20 +134,35 @@ class AdaptiveParams:
         """
         response = draw_response(seed, episode, self.response_levels)
         if history is None:
-            history = response.new_zeros(seed.shape[0], self.horizon, SLOT_WIDTH)
+            history = response.new_zeros(seed.shape[0], self.num_slots, SLOT_WIDTH)
         belief = self.prior.expand(seed.shape[0], -1, -1).clone()
         return Checks(response, history, response.new_zeros(seed.shape[0]), belief)
 
 
 def with_history(columns: Tensor, checks: Checks, iteration: Tensor) -> Tensor:
-    """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step.
-
-    With a belief, (B, F + H W + 2 R).
-    """
-    known = checks.belief if checks.belief.shape[-1] else None
-    last = columns[:, :0] if known is None else belief_columns(known)
-    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype), last)
+    """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step."""
+    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype))
     return joined
+
+
+def observed_response(
+    checks: Checks, params: AdaptiveParams, seed: Tensor, episode: Tensor, step: Tensor
+) -> Tensor:
+    """(B, R) factors as they are observed: the true ones, their estimates, or a draw of the belief.
+
+    Args:
+        checks: what was measured so far.
+        params: what is observed.
+        seed: (B,) int64 stream keys; a draw depends on these three and the belief alone.
+        episode: (B,) int64 counters.
+        step: (B,) int64, checks so far.
+    """
+    if params.observe == "response":
+        return checks.response
+    if params.observe == "estimate":
+        return checks.belief[..., 0]
+    levels = draw_levels(checks.response.shape[-1], seed, episode, step, 1)
+    return sample_belief(checks.belief, params.normal_levels[levels])
 
 
 def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
@@ -156,13 +176,13 @@ def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
 @torch.library.custom_op(
     "hydrogel_gym::join_history",
     mutates_args=(),
-    schema="(Tensor columns, Tensor history, Tensor has_begun, Tensor last) -> Tensor",
+    schema="(Tensor columns, Tensor history, Tensor has_begun) -> Tensor",
 )
-def _join(columns: Tensor, history: Tensor, has_begun: Tensor, last: Tensor) -> Tensor:
-    begin, end = columns.shape[-1], columns.shape[-1] + history[0].numel()
-    joined = columns.new_empty(len(columns), end + last.shape[-1])
-    joined[:, :begin], joined[:, end:] = columns, last
-    torch.mul(history.flatten(1), has_begun, out=joined[:, begin:end])
+def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+    num = columns.shape[-1]
+    joined = columns.new_empty(len(columns), num + history[0].numel())
+    joined[:, :num] = columns
+    torch.mul(history.flatten(1), has_begun, out=joined[:, num:])
     return joined
 
 
@@ -186,9 +206,8 @@ def _record(
 
 
 @_join.register_fake
-def _(columns: Tensor, history: Tensor, has_begun: Tensor, last: Tensor) -> Tensor:
-    width = columns.shape[1] + history[0].numel() + last.shape[1]
-    return columns.new_empty(columns.shape[0], width)
+def _(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+    return columns.new_empty(columns.shape[0], columns.shape[1] + history[0].numel())
 
 
 @_record.register_fake
@@ -227,8 +246,10 @@ def recorded(
     outcomes: Outcomes,
     score: Tensor,
 ) -> Tensor:
-    """(B, H, W) history with the slot of this check filled."""
+    """(B, H, W) history with the slot of this check filled, if it has any."""
     num_envs, horizon, _ = history.shape
+    if not horizon:
+        return history
     rows = zip(outcomes, MEASURED_FIELDS, strict=True)
     columns = [*(x.clamp(item.low, item.high) for x, item in rows), score]
     # Finite also for an action that is not allowed; times 0 it would not be blank.

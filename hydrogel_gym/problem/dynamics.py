@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hydrogel_gym.problem import checking
-from hydrogel_gym.problem.adaptive import with_history
+from hydrogel_gym.problem.adaptive import observed_response, with_history
 from hydrogel_gym.problem.fields import FORMULATION_FIELDS, Design, Outcomes
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.reward import (
@@ -117,8 +117,12 @@ def observation(state: State, params: EnvParams) -> Tensor:
     ]
     if params.observe_explored:
         columns.append(explored_polymers(state).to(patients.dtype))
-    joined = torch.cat(columns, dim=-1)
-    return with_history(joined, checks, state.iteration) if checks else joined
+    if params.adaptive is None or not checks:
+        return torch.cat(columns, dim=-1)
+    if params.adaptive.observe == "history":
+        return with_history(torch.cat(columns, dim=-1), checks, state.iteration)
+    draw = (state.seed, state.episode, state.iteration)
+    return torch.cat([*columns, observed_response(checks, params.adaptive, *draw)], -1)
 
 
 def clip_formulation(formulation: Tensor) -> Tensor:

@@ -65,7 +65,7 @@ def play(policy: DesignPolicy, envs: gym.vector.VectorEnv, horizon: int) -> Epis
         before = obs
         action, _ = policy(obs, None)
         obs, _, _, _, info = envs.step(action)
-        measured = (at_step(info, name) for name in MEASURED)
+        measured = [at_step(info, name) for name in MEASURED]
         steps.append((before, *(action[name] for name in Design._fields), *measured))
     observed, polymer_id, formulation, coverage, *measured = map(
         torch.stack, zip(*steps, strict=True)

@@ -50,11 +50,13 @@ def make_envs(
         RewardModelError: the reward model cannot be used.
         UsageError: the id is of an environment that does not take these arguments or values.
     """
-    settings = ("reward_mode", "response_sd", "outcome_noise", "check_cost", "observe_belief")
+    settings = ("reward_mode", "response_sd", "outcome_noise", "check_cost", "observe")
     values = {name: getattr(problem, name) for name in settings}
     given: dict[str, Any] = {name: x for name, x in values.items() if x is not None}
     if problem.env_id == ADAPTIVE and not num_envs:
         given["reveal_response"] = True  # what a policy is compared with knows it
+        if problem.observe == "response":
+            given["observe"] = "sample"
     if problem.reward_model is not None or problem.pessimism is not None:
         given["reward_model"] = load_reward_model(
             problem.reward_model_name, device, pessimism=problem.pessimism

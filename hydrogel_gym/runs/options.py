@@ -64,8 +64,9 @@ class ProblemOptions:
     """deviation of each of the six measured outcomes, in its unit"""
     check_cost: float | None = None
     """what a check takes off the reward"""
-    observe_belief: bool | None = None
-    """whether the observation ends with what the checks say of the response"""
+    observe: Literal["history", "estimate", "sample", "response"] | None = None
+    """what an observation ends with; trained with the response, a policy is evaluated with samples
+    of what the checks say of it"""
 
     @property
     def reward_model_name(self) -> str:

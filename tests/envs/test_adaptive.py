@@ -112,9 +112,10 @@ def test_without_response_noise_and_cost_it_is_the_first_environment_bit_for_bit
         dict(reveal_response=True),
         dict(outcome_noise=0.5, obs_format="dict", allow_stop=True, check_cost=0.25),
         dict(action_format="multidiscrete", allow_stop=True, reward_mode="score"),
-        dict(observe_belief=True, obs_format="dict"),
+        dict(observe="sample", obs_format="dict", outcome_noise=0.1),
+        dict(observe="estimate", allow_stop=True),
     ],
-    ids=["revealed", "noisy", "discrete", "belief"],
+    ids=["revealed", "noisy", "discrete", "sample", "estimate"],
 )
 def test_vector_agrees_with_gymnasiums_own_over_single_ones_and_tensors_with_arrays(mode, settings):
     ours = make(autoreset_mode=mode, **settings)
@@ -157,6 +158,40 @@ def test_history_has_designs_and_outcomes_of_the_revealed_response_in_their_orde
         assert obs["current_best_score"] == best
         assert not obs["history"][step + 1 :].any()
     assert terminated
+
+
+def test_without_a_history_polymers_used_and_factors_are_observed():
+    envs = {name: make(observe=name, reveal_response=True) for name in ("response", "estimate")}
+    actions = sampled(envs["response"], 2)
+    for name, env in envs.items():
+        env.reset(seed=0)
+        for action in actions:
+            obs, *_, info = env.step(action)
+        used, factors = obs[:, 13:37], obs[:, 37:]
+        assert obs.shape == (3, 43) == env.observation_space.shape
+        for row in range(3):
+            tried = {int(action["polymer_id"][row]) for action in actions}
+            assert set(used[row].nonzero()[0].tolist()) == tried
+        error = np.abs(factors - info["response"])
+        assert error.max() == 0.0 if name == "response" else error[:, 4:].max() < 0.05 < error.max()
+
+
+def test_a_sample_is_another_draw_before_each_check_with_the_spread_of_the_belief():
+    env = HydrogelAdaptVectorEnv(
+        2000, observe="sample", reveal_response=True, output="torch", autoreset_mode="Disabled"
+    )
+    first, info = env.reset(seed=0)
+    before, response = first[:, -6:], info["response"]
+    torch.testing.assert_close(before.mean(0), response.mean(0), rtol=0.05, atol=0)
+    design = {"polymer_id": torch.full((2000,), 9), "coverage": torch.full((2000,), 3)}
+    design["formulation"] = torch.tensor([15.0, 60.0, 0.3, 2.0]).expand(2000, -1)
+    one, two = (env.step(design)[0][:, -6:] for _ in range(2))
+    assert not one.equal(two)
+    # Toxicity is known after a check, the gain of one pathway is not.
+    error = [(x - response).square().mean(0).sqrt() for x in (before, one, two)]
+    assert error[1][4] < 0.05 * error[0][4]
+    assert 0.5 * error[0][1] < error[1][1] < 0.99 * error[0][1]
+    torch.testing.assert_close(error[1], error[2], rtol=0.1, atol=0.02)
 
 
 def test_responses_differ_between_episodes_and_seeds_and_hide_unless_revealed():
@@ -213,8 +248,9 @@ def test_stop_ends_the_episode_without_a_check_and_costs_nothing(action_format):
     assert obs[:, 12].tolist() == [1.0, 0.0, 1.0]
 
 
+@pytest.mark.parametrize("observe", ["history", "estimate", "sample", "response"])
 @pytest.mark.parametrize("mode", MODES)
-def test_steps_and_resets_run_on_a_device_without_values(mode):
+def test_steps_and_resets_run_on_a_device_without_values(mode, observe):
     def trace(device: str) -> list[torch.Tensor]:
         env = make(
             device=device,
@@ -224,7 +260,7 @@ def test_steps_and_resets_run_on_a_device_without_values(mode):
             outcome_noise=0.1,
             allow_stop=True,
             reveal_response=True,
-            observe_belief=True,
+            observe=observe,
             obs_format="dict",
         )
         action = tree_map(lambda x: torch.from_numpy(x).to(device), sampled(env, 1)[0])
@@ -240,15 +276,23 @@ def test_steps_and_resets_run_on_a_device_without_values(mode):
 
 @pytest.mark.torch("2.10")
 @pytest.mark.filterwarnings("ignore:.torch.jit.script:DeprecationWarning")
-@pytest.mark.parametrize("mode", MODES)
-def test_traced_steps_equal_those_that_are_not(mode, monkeypatch):
+@pytest.mark.parametrize(
+    ("mode", "observe"),
+    [
+        ("SameStep", "history"),
+        ("SameStep", "sample"),
+        ("NextStep", "estimate"),
+        ("Disabled", "history"),
+    ],
+)
+def test_traced_steps_equal_those_that_are_not(mode, observe, monkeypatch):
     inductor = torch.compile
     monkeypatch.setattr(
         torch,
         "compile",
         lambda function, *, options, **kwargs: inductor(function, backend="aot_eager", **kwargs),
     )
-    kwargs = dict(output="torch", outcome_noise=0.1, allow_stop=True, observe_belief=True)
+    kwargs = dict(output="torch", outcome_noise=0.1, allow_stop=True, observe=observe)
     kwargs["autoreset_mode"] = mode
     env, twin = make(compile=True, **kwargs), make(**kwargs)
     actions = sampled(env, 5)
@@ -257,7 +301,7 @@ def test_traced_steps_equal_those_that_are_not(mode, monkeypatch):
 
 
 def test_loaded_state_continues_as_the_saved_one_and_another_layout_is_refused():
-    env, again = (make(outcome_noise=0.1, observe_belief=True) for _ in range(2))
+    env, again = (make(outcome_noise=0.1) for _ in range(2))
     env.reset(seed=0)
     actions = sampled(env, 6)
     env.step(actions[0])
@@ -267,9 +311,9 @@ def test_loaded_state_continues_as_the_saved_one_and_another_layout_is_refused()
     for action in actions[1:]:
         assert_same(again.step(action), env.step(action))
     other = make(horizon=4)
-    message = r"'belief' is a \(3, 6, 7\) tensor of torch.float32; expected \(3, 6, 0\) of"
+    message = r"'history' is a \(3, 3, 40\) tensor of torch.float32; expected \(3, 0, 40\) of"
     with pytest.raises(ValueError, match=message):
-        make().load_state_dict(saved)
+        make(observe="sample").load_state_dict(saved)
     message = r"'history' is a \(3, 3, 40\) tensor of torch.float32; expected \(3, 4, 40\) of"
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved)
@@ -296,6 +340,10 @@ def no_model(patient, polymer_id, formulation, coverage):
         ({"check_cost": -1}, "check_cost is -1; allowed: a finite number, 0 or more"),
         ({"horizon": 0}, "horizon is 0; allowed: a whole number, 1 or more"),
         ({"reward_mode": "best"}, "reward_mode is 'best'; allowed: ('score', 'improvement')"),
+        (
+            {"observe": "belief"},
+            "observe is 'belief'; allowed: ('history', 'estimate', 'sample', 'resp",
+        ),
         ({"reward_model": no_model}, "allowed: 'mechanistic', or what returns a MechanisticModel"),
     ],
     ids=lambda value: "".join(value) if isinstance(value, dict) else "",

@@ -7,7 +7,7 @@ import torch
 
 from hydrogel_gym import HydrogelAdaptVectorEnv
 from hydrogel_gym.models.mechanistic import MechanisticModel
-from hydrogel_gym.problem.belief import belief_columns, belief_fields, prior_belief, updated_belief
+from hydrogel_gym.problem.belief import prior_belief, sample_belief, updated_belief
 from hydrogel_gym.problem.fields import OUTCOME_FIELDS, Design, Outcomes
 from hydrogel_gym.problem.response import RESPONSE_FIELDS, RESPONSE_NAMES, response_levels
 
@@ -17,10 +17,10 @@ EXACT = (0.0,) * len(OUTCOME_FIELDS)
 
 
 def checked(checks: int, noise: float = 0.0, design=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Observed belief, (B, 2 R), and the response, (B, R), after random or given designs."""
+    """Belief, (B, 2 R) means and deviations, and the response after random or given designs."""
     envs = HydrogelAdaptVectorEnv(
         NUM,
-        observe_belief=True,
+        observe="estimate",
         reveal_response=True,
         outcome_noise=noise,
         output="torch",
@@ -30,7 +30,9 @@ def checked(checks: int, noise: float = 0.0, design=None) -> tuple[torch.Tensor,
     obs, info = envs.reset(seed=1)
     for _ in range(checks):
         obs, *_ = envs.step(design or envs.action_space.sample())
-    return obs[:, -2 * R :], info["response"]
+    belief = envs.state_dict()["belief"]
+    assert obs[:, -R:].equal(belief[..., 0])
+    return torch.cat([belief[..., 0], belief[..., 1:].norm(dim=-1)], -1), info["response"]
 
 
 def test_before_a_check_it_is_the_prior_of_the_response():
@@ -85,11 +87,12 @@ def test_of_a_linear_model_it_is_the_posterior_in_closed_form():
     measured = prior[:, :, 0] @ slopes.T + 0.02 * torch.randn(5, 3, generator=generator)
     seen = Outcomes(*measured[:, [0, 0, 0, 1, 2, 0]].unbind(-1))
     found = updated_belief(prior, predict, seen, tuple(noise.values()))
-    precision = prior[0, :, 1:].inverse() + slopes.T @ slopes / 0.3**2
+    precision = (prior[0, :, 1:] @ prior[0, :, 1:].T).inverse() + slopes.T @ slopes / 0.3**2
     covariance = precision.inverse()
     pull = (measured - prior[:, :, 0] @ slopes.T) @ slopes / 0.3**2
     torch.testing.assert_close(found[..., 0], prior[..., 0] + pull @ covariance)
-    torch.testing.assert_close(found[..., 1:], covariance.expand(5, -1, -1))
+    root = found[..., 1:]
+    torch.testing.assert_close(root @ root.mT, covariance.expand(5, -1, -1))
 
 
 def test_outcomes_at_the_end_of_their_range_leave_it_finite_and_within_the_ranges():
@@ -105,17 +108,23 @@ def test_outcomes_at_the_end_of_their_range_leave_it_finite_and_within_the_range
     for extreme in (-1e3, 1e3):
         worst = Outcomes(*(torch.full((2,), extreme) for _ in Outcomes._fields))
         belief = updated_belief(belief, predict, worst, EXACT)
-    columns = belief_columns(belief)
-    low, high = (
-        torch.tensor([getattr(x, end) for x in belief_fields()]) for end in ("low", "high")
-    )
-    assert columns.isfinite().all()
-    assert ((columns >= low) & (columns <= high)).all()
+    low, high = torch.tensor([(x.low, x.high) for x in RESPONSE_FIELDS]).T
+    for factors in (belief[..., 0], sample_belief(belief, torch.full((2, R), 3.0))):
+        assert ((factors >= low) & (factors <= high)).all()  # and is a number
 
 
 @pytest.mark.parametrize("sd", [0.0, 0.6])
-def test_prior_has_the_mean_and_variance_of_the_levels_and_no_covariance(sd):
+def test_prior_has_the_mean_and_deviation_of_the_levels_and_no_covariance(sd):
     levels = response_levels(sd)
     prior = prior_belief(levels)
     torch.testing.assert_close(prior[:, 0], levels.mean(0))
-    torch.testing.assert_close(prior[:, 1:], levels.var(0, correction=0).diag())
+    torch.testing.assert_close(prior[:, 1:], levels.std(0, correction=0).diag())
+
+
+def test_samples_have_the_mean_and_covariance_of_the_belief():
+    generator = torch.Generator().manual_seed(0)
+    root = 0.05 * torch.randn(R, R, generator=generator)
+    belief = torch.cat([torch.full((R, 1), 1.5), root], -1).expand(20_000, -1, -1)
+    drawn = sample_belief(belief, torch.randn(20_000, R, generator=generator))
+    torch.testing.assert_close(drawn.mean(0), belief[0, :, 0], rtol=0, atol=4e-3)
+    torch.testing.assert_close(drawn.T.cov(), root @ root.T, rtol=0, atol=1e-3)
