@@ -91,21 +91,26 @@ def iteration(plan: Plan, compile: bool, graphs: bool, precision: str, products:
 
     def iterate(args: Args) -> float:
         began = time.perf_counter()
-        _, batch, _ = rollout(envs, agent, obs, args, generator, act)
-        losses = update(step, batch, args, generator)
+        _, batch, _ = roll_out[args.num_steps](obs)
+        losses = update(step, batch, args, learner.generator)
         float(losses["value_loss"])  # waits for the device
         return time.perf_counter() - began
 
     if on_cuda:
         torch.cuda.reset_peak_memory_stats()
     before = on_cuda and torch.cuda.memory_allocated()
-    with mock.patch.object(compiled, "Replayed", compiled.Replayed if graphs else lambda x: x):
-        began = time.perf_counter()
+    began = time.perf_counter()
+    has_graphs = compiled.has_graphs if graphs else lambda _: False
+    with mock.patch.object(compiled, "has_graphs", has_graphs):
         learner, act, step = make_learner(args, load_cohort(), device, runs.ALONE, compile)
-        envs, agent, generator = learner.envs, learner.agent, learner.generator
-        obs, _ = envs.reset(seed=args.seed)
-        iterate(tenth)  # records the graphs
-        first = time.perf_counter() - began
+    obs, _ = learner.envs.reset(seed=args.seed)
+    roll_out = {
+        each.num_steps: runs.recorded_rollout(rollout, step, learner, args=each, act=act)
+        for each in (tenth, args)
+    }
+    for each in (tenth, tenth, args, args):  # records the graphs
+        iterate(each)
+    first = time.perf_counter() - began
     whole = statistics.median(iterate(args) for _ in range(plan.rounds))
     short = statistics.median(iterate(tenth) for _ in range(plan.rounds))
     peak = on_cuda and torch.cuda.max_memory_allocated()

@@ -17,7 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from hydrogel_gym import HydrogelVectorEnv, RewardConfig, load_reward_model, oracle
+from hydrogel_gym import HydrogelVectorEnv, RewardConfig, load_reward_model, oracle, runs
 from hydrogel_gym.designs import sampling
 from hydrogel_gym.designs.schema import NUMBERS
 from hydrogel_gym.envs import wrappers
@@ -249,7 +249,10 @@ def test_an_iteration_of_the_trainer_reads_nothing_on_the_host(
 
 
 class Counted(TorchDispatchMode):
-    """Counts operations that would launch a kernel, and the new tensors of so many rows."""
+    """Counts operations that would launch a kernel, and the new tensors of so many rows.
+
+    Raises where a tensor is made on the host, from where it would be copied.
+    """
 
     def __init__(self, rows: int):
         super().__init__()
@@ -263,38 +266,63 @@ class Counted(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         given = memory((args, kwargs))
         new = {key: rows for key, rows in memory(result).items() if key not in given}
+        leaves = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)]
+        assert {x.device.type for x in leaves if x.dim()} <= {"meta"}, function
         self.operations += bool(new) or function._schema.is_mutable
         self.allocations += sum(rows == (self.rows,) for rows in new.values())
         return result
 
 
-@pytest.mark.torch("2.10")
-def test_on_a_gpu_an_update_is_one_replay_between_copies_and_takes_no_memory_of_the_size_of_a_batch(
-    ppo, small_run, tmp_path, monkeypatch, without_generators
-):
-    replays = []
-    graph = SimpleNamespace(replay=lambda: replays.append(1))
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: contextlib.nullcontext())
-    monkeypatch.setattr(compiled, "compile_function", lambda f, _: compiled.Replayed(f))
+@pytest.fixture
+def replays(monkeypatch, without_generators):
+    """Has the meta device record graphs as CUDA does; a line for each replay."""
+    replays, capturing = [], []
+
+    class Graph:
+        def replay(self):
+            replays.append(self)
+
+        def register_generator_state(self, generator):
+            assert not capturing
+
+    @contextlib.contextmanager
+    def capture(graph):
+        capturing.append(graph)
+        yield
+        capturing.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: bool(capturing))
+    monkeypatch.setattr(compiled, "has_graphs", lambda device: True)
+    monkeypatch.setattr(compiled, "CompiledFunction", lambda function, *_: function)
     monkeypatch.setattr(torch.optim.Adam, "step", lambda _: None)  # fused it is one operation more
     without_generators()
-    counted = {}
-    for minibatch_size in (48, 24):
-        args = small_run(tmp_path, num_steps=4, num_epochs=2, minibatch_size=minibatch_size)
-        learner = make_learner(ppo, args, ranks.ALONE, "meta", compile=True)
-        envs, agent, obs, step, generator = learner
-        replayed = compiled.Replayed(functools.partial(ppo.act, agent))
-        for _ in range(2):  # in the first graphs are recorded
+    return replays
+
+
+@pytest.mark.torch("2.10")
+def test_on_a_gpu_an_iteration_is_a_replay_of_its_rollout_and_one_of_each_epoch(
+    ppo, small_run, tmp_path, replays
+):
+    counted = []
+    for num_steps, minibatch_size in ((4, 48), (4, 24), (8, 24)):
+        sizes = dict(num_steps=num_steps, num_epochs=3, minibatch_size=minibatch_size)
+        args = small_run(tmp_path, patient_baseline=True, **sizes)
+        envs, agent, obs, step, generator = make_learner(ppo, args, ranks.ALONE, "meta", True)
+        learner = runs.Learner(envs, agent, {}, step.optimizer, generator)
+        act = compiled.compile_function(functools.partial(ppo.act, agent), obs.device)
+        act = functools.partial(lambda replayed, _, *inputs: replayed(*inputs), act)
+        roll_out = runs.recorded_rollout(ppo.rollout, step, learner, args=args, act=act)
+        for _ in range(3):  # the first runs as it is; in the second the graphs are recorded
             replays.clear()
-            inputs = (envs, agent, obs, args, generator, lambda _, *given: replayed(*given))  # noqa: B023
-            _, batch, _ = ppo.rollout(*inputs)
-            assert len(replays) in (2, args.num_steps)
-            replays.clear()
-            with Counted(len(batch.logprob)) as counts:
-                ppo.update(step, batch, args, generator)
-        counted[len(replays)] = counts
-    few, many = counted[8], counted[16]
-    # Eight parts of a minibatch go in; six figures and the gradient come out.
-    assert many.operations - few.operations == (16 - 8) * (8 + 7)
-    assert many.allocations == few.allocations > 0
+            with Counted(args.num_envs * num_steps) as rollout:
+                obs, batch, _ = roll_out(obs)
+            with Counted(len(batch.logprob)) as update:
+                ppo.update(step, batch, args, generator, unit=0.5)
+        assert len(replays) == 1 + args.num_epochs
+        assert len(set(replays)) == 2
+        counted.append((rollout.operations, update.operations, update.allocations))
+    assert counted[0] == counted[1] == counted[2]
+    # A batch of eight parts, its unit and the rate go in; six figures of each epoch come out.
+    assert counted[0][1:] == (2 + 10 + 6 * 3 + 2 * 6 + 1, 0)

@@ -33,8 +33,6 @@ from torch.utils._pytree import tree_map
 import hydrogel_gym
 from hydrogel_gym import runs
 from hydrogel_gym.errors import UsageError
-from hydrogel_gym.problem.fields import PATIENT_FIELDS, Outcomes
-from hydrogel_gym.problem.reward import compute_reward
 
 Preset = Literal["source", "quick", "full", "adapt"]
 Policy = Literal["factored", "autoregressive"]
@@ -434,10 +432,10 @@ def rows_of(batch: Any, index: Tensor | slice | int) -> Any:
     return tree_map(lambda part: part[index], batch)
 
 
-def normalize_advantage(advantage: Tensor, unit: float | None = None) -> Tensor:
+def normalize_advantage(advantage: Tensor, unit: float | Tensor | None = None) -> Tensor:
     """(K, M) advantages of K minibatches, each of mean 0, in a unit or their standard deviation."""
     std, mean = torch.std_mean(advantage, -1, correction=0, keepdim=True)
-    return (advantage - mean) / (unit or std + 1e-8)
+    return (advantage - mean) / (std + 1e-8 if unit is None else unit)
 
 
 def ppo_loss(
@@ -517,7 +515,9 @@ def rollout(
     if may_truncate:
         final_values = agent.value(data["final_obs"].flatten(0, 1)).view_as(next_values)
         next_values = torch.where(data["done"] & ~data["terminated"], final_values, next_values)
-    rewards, ends = learned_reward(data, envs, args), (data["terminated"], data["done"])
+    rewards, ends = data["reward"], (data["terminated"], data["done"])
+    if args.is_stricter:
+        rewards = runs.stricter_reward(data, envs, args.limit_margin, args.penalty_scale)
     advantages, returns = compute_gae(
         rewards, data["value"], next_values, *ends, args.gamma, args.gae_lambda
     )
@@ -531,24 +531,6 @@ def rollout(
     infos = {name: data[name] for name in ("reward", *runs.INFOS)}
     batch, infos = tree_map(lambda part: world.gather(part, dim=1), (batch, infos))
     return obs, tree_map(lambda part: part.flatten(0, 1), batch), infos
-
-
-def learned_reward(data: dict[str, Tensor], envs: gym.vector.VectorEnv, args: Args) -> Tensor:
-    """(T, B) what steps are worth to the learner: the environment's reward under stricter limits.
-
-    A policy that is right on average breaks a limit for half of the patients who are best served
-    close to it, and a penalty that starts there leaves it indifferent on the wrong side.
-    """
-    if not args.is_stricter:
-        return data["reward"]
-    params = envs.unwrapped.problem.params
-    strict = params.reward_config.stricter(args.limit_margin, args.penalty_scale)
-    outcomes = Outcomes(*(data[name] for name in Outcomes._fields))
-    score = compute_reward(outcomes, data["reward_novelty"] != 0.0, strict).to(data["reward"])
-    if params.reward_mode == "score":
-        return score
-    best_before = data["obs"][..., len(PATIENT_FIELDS)]  # `current_best_score`
-    return (score - best_before).clamp_min(0.0)
 
 
 def gradient_step(
@@ -586,8 +568,8 @@ def update(
 
     Ends early when an epoch ends with `target_kl` exceeded by the last minibatch of all ranks.
     """
-    history: list[dict[str, Tensor]] = []
-    for _ in range(args.num_epochs):
+
+    def epoch(batch: Batch, unit: Tensor | float | None = None) -> dict[str, Tensor]:
         order = torch.randperm(len(batch.logprob), generator=generator, device=generator.device)
         # The same minibatches for any number of ranks, each of which takes an equal share.
         order = order.view(-1, args.minibatch_size)
@@ -595,12 +577,21 @@ def update(
         advantage = normalize_advantage(batch.advantage[order], unit)[:, share].flatten()
         shuffled = rows_of(batch, order[:, share].flatten())._replace(advantage=advantage)
         rows = args.minibatch_size // world.size
-        for start in range(0, len(shuffled.logprob), rows):
-            history.append(step(rows_of(shuffled, slice(start, start + rows))))
+        starts = range(0, len(shuffled.logprob), rows)
+        parts = [step(rows_of(shuffled, slice(start, start + rows))) for start in starts]
+        return {name: torch.stack([each[name] for each in parts]) for name in parts[0]}
+
+    # One graph on a GPU: only what it takes as an argument changes from one update to another.
+    inputs = (batch,) if unit is None else (batch, unit)
+    run_epoch = runs.recorded(step, epoch, inputs, generator)
+    history: list[dict[str, Tensor]] = []
+    for _ in range(args.num_epochs):
+        history.append(run_epoch())
         # On every rank, or one would go on and wait for the others for ever.
-        if args.target_kl and world.average(history[-1]["approx_kl"].clone()) > args.target_kl:
+        last_kl = history[-1]["approx_kl"][-1]
+        if args.target_kl and world.average(last_kl.clone()) > args.target_kl:
             break
-    losses = {name: torch.stack([parts[name] for parts in history]).mean() for name in history[0]}
+    losses = {name: torch.cat([parts[name] for parts in history]).mean() for name in history[0]}
     means = world.average(torch.stack(list(losses.values())))
     return dict(zip(losses, means.unbind(), strict=True))
 
@@ -695,12 +686,14 @@ def train(args: Args) -> dict[str, Any]:
         (learner, act, step), compile_seconds = runs.compiled_or_plain(
             make, args.compile, args.num_updates, world, device
         )
-        envs, agent, _, optimizer, generator = learner
+        _, agent, _, optimizer, generator = learner
         obs = run.restore(learner, agent.design, compile_seconds)
-        step = functools.partial(step, average=runs.averaging(list(agent.parameters()), world))
+        if (average := runs.averaging(list(agent.parameters()), world)) is not None:
+            step = functools.partial(step, average=average)
+        roll_out = runs.recorded_rollout(rollout, step, learner, args=args, act=act, world=world)
 
         for iteration in run.iterations():
-            obs, batch, infos = rollout(envs, agent, obs, args, generator, act, world)
+            obs, batch, infos = roll_out(obs)
             rolled_out_at = time.perf_counter()
             if iteration == 1:
                 agent.set_return_scale(batch.returns)

@@ -374,17 +374,19 @@ class HydrogelVectorEnv(gym.vector.VectorEnv):
             raise ResetNeeded("call reset() before state_dict()")
         return {**self._state.tensors(), "done": self._done}
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, Tensor], *, check: bool = True) -> None:
         """Continue from what `state_dict` returned, here or in other environments of this problem.
 
         Args:
             state: (B, ...) tensors, on any device; copied.
+            check: whether they can be a state, which reads them on the host.
 
         Raises:
             ValueError: an entry is missing, unknown, or of another shape or type, or names a
                 patient that the cohort does not have; nothing is loaded.
         """
-        self.problem.check_state(state, self.num_envs)
+        if check:
+            self.problem.check_state(state, self.num_envs)
         copied = {name: rows.to(self.device, copy=True) for name, rows in state.items()}
         self._done = copied.pop("done")
         self._state, self._last = State.of(copied), None

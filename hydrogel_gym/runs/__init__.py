@@ -8,7 +8,14 @@ from hydrogel_gym.runs.checkpoints import Learner
 from hydrogel_gym.runs.command_line import check_ranges, run_process, run_script
 from hydrogel_gym.runs.compiled import compile_training, compiled_or_plain, flatten_weights
 from hydrogel_gym.runs.devices import Precision, check_rollout_memory
-from hydrogel_gym.runs.environments import at_step, make_envs, observation_statistics
+from hydrogel_gym.runs.environments import (
+    at_step,
+    make_envs,
+    observation_statistics,
+    recorded_rollout,
+    stricter_reward,
+)
+from hydrogel_gym.runs.graphs import recorded
 from hydrogel_gym.runs.metrics import INFOS
 from hydrogel_gym.runs.options import (
     ADAPTIVE,
@@ -51,8 +58,11 @@ __all__ = [
     "observation_statistics",
     "print_summary",
     "read_run_options",
+    "recorded",
+    "recorded_rollout",
     "run_process",
     "run_script",
     "start_run",
+    "stricter_reward",
     "world_from_environment",
 ]

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from hydrogel_gym.compiled import CompiledFunction, CompileError
 from hydrogel_gym.errors import UsageError
+from hydrogel_gym.runs.graphs import Replayed, has_graphs
 from hydrogel_gym.runs.ranks import ALONE, World
 
 Compile = Literal["auto", "on", "off"]
@@ -91,7 +92,7 @@ def compile_function(function: Callable[..., Any], device: torch.device) -> Call
     tenth of an update.
     """
     graph = CompiledFunction(function, device, {"guard_filter_fn": "skip_all_guards_unsafe"})
-    return Replayed(graph) if device.type == "cuda" else graph
+    return Replayed(graph) if has_graphs(device) else graph
 
 
 def compile_training(
@@ -160,6 +161,8 @@ class CompiledStep:
     and they meet once per step. Threads inside an operation meet at every one, and where another
     process has one of the cores all wait for it: `benchmark/speed/throughput.py`.
 
+    On one GPU `recorded` makes a CUDA graph of what takes many steps.
+
     Args:
         module: what is learned, in place.
         optimizer: of `flatten_weights(module)` alone.
@@ -187,6 +190,10 @@ class CompiledStep:
         self.sizes = [weight.numel() for weight in weights.values()]
         self.buffers = dict(module.named_buffers())
         self.meets = world.joined or workers > 1  # others, before the gradient is clipped
+        # Ranks meet between a gradient and its step. A rate that is a tensor is of float32 to the
+        # fused optimiser on CUDA, and float64 is there to compare runs by.
+        graphs = has_graphs(self.flat.device) and self.flat.dtype == torch.float32
+        self.records, self.recordings = graphs and not self.meets, dict[Any, Replayed]()
         gradient = self.gradient if self.meets else self.clipped_gradient
         self.gradient_graph = compile_function(gradient, self.flat.device)
         self.clip_graph = compile_function(self.clipped, self.flat.device)
@@ -231,6 +238,45 @@ class CompiledStep:
         """`gradient`, compiled."""
         gradient, parts = self.gradient_graph(share)
         return gradient, parts
+
+    def recorded(
+        self, function: Callable[..., Any], inputs: tuple[Any, ...], generator: torch.Generator
+    ) -> Callable[[], Any]:
+        """`function` of `inputs`, which takes steps, as a graph that is kept for inputs like these.
+
+        The first call of all runs as it is, and makes the optimiser's state; the second is
+        recorded. What the graph reads of `inputs` and of the learning rate is what they are now.
+
+        Args:
+            function: does all its work on the device, and the same at every call with inputs of
+                these shapes; returns tensors.
+            inputs: trees of tensors and numbers.
+            generator: all that it draws from.
+        """
+        (group,) = self.optimizer.param_groups
+
+        def as_tensor(given: Any) -> Tensor:
+            return given if isinstance(given, Tensor) else self.flat.new_full((), given)
+
+        inputs = tree_map(as_tensor, (group["lr"], *inputs))
+        shapes = tuple(each.shape for each in tree_leaves(inputs))
+        if shapes not in self.recordings:
+            at_rate = functools.partial(self.at_rate, function)
+            self.recordings[shapes] = Replayed(at_rate, 1, generator)
+        self.recordings[shapes].load(*inputs)
+        return self.recordings[shapes].replay
+
+    def at_rate(self, function: Callable[..., Any], rate: Tensor, *inputs: Any) -> Any:
+        """`function`, while the learning rate is a tensor that a graph can read."""
+        (group,) = self.optimizer.param_groups
+        # Of a fused optimiser this is only asked for; outside of a recording it would warn.
+        changes = {"lr": rate, "capturable": torch.cuda.is_current_stream_capturing()}
+        before = {name: group[name] for name in changes}
+        group.update(changes)
+        try:
+            return function(*inputs)
+        finally:
+            group.update(before)
 
     @torch.no_grad()
     def warm_up(self, minibatch: Any) -> None:
@@ -286,29 +332,3 @@ def mean_of(tensors: Sequence[Tensor]) -> Tensor:
     for other in others:
         first += other
     return first.div_(len(tensors)) if others else first
-
-
-class Replayed:
-    """A function on CUDA whose kernels are launched together, as a CUDA graph.
-
-    The first calls run as they are and compile; the third is recorded, on inputs of its own that
-    every later call is copied into. A recorded function must do all its work on the device.
-    """
-
-    def __init__(self, function: Callable[..., Any], calls_before_recording: int = 2) -> None:
-        self.function, self.calls_left = function, calls_before_recording
-        self.graph: torch.cuda.CUDAGraph | None = None
-
-    def __call__(self, *inputs: Any) -> Any:
-        """What the function returns, in tensors that no later call writes to."""
-        if self.calls_left:
-            self.calls_left -= 1
-            return self.function(*inputs)
-        if self.graph is None:
-            self.inputs = tree_map(torch.clone, inputs)
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
-        tree_map(lambda kept, given: kept.copy_(given), self.inputs, inputs)
-        self.graph.replay()
-        return tree_map(torch.clone, self.outputs)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import time
+from collections.abc import Callable
 from typing import Any, Literal
 
 import gymnasium as gym
 import torch
 from torch import Tensor
 
+from hydrogel_gym.envs.vector import HydrogelVectorEnv
 from hydrogel_gym.errors import UsageError, first_line
 from hydrogel_gym.models.contract import RewardModelError, load_reward_model
 from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.cohort import Cohort
+from hydrogel_gym.problem.fields import PATIENT_FIELDS, Outcomes
+from hydrogel_gym.problem.reward import compute_reward
+from hydrogel_gym.runs.checkpoints import Learner
+from hydrogel_gym.runs.graphs import Replayed
 from hydrogel_gym.runs.options import ADAPTIVE, ProblemOptions
 from hydrogel_gym.runs.ranks import ALONE, World
 
@@ -25,6 +32,31 @@ def at_step(info: dict[str, Any], name: str) -> Tensor:
     """
     value: Tensor = info[name] + info["final_info"][name]
     return value
+
+
+def stricter_reward(
+    data: dict[str, Tensor], envs: gym.vector.VectorEnv, limit_margin: float, penalty_scale: float
+) -> Tensor:
+    """(T, B) what steps are worth to a learner: the reward under `RewardConfig.stricter`.
+
+    A policy that is right on average breaks a limit for half of the patients who are best served
+    close to it, and a penalty that starts there leaves it indifferent on the wrong side.
+
+    Args:
+        data: (T, B, ...) observations, rewards and infos of the steps.
+        envs: which took them.
+        limit_margin: by which limits are tighter.
+        penalty_scale: times as large are the penalties.
+    """
+    unwrapped: Any = envs.unwrapped
+    params = unwrapped.problem.params
+    strict = params.reward_config.stricter(limit_margin, penalty_scale)
+    outcomes = Outcomes(*(data[name] for name in Outcomes._fields))
+    score = compute_reward(outcomes, data["reward_novelty"] != 0.0, strict).to(data["reward"])
+    if params.reward_mode == "score":
+        return score
+    best_before = data["obs"][..., len(PATIENT_FIELDS)]  # `current_best_score`
+    return (score - best_before).clamp_min(0.0)
 
 
 def make_envs(
@@ -150,3 +182,36 @@ def reward_model_seconds(envs: gym.vector.VectorEnv) -> float | None:
     if problem.device.type == "cuda":
         torch.cuda.synchronize(problem.device)
     return time.perf_counter() - began
+
+
+def recorded_rollout(
+    rollout: Callable[..., Any], step: Any, learner: Learner, **settings: Any
+) -> Callable[[Tensor], Any]:
+    """Rollouts from an observation, each as one CUDA graph where `step` records epochs of updates.
+
+    Only of environments whose whole state is known, and that check nothing on the host.
+
+    Args:
+        rollout: of environments, agent, observation, `generator` and the `settings`.
+        step: the gradient step.
+        learner: environments, agent and generator.
+        settings: the same in every rollout.
+    """
+    envs, generator = learner.envs, learner.generator
+    roll_out = functools.partial(rollout, envs, learner.agent, generator=generator, **settings)
+    is_known = isinstance(envs, HydrogelVectorEnv) and not envs.problem.validate
+    if not (is_known and getattr(step, "records", False)):
+        return roll_out
+
+    def from_state(obs: Tensor, state: dict[str, Tensor]) -> Any:
+        envs.load_state_dict(state, check=False)
+        return roll_out(obs), envs.state_dict()
+
+    replayed = Replayed(from_state, 1, generator)
+
+    def replay(obs: Tensor) -> Any:
+        returned, state = replayed(obs, envs.state_dict())
+        envs.load_state_dict(state, check=False)
+        return returned
+
+    return replay

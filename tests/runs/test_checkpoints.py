@@ -92,7 +92,7 @@ def test_a_finished_run_repeats_its_figures_without_training_unless_it_is_replac
     ppo, finished_run, of_runs, tmp_path, monkeypatch
 ):
     shutil.copytree(finished_run[0].output_dir.parent, tmp_path / "copy")
-    monkeypatch.setattr(ppo, "rollout", None)  # would fail
+    monkeypatch.setattr(ppo, "rollout", lambda *_, **__: pytest.fail("it trains"))
     args = dataclasses.replace(finished_run[0], output_dir=tmp_path / "copy/run", resume="auto")
     ppo.train(args)
     of_runs.assert_same(args.output_dir, finished_run[0].output_dir)

@@ -133,13 +133,13 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_iteration(
 ):
     plain, rollouts = ppo.rollout, []
 
-    def rollout(*args):
+    def rollout(*args, **kwargs):
         rollouts.append(1)
         if os.environ["RANK"] == "1" and len(rollouts) == 3:
             # As a launcher does, which passes on a signal that the rank got already.
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
-        return plain(*args)
+        return plain(*args, **kwargs)
 
     monkeypatch.setattr(ppo, "rollout", rollout)
     args = small_run(tmp_path / "run")

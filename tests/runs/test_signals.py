@@ -22,11 +22,11 @@ def send_in(ppo, monkeypatch):
     def send(number, iteration):
         rollouts, plain = [], ppo.rollout
 
-        def rollout(*args):
+        def rollout(*args, **kwargs):
             rollouts.append(1)
             if len(rollouts) == iteration:
                 signal.raise_signal(number)
-            return plain(*args)
+            return plain(*args, **kwargs)
 
         monkeypatch.setattr(ppo, "rollout", rollout)
 
