@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_map
+
+from hydrogel_gym.errors import first_line
 
 
 def has_graphs(device: torch.device) -> bool:
@@ -33,7 +37,7 @@ class Replayed:
         calls_before_recording: int = 2,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.function, self.calls_left = function, calls_before_recording
+        self.function, self.calls_left = function, float(calls_before_recording)
         self.generator, self.inputs = generator, ()
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -55,13 +59,23 @@ class Replayed:
             self.calls_left -= 1
             return tree_map(torch.clone, self.function(*self.inputs))
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            if self.generator is not None:
-                self.graph.register_generator_state(self.generator)
-            with torch.cuda.graph(self.graph):
-                self.outputs = self.function(*self.inputs)
+            try:
+                self.record()
+            except RuntimeError as error:  # nothing that was recorded has happened
+                print(f"no CUDA graph, going on without: {first_line(error)}", file=sys.stderr)
+                self.graph, self.calls_left = None, math.inf
+                return self.replay()
+        assert self.graph is not None
         self.graph.replay()
         return tree_map(torch.clone, self.outputs)
+
+    def record(self) -> None:
+        """Record the graph; raises a RuntimeError where the function cannot be recorded."""
+        self.graph = torch.cuda.CUDAGraph()
+        if self.generator is not None:
+            self.graph.register_generator_state(self.generator)
+        with torch.cuda.graph(self.graph):
+            self.outputs = self.function(*self.inputs)
 
 
 def recorded(

@@ -157,6 +157,20 @@ def test_the_stand_in_repeats_what_was_recorded_with_what_its_tensors_hold_then(
     assert weight.tolist() == [15.0] * 3
 
 
+def test_what_cannot_be_recorded_goes_on_as_it_is_and_says_so(recorded, monkeypatch, capsys):
+    recorded()
+
+    def function(x):
+        if Recording.now:
+            raise RuntimeError("CUDA error: operation not permitted\nwhen stream is capturing")
+        return x + 1
+
+    replayed = graphs.Replayed(function, 1)
+    assert [replayed(torch.tensor(float(k))).item() for k in range(4)] == [1.0, 2.0, 3.0, 4.0]
+    message = "no CUDA graph, going on without: CUDA error: operation not permitted\n"
+    assert capsys.readouterr().err == message  # once
+
+
 CASES = [
     dict(num_epochs=3, temperature=0.3),
     dict(num_epochs=3, target_kl=0.01, minibatch_size=96, learning_rate=1e-2),
