@@ -77,7 +77,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     patient_baseline: bool = False
-    """advantages less their mean over the episodes that a rollout has of the same patient"""
+    """advantages less their mean over the designs that a rollout has for the same patient"""
     clip_coef: float = 0.2
     """clipping range of the probability ratio"""
     clip_vloss: bool = False
@@ -110,8 +110,7 @@ SHORT = dict(minibatch_size=1000, num_epochs=4, vf_coef=2.0)
 SHORT |= dict(ent_coef=0.1, temperature=0.3, patient_baseline=True)
 ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_envs=1000)
 # A design is worth its score alone, so that each check is the best that is known by then.
-ADAPT |= dict(gamma=0.0, patient_assignment="random", limit_margin=0.0, penalty_scale=1.0)
-ADAPT |= dict(observe="response")
+ADAPT |= dict(gamma=0.0, patient_assignment="random", observe="response")
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
@@ -521,11 +520,15 @@ def rollout(
     advantages, returns = compute_gae(
         rewards, data["value"], next_values, *ends, args.gamma, args.gae_lambda
     )
+    # Where no design bears on later ones and the response is seen, an episode's steps are alike.
+    alike = args.observe == "response" and args.gamma == 0.0
     episodes = args.num_steps // args.horizon if args.patient_assignment == "fixed" else 1
-    if args.patient_baseline and episodes > 1 and args.num_steps % args.horizon == 0:
+    count = args.horizon if alike else episodes
+    if args.patient_baseline and count > 1 and args.num_steps % args.horizon == 0:
         # They differ in the designs alone; what the value misses of the patient is no more noise.
-        same = advantages.unflatten(0, (episodes, args.horizon))
-        advantages = (same - same.mean(0)).flatten(0, 1) * (episodes / (episodes - 1))
+        same = advantages.unflatten(0, (-1, args.horizon))
+        advantages = (same - same.mean(int(alike), keepdim=True)).flatten(0, 1)
+        advantages = advantages * (count / (count - 1))
     action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
     batch = Batch(data["obs"], action, data["logprob"], advantages, returns, data["value"])
     infos = {name: data[name] for name in ("reward", *runs.INFOS)}

@@ -4,8 +4,8 @@
     python benchmark/quality/time_to_quality.py --trainers quick --seeds 4 5
 
 Milestones: the source's final mean reward, by the deterministic policy on the training cohort, and
-three shares of the oracle's mean reward on the held-out one. Every trainer runs at the best settings
-that are known of it, to the end of its own schedule, one process at a time with the whole machine.
+three shares of the oracle's mean reward on the held-out one. Every trainer runs at the best
+settings known of it, to the end of its own schedule, one process at a time with the whole machine.
 Time counts from the start of the process: interpreter, imports and compilation are in it. Our
 trainer evaluates after every iteration, and that counts too; evaluations of the others do not.
 Needs `pip install -e ".[bench]"`.

@@ -87,8 +87,8 @@ def make_envs(
     given: dict[str, Any] = {name: x for name, x in values.items() if x is not None}
     if problem.env_id == ADAPTIVE and not num_envs:
         given["reveal_response"] = True  # what a policy is compared with knows it
-        if problem.observe == "response":
-            given["observe"] = "sample"
+        if problem.observe_when_evaluated is not None:
+            given["observe"] = problem.observe_when_evaluated
     if problem.reward_model is not None or problem.pessimism is not None:
         given["reward_model"] = load_reward_model(
             problem.reward_model_name, device, pessimism=problem.pessimism

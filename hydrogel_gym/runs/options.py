@@ -73,6 +73,11 @@ class ProblemOptions:
         """The model as a person knows it."""
         return self.reward_model or BUILT_IN
 
+    @property
+    def observe_when_evaluated(self) -> str | None:
+        """`observe` where the response is hidden."""
+        return "sample" if self.observe == "response" else self.observe
+
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Self:
         """The problem of a saved run or policy; settings of other versions are ignored."""

@@ -51,19 +51,19 @@ def test_regret_is_what_the_best_score_so_far_lacks_of_the_best_there_is():
 
 
 def test_the_clairvoyant_has_no_regret_and_nobody_has_less():
-    gained, _, _ = adaptive.play(players.clairvoyant, 2, {}, 0)
+    gained, _, _ = adaptive.play(adaptive.METHODS["clairvoyant"], 2, {}, 0)
     best = gained[:, 0]
     assert torch.equal(gained[:, 1:], torch.zeros(2, 7))
-    for method in (players.predicted, players.random):
-        regret = adaptive.regrets(best, adaptive.play(method, 2, {}, 0)[0])
+    for name in ("predicted", "random"):
+        regret = adaptive.regrets(best, adaptive.play(adaptive.METHODS[name], 2, {}, 0)[0])
         assert regret.min() > -1e-4
         assert (regret.diff(dim=-1) <= 0).all()
 
 
 def test_posterior_sampling_comes_close_to_the_best(monkeypatch):
     monkeypatch.setattr(adaptive, "HORIZON", 4)
-    best = adaptive.play(players.clairvoyant, 1, {}, 0)[0][:, 0]
-    gained, episode, _ = adaptive.play(players.thompson, 1, {}, 0)
+    best = adaptive.play(adaptive.METHODS["clairvoyant"], 1, {}, 0)[0][:, 0]
+    gained, episode, _ = adaptive.play(adaptive.METHODS["thompson"], 1, {}, 0)
     regret = adaptive.regrets(best, gained)
     assert -1e-4 < regret[0, -1] < 0.2 < regret[0, 0]
     assert episode.model.calls > 4 * 41_088
@@ -82,10 +82,10 @@ def test_the_best_design_under_a_response_can_be_kept_from_polymers():
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("method", [players.from_scratch, players.residual])
+@pytest.mark.parametrize("method", ["bo", "bo_prior"])
 def test_bayesian_optimisation_tries_no_design_twice(method):
     pytest.importorskip("botorch")
-    _, episode, _ = adaptive.play(method, 1, {}, 0)
+    _, episode, _ = adaptive.play(adaptive.METHODS[method], 1, {}, 0)
     tried = torch.stack([players._point(design)[0] for design in episode.tried])
     assert len(tried.unique(dim=0)) == adaptive.HORIZON
 
@@ -95,13 +95,14 @@ def test_a_policy_plays_and_one_of_another_id_is_refused(agent, ppo, tmp_path, m
     sizes |= dict(formulation_low=[5.0, 7.0, 0.0, 1.0], formulation_high=[30.0, 180.0, 1.0, 5.0])
     monkeypatch.setattr(adaptive, "made_by", lambda *_: "")
     monkeypatch.setattr(adaptive, "NOISE", {"Measured exactly": {}})
-    for obs_dim in (333, 13):
+    for obs_dim, observe in ((333, None), (43, "response"), (13, None)):
         architecture = sizes | {"obs_dim": obs_dim, "policy": "factored"}
-        run = tmp_path / str(obs_dim)
+        run, config = tmp_path / str(obs_dim), {"observe": observe}
         run.mkdir()
-        save_policy(run / "stage2_policy.pt", ppo.Agent(**architecture), architecture, {}, {})
+        save_policy(run / "stage2_policy.pt", ppo.Agent(**architecture), architecture, config, {})
     argv = ["--methods", "predicted", "--patients", "2", "--output-dir", str(tmp_path)]
-    adaptive.main([*argv, "--policy", str(tmp_path / "333")])
-    assert "| trained policy, 333 | 2 |" in capsys.readouterr().out
+    for obs_dim in (333, 43):
+        adaptive.main([*argv, "--policy", str(tmp_path / str(obs_dim))])
+        assert f"| trained policy, {obs_dim} | 2 |" in capsys.readouterr().out
     with pytest.raises(Exception, match=r"--policy .*13: it sees 13 numbers; expected: 333"):
         adaptive.main([*argv, "--policy", str(tmp_path / "13")])

@@ -24,9 +24,9 @@ CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("without_pictures")
 
 
-def make_agent(policy="autoregressive", state_std=True):
+def make_agent(policy="autoregressive", state_std=True, obs_dim=13):
     torch.manual_seed(0)
-    sizes = dict(obs_dim=13, num_polymers=24, num_coverages=4, hidden_dim=32)
+    sizes = dict(obs_dim=obs_dim, num_polymers=24, num_coverages=4, hidden_dim=32)
     box = dict(formulation_low=[5.0, 7.0, 0.0, 1.0], formulation_high=[30.0, 180.0, 1.0, 5.0])
     agent = ppo.Agent(policy=policy, state_std=state_std, **sizes, **box)
     # Away from the near-uniform initial policy, so that every head matters.
@@ -124,6 +124,29 @@ def test_baseline_of_a_patient_takes_off_what_all_episodes_of_one_have_in_common
     torch.testing.assert_close(centred.advantage.view(3, 2, 100), expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(centred.returns, plain.returns)
     assert torch.equal(drawn.advantage, plain.advantage)
+
+
+def test_baseline_of_a_patient_whose_response_is_seen_is_over_the_checks_of_an_episode(
+    small_run, tmp_path
+):
+    problem = dict(env_id="HydrogelAdapt-v0", horizon=3, observe="response", reward_mode="score")
+    problem |= dict(patient_assignment="random", gamma=0.0, num_steps=6, num_envs=48)
+    args = small_run(tmp_path, **problem)
+    envs = environments.make_envs(args, hydrogel_gym.load_cohort(), CPU, num_envs=48)
+    agent = make_agent(obs_dim=43)
+    plain, centred = (
+        ppo.rollout(
+            envs,
+            agent,
+            envs.reset(seed=0)[0],
+            dataclasses.replace(args, patient_baseline=baseline),
+            torch.Generator().manual_seed(0),
+        )[1].advantage
+        for baseline in (False, True)
+    )
+    same = plain.view(2, 3, 48)
+    expected = same - (same.sum(1, keepdim=True) - same) / 2  # the mean of the two other checks
+    torch.testing.assert_close(centred.view(2, 3, 48), expected, rtol=1e-4, atol=1e-4)
 
 
 # --- policy
