@@ -60,6 +60,7 @@ class Episode(NamedTuple):
     measured: dict[str, np.ndarray]  # outcomes and score; the clairvoyant's are true
     regret: np.ndarray  # of the best so far, by the true scores
     beliefs: Beliefs
+    observed_response: np.ndarray | None = None  # (H, R) factors as the policy saw them
 
     @property
     def best_measured(self) -> np.ndarray:
@@ -145,7 +146,11 @@ def patient_episode(run: SavedRun) -> Episode:
             "regret after each check is another than in the run: patients, outcome model or "
             "package are others now"
         )
-    return episode_of(episodes, chosen, cohort.patient_ids[chosen], held)
+    episode = episode_of(episodes, chosen, cohort.patient_ids[chosen], held)
+    if options.observe_when_evaluated in (None, "history"):
+        return episode
+    seen = episodes.obs[:, chosen, -len(RESPONSE_NAMES) :].numpy()
+    return episode._replace(observed_response=seen)
 
 
 def episode_of(episodes: Episodes, chosen: int, patient_id: str, held: Beliefs) -> Episode:
@@ -239,6 +244,23 @@ def response_table(rows: dict[str, list[str]], title: str) -> ReportTable:
     return ReportTable(title, header, [[label, *cells] for label, cells in rows.items()])
 
 
+def observed_response_table(episode: Episode) -> ReportTable:
+    """The hidden response, and how the policy saw it before each check if it saw anything of it."""
+    hidden = [f"{x:.2f}" for x in episode.response]
+    if episode.observed_response is None:
+        title = "Hidden from the policy, and synthetic: how this patient responds (1: as predicted)"
+        return response_table({"factor": hidden}, title)
+    rows = {
+        f"before check {check}": [f"{x:.2f}" for x in row]
+        for check, row in enumerate(episode.observed_response, 1)
+    }
+    title = (
+        "The response as the policy saw it, from what the checks say, and as it is: hidden, and "
+        "synthetic (1: as predicted)"
+    )
+    return response_table(rows | {"hidden": hidden}, title)
+
+
 def as_table(title: str, columns: dict[str, list[str]]) -> ReportTable:
     """A table of columns by heading."""
     return ReportTable(
@@ -267,10 +289,6 @@ def episode_section(episode: Episode, config: dict[str, Any]) -> Section:
         else "The value is what the critic expects of the rest of the episode, in units of the "
         "reward that was learned from."
     )
-    hidden = response_table(
-        {"factor": [f"{x:.2f}" for x in episode.response]},
-        "Hidden from the policy, and synthetic: how this patient responds (1: as predicted)",
-    )
     return Section(
         "episode",
         "One patient's episode",
@@ -281,7 +299,7 @@ def episode_section(episode: Episode, config: dict[str, Any]) -> Section:
             as_table(
                 "What the policy believed before each check", belief_columns(episode, value_label)
             ),
-            hidden,
+            observed_response_table(episode),
         ],
     )
 

@@ -112,6 +112,7 @@ def test_beliefs_are_those_of_the_policy_at_what_it_saw_before_each_check(run, s
         assert polymer.argmax() == shown.polymer_id[check]  # of a deterministic policy
         assert columns["3 likeliest polymers"][check].startswith(columns["polymer chosen"][check])
         assert columns["expected score"][check] == f"{shown.beliefs.value[check]:.2f}"
+        assert shown.observed_response[check].tolist() == obs[row, -6:].tolist()
         obs = envs.step(action)[0]
     assert len(set(shown.beliefs.value.tolist())) == CHECKS  # it saw something each time
 
@@ -131,8 +132,13 @@ def test_page_shows_regret_after_checks_and_one_episode_and_says_who_is_left_out
     score, best, clairvoyant = sections["episode"].plots[0].figure.data
     assert list(best.y) == list(np.maximum.accumulate(score.y))
     assert clairvoyant.y[0] > max(score.y)
-    *_, hidden = sections["episode"].tables
+    *_, responses = sections["episode"].tables
+    labels = [*(f"before check {k}" for k in (1, 2, 3)), "hidden"]
+    assert [row[0] for row in responses.rows] == labels
+    seen = episode.patient_episode(run)._replace(observed_response=None)
+    hidden = episode.observed_response_table(seen)
     assert hidden.title.startswith("Hidden from the policy, and synthetic")
+    assert hidden.rows[0][1:] == responses.rows[-1][1:]
     assert "expected score" in sections["episode"].tables[1].header
     assert b'data-plot="episode-polymers"' in run_page(read_run(run_dir))
 
