@@ -125,14 +125,12 @@ class AdaptiveProblem(DesignProblem):
                 options.observe,
                 self.params.patients,
             ),
-            # Without a history nothing else says for which polymers the bonus was paid.
-            observe_explored=not self._slot,
         )
         self.observation_space = observation_space(
             self.obs_format,
             horizon=horizon,
             max_score=self.params.reward_config.max_score,
-            observe_explored=self.params.observe_explored,
+            observe_explored=False,
             slot=self._slot,
             response=() if self._slot else tuple(map(response_field, RESPONSE_FIELDS)),
         )
@@ -154,7 +152,7 @@ class AdaptiveProblem(DesignProblem):
         """A (B, F) observation in the chosen format (views, no copy)."""
         if self.obs_format == "box":
             return obs
-        return split_observation(obs, len(self._slot), 0 if self._slot else len(RESPONSE_FIELDS))
+        return split_observation(obs, len(self._slot), not self._slot)
 
     def revealed(self, state: State) -> Tensor:
         """(B, R) a copy of the responses of the episodes of a state."""
@@ -207,9 +205,8 @@ class HydrogelAdaptEnv(HydrogelEnv):
 
     `obs_format="dict"` has the groups of `HydrogelEnv` and `history`, (`horizon`, $slot_width).
 
-    With another `observe` than `"history"` the slots are replaced by $num_polymers entries, 1 for
-    each polymer used in this episode, and the $num_responses factors (in the dict
-    `explored_polymers` and `response`), so that a policy need not learn what measurements mean:
+    With another `observe` than `"history"` the slots are replaced by the $num_responses factors (in
+    the dict `response`), so that a policy need not learn what measurements mean:
 
     - `"estimate"`: the means of a Gaussian belief, which an iterated extended Kalman filter has
       from the prior, the checks and the built-in model's equations.

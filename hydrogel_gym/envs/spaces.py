@@ -96,14 +96,14 @@ def observation_space(
 
 
 def split_observation(
-    obs: Tensor, slot_width: int = 0, response_width: int = 0
+    obs: Tensor, slot_width: int = 0, has_response: bool = False
 ) -> dict[str, Tensor]:
     """Group a (..., F) observation as the `dict` format does (views, no copy).
 
     Args:
         obs: as the `box` format has it.
         slot_width: of a history, if it has one, which then is (..., slots, slot_width).
-        response_width: columns of a response at its end.
+        has_response: whether it ends with one.
     """
     num_patient_fields = len(PATIENT_FIELDS)
     groups = {
@@ -116,10 +116,7 @@ def split_observation(
     if slot_width:
         groups["history"] = rest.unflatten(-1, (-1, slot_width))
     elif rest.shape[-1]:
-        explored = rest.shape[-1] - response_width
-        groups["explored_polymers"] = rest[..., :explored]
-        if response_width:
-            groups["response"] = rest[..., explored:]
+        groups["response" if has_response else "explored_polymers"] = rest
     return groups
 
 

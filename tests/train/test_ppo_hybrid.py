@@ -133,7 +133,7 @@ def test_baseline_of_a_patient_whose_response_is_seen_is_over_the_checks_of_an_e
     problem |= dict(patient_assignment="random", gamma=0.0, num_steps=6, num_envs=48)
     args = small_run(tmp_path, **problem)
     envs = environments.make_envs(args, hydrogel_gym.load_cohort(), CPU, num_envs=48)
-    agent = make_agent(obs_dim=43)
+    agent = make_agent(obs_dim=19)
     plain, centred = (
         ppo.rollout(
             envs,
