@@ -108,15 +108,15 @@ class Args(runs.RunOptions, runs.ProblemOptions):
 # Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
 SHORT = dict(minibatch_size=1000, num_epochs=4, vf_coef=2.0)
 SHORT |= dict(ent_coef=0.1, temperature=0.3, patient_baseline=True)
-ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_envs=1000)
-# A design is worth its score alone, so that each check is the best that is known by then.
+ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_envs=500)
+# Which design has the best score under any response; evaluated with samples of the response.
 ADAPT |= dict(gamma=0.0, patient_assignment="random", observe="response")
 PRESETS: dict[Preset, dict[str, Any]] = {
     # Args itself has the source's numbers; its network has independent heads.
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
     "quick": SHORT | dict(num_iterations=100, num_steps=2, learning_rate=2.5e-3),
     "full": SHORT | dict(num_steps=5, learning_rate=1.2e-3, limit_margin=0.002),
-    "adapt": SHORT | ADAPT | dict(num_iterations=130, learning_rate=1.5e-3),
+    "adapt": SHORT | ADAPT | dict(num_iterations=1500, learning_rate=2e-3),
 }
 
 LOG_STD_RANGE = (-6.0, 1.0)  # binds nowhere in practice; keeps a diverging run from overflow

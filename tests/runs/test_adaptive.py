@@ -161,7 +161,7 @@ def test_what_designs_before_anything_is_measured_refuses_a_policy_that_waits_fo
 def test_a_problem_that_cannot_be_had_is_one_line(make_stage1, tmp_path, capsys, flags, message):
     save_stage1(tmp_path / "stage1.pt", make_stage1(), {})
     flags = [flag.replace("STAGE1", str(tmp_path / "stage1.pt")) for flag in flags]
-    flags += ["--preset", "adapt", "--output-dir", str(tmp_path / "run")]
+    flags += ["--preset", "adapt", "--compile", "off", "--output-dir", str(tmp_path / "run")]
     assert ppo_hybrid.main(flags) == 2
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
