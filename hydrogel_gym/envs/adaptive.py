@@ -214,6 +214,8 @@ class HydrogelAdaptEnv(HydrogelEnv):
       best explores by posterior sampling.
     - `"response"`: the hidden response itself, to train a policy that is then given a sample.
 
+    Which polymers were used is not observed then, so that the novelty bonus is not Markov.
+
     The response is not observed: this is a partially observable problem. It is Markov in the belief
     about the response, and since the prior is fixed and a transition depends on nothing else that
     is hidden, patient and history are sufficient for that belief. A policy of the observation
