@@ -79,6 +79,21 @@ def test_regrets_are_those_of_the_best_design_so_far_and_of_the_best_predicted_o
     assert two[0] == pytest.approx((lost + regret[2].item()) / 3, abs=1e-5)
 
 
+def test_who_is_trained_with_the_response_is_evaluated_with_samples_of_it(tmp_path):
+    problem, cohort = (
+        ProblemOptions(ADAPTIVE, horizon=2, observe="response"),
+        load_cohort("holdout"),
+    )
+    place = torch.device("cpu")
+    envs = make_envs(problem, cohort, place, num_envs=500)
+    every = evaluation.evaluation_sets(problem, {"holdout": cohort}, place, cache_dir=tmp_path)
+    evaluated = every["holdout"].envs
+    (trained_on, _), (seen, info) = (each.reset(seed=0) for each in (envs, evaluated))
+    response = info["response"]
+    assert trained_on[:200, 13:].equal(response)  # of the same streams
+    assert not (seen[:, 13:] == response).all(0).any()
+
+
 def test_of_each_cohort_the_first_200_patients_are_evaluated(tmp_path):
     cohorts = {name: load_cohort(name) for name in ("train", "holdout")}
     problem, place = ProblemOptions(ADAPTIVE, horizon=2), torch.device("cpu")
