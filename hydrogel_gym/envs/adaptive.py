@@ -29,7 +29,7 @@ from hydrogel_gym.envs.stop import StoppingCodec
 from hydrogel_gym.envs.vector import Dtype, HydrogelVectorEnv, Output
 from hydrogel_gym.models.contract import RewardModel
 from hydrogel_gym.models.mechanistic import MechanisticModel
-from hydrogel_gym.problem.adaptive import AdaptiveParams, Observe, slot_fields
+from hydrogel_gym.problem.adaptive import SLOT_WIDTH, AdaptiveParams, Observe, slot_fields
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.problem.dynamics import Step
 from hydrogel_gym.problem.fields import OUTCOME_FIELDS, Field
@@ -126,13 +126,15 @@ class AdaptiveProblem(DesignProblem):
                 self.params.patients,
             ),
         )
+        config = self.params.reward_config
+        has_history = options.observe == "history"
         self.observation_space = observation_space(
             self.obs_format,
             horizon=horizon,
-            max_score=self.params.reward_config.max_score,
+            max_score=config.max_score,
             observe_explored=False,
-            slot=self._slot,
-            response=() if self._slot else tuple(map(response_field, RESPONSE_FIELDS)),
+            slot=slot_fields(config) if has_history else (),
+            response=() if has_history else tuple(map(response_field, RESPONSE_FIELDS)),
         )
         if options.allow_stop:
             action_format = self.actions.action_format
@@ -141,18 +143,17 @@ class AdaptiveProblem(DesignProblem):
     @property
     def history_size(self) -> int:
         """Numbers of the history in an observation."""
-        return self.params.horizon * len(self._slot)
+        return self.params.horizon * self._slot_width
 
     @property
-    def _slot(self) -> tuple[Field, ...]:
-        is_observed = self.options.observe == "history"
-        return slot_fields(self.params.reward_config) if is_observed else ()
+    def _slot_width(self) -> int:
+        return SLOT_WIDTH if self.options.observe == "history" else 0
 
     def group(self, obs: Tensor) -> Tensor | dict[str, Tensor]:
         """A (B, F) observation in the chosen format (views, no copy)."""
         if self.obs_format == "box":
             return obs
-        return split_observation(obs, len(self._slot), not self._slot)
+        return split_observation(obs, self._slot_width, has_response=not self._slot_width)
 
     def revealed(self, state: State) -> Tensor:
         """(B, R) a copy of the responses of the episodes of a state."""
@@ -216,10 +217,10 @@ class HydrogelAdaptEnv(HydrogelEnv):
 
     Which polymers were used is not observed then, so that the novelty bonus is not Markov.
 
-    The response is not observed: this is a partially observable problem. It is Markov in the belief
-    about the response, and since the prior is fixed and a transition depends on nothing else that
-    is hidden, patient and history are sufficient for that belief. A policy of the observation
-    therefore loses nothing against one that remembers all that was measured.
+    Otherwise the response is not observed: this is a partially observable problem. It is Markov in
+    the belief about the response, and since the prior is fixed and a transition depends on nothing
+    else that is hidden, patient and history are sufficient for that belief. A policy of the
+    observation therefore loses nothing against one that remembers all that was measured.
 
     ## Rewards
 

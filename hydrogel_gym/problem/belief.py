@@ -68,7 +68,9 @@ def updated_belief(
     """
     prior, root = belief[..., 0], belief[..., 1:]
     num = prior.shape[-1]
-    steps = torch.cat([prior.new_zeros(1, num), _STEP * torch.eye(num).to(prior)])
+    # On its device at once: a copy from the host is a synchronisation, and no part of a graph.
+    eye = torch.eye(num, dtype=prior.dtype, device=prior.device)
+    steps = torch.cat([prior.new_zeros(1, num), _STEP * eye])
     deviations = dict(zip(Outcomes._fields, noise, strict=True))
     estimate = prior
     for _ in range(ITERATIONS):
