@@ -85,6 +85,21 @@ class Patients(NamedTuple):
         return {name: margins[f"{name}_margin"].numpy() for name in SAFETY_LIMITS}
 
 
+def saved_problem(run: SavedRun, which: str) -> tuple[ProblemOptions, Any, Cohort]:
+    """The problem of a run, the dtype of its environments, and its cohort `train` or `holdout`.
+
+    Raises:
+        UsageError: the patients cannot be had again, or the settings are of another version.
+    """
+    try:
+        options = ProblemOptions.of(run.config)
+        dtype = from_config(RunOptions, run.config).dtype
+        path = options.cohort if which == "train" else options.holdout_cohort or "holdout"
+        return options, dtype, load_cohort(path)
+    except (CohortError, TypeError) as error:
+        raise UsageError(first_line(error)) from error
+
+
 @torch.no_grad()
 def design_patients(run: SavedRun) -> Patients:
     """Design for every patient that a run was trained on.
@@ -93,12 +108,7 @@ def design_patients(run: SavedRun) -> Patients:
         UsageError: the patients cannot be had again, or are not those of the run.
     """
     assert run.policy
-    try:
-        options = ProblemOptions.of(run.config)
-        dtype = from_config(RunOptions, run.config).dtype
-        cohort = load_cohort(options.cohort)
-    except (CohortError, TypeError) as error:
-        raise UsageError(first_line(error)) from error
+    options, dtype, cohort = saved_problem(run, "train")
     if options.env_id == ADAPTIVE:
         raise UsageError(f"in {ADAPTIVE} they respond otherwise than predicted")
     if run.patients_digest not in (None, digest(cohort)):

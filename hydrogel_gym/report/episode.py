@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 
 from hydrogel_gym.errors import UsageError, first_line
-from hydrogel_gym.problem.cohort import CohortError, load_cohort
 from hydrogel_gym.problem.fields import COVERAGE_FRACTIONS, Outcomes
 from hydrogel_gym.problem.polymers import load_polymers
 from hydrogel_gym.problem.response import RESPONSE_NAMES
 from hydrogel_gym.problem.reward import RewardConfig, breaches
-from hydrogel_gym.report.analysis import SAME_REWARD
+from hydrogel_gym.report.analysis import SAME_REWARD, saved_problem
 from hydrogel_gym.report.plots import BLACK, BLUE, CYCLE, GREEN, VERMILLION, Plot, new_figure
 from hydrogel_gym.report.reading import SavedRun
 from hydrogel_gym.report.sections import ReportTable, Section
@@ -27,7 +26,6 @@ from hydrogel_gym.runs.adaptive import MEASURED, Episodes, play
 from hydrogel_gym.runs.devices import fast_float32
 from hydrogel_gym.runs.environments import make_envs
 from hydrogel_gym.runs.evaluation import NUM_ADAPTIVE
-from hydrogel_gym.runs.options import ProblemOptions, RunOptions, from_config
 from hydrogel_gym.runs.summary import REGRETS
 
 QUANTILE = 0.75  # of the regret of the best predicted design, for the patient who is shown
@@ -122,12 +120,8 @@ def patient_episode(run: SavedRun) -> Episode:
         UsageError: the patients cannot be had again, or are not those of the run.
     """
     assert run.policy
-    try:
-        options = ProblemOptions.of(run.config)
-        dtype = from_config(RunOptions, run.config).dtype
-        cohort = load_cohort(options.holdout_cohort or "holdout").first(NUM_ADAPTIVE)
-    except (CohortError, TypeError) as error:
-        raise UsageError(first_line(error)) from error
+    options, dtype, cohort = saved_problem(run, "holdout")
+    cohort = cohort.first(NUM_ADAPTIVE)
     device = torch.device("cpu")
     try:
         with fast_float32(device):
