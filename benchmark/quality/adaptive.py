@@ -65,8 +65,6 @@ METHODS = {
     "mean": Method("posterior mean", "#E69F00", players.posterior_mean),
     "ei": Method("posterior expected improvement", "#CC79A7", players.posterior_improvement),
 }
-
-
 BARS = ("policy", "thompson", "bo", "predicted")
 
 
@@ -123,11 +121,10 @@ def play(
     choose, seconds, rewards = method.make(episode), 0.0, []
     for _ in tqdm(range(HORIZON), desc=method.label, disable=None):
         design = choose(obs)
-        if method.observe == "history":
-            seconds += time.process_time() - start
+        chosen = time.process_time()
         obs, reward, _, _, info = envs.step(design._asdict())
-        if method.observe != "history":
-            seconds += time.process_time() - start
+        stepped = time.process_time()
+        seconds += (chosen if method.observe == "history" else stepped) - start
         start = time.process_time()
         episode.record(design, Outcomes(*(info[name] for name in Outcomes._fields)), info["score"])
         rewards.append(reward)
@@ -191,7 +188,7 @@ def draw(every: Mapping[str, dict[str, Runs]], methods: Mapping[str, Method]) ->
         for name, runs in results.items():
             if name != "clairvoyant":
                 line, marker = runs.regret.mean(0).clamp(min=0.01), "o" if name == "policy" else "."
-                label, colour = methods[name].label, methods[name].colour
+                label, colour, *_ = methods[name]
                 axes.plot(range(1, HORIZON + 1), line, color=colour, label=label, marker=marker)
         axes.set(title=title, xlabel="checks", yscale="log")
         axes.grid(alpha=0.3)
@@ -219,9 +216,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         (due,) = make_envs(1, {}, observe).single_observation_space.shape
         if (seen := saved["architecture"]["obs_dim"]) != due:
             raise UsageError(f"--policy {args.policy}: it sees {seen} numbers; expected: {due}")
-        make, label = functools.partial(players.policy, agent=agent), args.policy.name
-        row = Method(f"trained policy, {label}", "#D55E00", make, observe=observe)
-        chosen["policy"] = row
+        make = functools.partial(players.policy, agent=agent)
+        label = f"trained policy, {args.policy.name}"
+        chosen["policy"] = Method(label, "#D55E00", make, observe=observe)
     every = {}
     for title, noise in NOISE.items():
         gained, _, _ = play(METHODS["clairvoyant"], args.patients, noise, args.seed)
