@@ -25,7 +25,7 @@ from hydrogel_gym.runs.command_line import run_script
 from hydrogel_gym.train import generate_candidates as generator
 
 PATIENT = "P0007"
-MIN_TOP_ONLY, MIN_WRITTEN, MAX_MB = 8e6, 3e6, 700
+MIN_TOP_ONLY, MIN_WRITTEN, MAX_MB = 9e6, 3e6, 700
 
 
 class Measured(NamedTuple):
