@@ -269,6 +269,9 @@ def run(args: Args) -> Path:
     sizes = dict(num_candidates=args.num_candidates, top_k=args.top_k, seed=args.seed)
     progress = dict(unit="design", unit_scale=True, smoothing=0.05, disable=world.rank > 0)
     keep_freed_memory()
+    import pyarrow  # which the store has asked for
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())  # what is freed serves all
     with (
         explaining_interruptions(store, [ids[row] for row in left]),
         ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
