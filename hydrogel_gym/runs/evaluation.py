@@ -46,6 +46,7 @@ def evaluation_sets(
     device: torch.device,
     *,
     cache_dir: Path | None,
+    compile: bool = False,
     dtype: Literal["float32", "float64"] = "float32",
 ) -> dict[str, EvaluationSet]:
     """A set for each cohort, by its name; of an adaptive problem, of its first 200 patients.
@@ -55,6 +56,7 @@ def evaluation_sets(
         cohorts: the patients.
         device: where.
         cache_dir: keeps what the oracle found; None does without an oracle.
+        compile: the step of an adaptive problem; that of another is over before it would gain.
         dtype: of the environments' numbers.
 
     Raises:
@@ -63,9 +65,10 @@ def evaluation_sets(
     if problem.env_id == ADAPTIVE:
         cache_dir = None  # who responds otherwise is not best served by what is predicted
         cohorts = {name: cohort.first(NUM_ADAPTIVE) for name, cohort in cohorts.items()}
+    compile = compile and problem.env_id == ADAPTIVE
     sets = {}
     for name, cohort in cohorts.items():
-        envs = make_envs(problem, cohort, device, dtype=dtype)
+        envs = make_envs(problem, cohort, device, compile=compile, dtype=dtype)
         sets[name] = EvaluationSet(envs, best_scores(envs, cache_dir) if cache_dir else None)
     return sets
 

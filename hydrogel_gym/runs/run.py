@@ -207,6 +207,7 @@ class Run:
             self.cohorts,
             self.device,
             cache_dir=self.output_dir.parent / "oracle" if args.oracle else None,
+            compile=self.compile_seconds is not None,
             dtype=args.dtype,
         )
 
