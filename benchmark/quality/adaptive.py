@@ -89,7 +89,9 @@ def regrets(best: Tensor, gained: Tensor) -> Tensor:
     return best[:, None] - gained.cumsum(-1)
 
 
-def make_envs(num_patients: int, noise: Mapping[str, float], observe: str) -> gym.vector.VectorEnv:
+def make_envs(
+    num_patients: int, noise: Mapping[str, float], observe: str, compile: bool = False
+) -> gym.vector.VectorEnv:
     """An environment for each of the first held-out patients."""
     return gym.make_vec(
         "HydrogelAdapt-v0",
@@ -101,6 +103,7 @@ def make_envs(num_patients: int, noise: Mapping[str, float], observe: str) -> gy
         autoreset_mode="Disabled",
         reveal_response=True,
         observe=observe,
+        compile=compile,
     )
 
 
@@ -111,7 +114,8 @@ def play(
 
     Patient i is row i of the held-out cohort, and its response is the one that environment i draws.
     """
-    envs = make_envs(num_patients, noise, method.observe)
+    # Compiled where its time is counted.
+    envs = make_envs(num_patients, noise, method.observe, compile=method.observe != "history")
     obs, info = envs.reset(seed=seed)
     patients = load_cohort("holdout").features[:num_patients].float()
     model = CountingModel(MechanisticModel())
