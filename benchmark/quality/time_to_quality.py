@@ -40,8 +40,8 @@ BASELINES3 = "{python} benchmark/speed/trainers/stable_baselines3_manner.py " + 
 TRAINERS = {
     "quick": OURS + "quick",
     "quick, 65 iterations": OURS + "quick --num-iterations 65",
-    "quick, 75 iterations, bf16": OURS
-    + "quick --num-iterations 75 --limit-margin 0.0003 --precision bf16",
+    "quick, 60 iterations, minibatches of 500, bf16": OURS
+    + "quick --num-iterations 60 --minibatch-size 500 --limit-margin 0.0003 --precision bf16",
     "quick, 160 iterations": OURS + "quick --num-iterations 160",
     "CleanRL manner": CLEANRL + SHORT,
     "XLA": XLA + SHORT,
