@@ -17,7 +17,7 @@ import dataclasses
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -102,6 +102,34 @@ def problem_of(config: dict[str, Any], args: Args) -> ProblemOptions:
     return dataclasses.replace(problem, cohort=args.cohort, holdout_cohort=args.holdout_cohort)
 
 
+class Saved(NamedTuple):
+    """What is to be evaluated."""
+
+    path: Path
+    policies: list[tuple[Agent, int | None]]  # with the iterations of checkpoints
+    config: dict[str, Any]  # options of the training
+    origin: dict[str, Any] | None
+    content: dict[str, Any]  # of the file, or of the last checkpoint
+
+
+def read_saved(args: Args, device: torch.device) -> Saved:
+    """A policy, or all checkpoints of a run.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    if not args.every_checkpoint:
+        path = policy_path(args.policy, "POLICY")
+        agent, content = load_policy(path, Agent, device)
+        config, origin = content["training_config"], content.get("origin")
+        return Saved(path, [(agent, None)], config, origin, content)
+    saved = [unseal(read_checkpoint(each)) for each in checkpoints(args.policy)]
+    if not saved:
+        raise UsageError(f"{args.policy} has no checkpoints")
+    policies = [(agent_of(each, Agent, device), each["iteration"]) for each in saved]
+    return Saved(args.policy, policies, saved[-1]["args"], saved[-1]["run"], saved[-1])
+
+
 def evaluate_saved(args: Args) -> dict[str, Any]:
     """Evaluate, and write the figures; returns those of the policy, or of the last checkpoint.
 
@@ -109,17 +137,7 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
         UsageError: the policy cannot be read, or the figures cannot be written.
     """
     device = resolve_device(args.device)
-    path = args.policy if args.every_checkpoint else policy_path(args.policy, "POLICY")
-    if args.every_checkpoint:
-        saved = [unseal(read_checkpoint(each)) for each in checkpoints(path)]
-        if not saved:
-            raise UsageError(f"{path} has no checkpoints")
-        policies = [(agent_of(each, Agent, device), each["iteration"]) for each in saved]
-        config, folder, origin = saved[-1]["args"], path, saved[-1]["run"]
-    else:
-        agent, content = load_policy(path, Agent, device)
-        policies, config, folder = [(agent, None)], content["training_config"], path.parent
-        origin = content.get("origin")
+    path, policies, config, origin, content = read_saved(args, device)
     problem = problem_of(config, args)
     model = model_content(problem, args.reward_model)
     check_origin(origin, {MODEL: model}, {MODEL: args.reward_model})
@@ -127,7 +145,7 @@ def evaluate_saved(args: Args) -> dict[str, Any]:
     if args.cohort is None or args.holdout_cohort is not None:
         cohorts["holdout"] = load_cohort(args.holdout_cohort or "holdout")
     patients = digest(cohorts["train"])
-    folder = args.output_dir or folder
+    folder = args.output_dir or (path if args.every_checkpoint else path.parent)
     make_folder(folder, "--output-dir")
     sets = evaluation_sets(
         problem,

@@ -18,6 +18,21 @@ from hydrogel_gym.problem.tables import require_pyarrow
 
 
 @unfailing_output()
+def check_output(path: Path) -> None:
+    """Refuse, before the search, what the table could not be written to.
+
+    Raises:
+        ValueError: it is no table, or in no folder.
+        UsageError: pyarrow is not installed.
+    """
+    if path.suffix not in (".csv", ".parquet"):
+        raise ValueError(f"--output is {str(path)!r}; allowed: a .csv or .parquet file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output is {str(path)!r}, in a folder that does not exist")
+    if path.suffix == ".parquet":
+        require_pyarrow(f"--output {path}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -44,12 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.perf_counter()
     keep_freed_memory()
     try:
-        if args.output.suffix not in (".csv", ".parquet"):
-            raise ValueError(f"--output is {str(args.output)!r}; allowed: a .csv or .parquet file")
-        if not args.output.parent.is_dir():
-            raise ValueError(f"--output is {str(args.output)!r}, in a folder that does not exist")
-        if args.output.suffix == ".parquet":
-            require_pyarrow(f"--output {args.output}")
+        check_output(args.output)
         if args.seed < 0:
             raise ValueError(f"--seed is {args.seed}; allowed: 0 or more")
         best = best_designs(

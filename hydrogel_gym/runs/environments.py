@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hydrogel_gym.envs.vector import HydrogelVectorEnv
 from hydrogel_gym.errors import UsageError, first_line
-from hydrogel_gym.models.contract import RewardModelError, load_reward_model
+from hydrogel_gym.models.contract import RewardModel, RewardModelError, load_reward_model
 from hydrogel_gym.models.mechanistic import MechanisticModel
 from hydrogel_gym.problem.cohort import Cohort
 from hydrogel_gym.problem.fields import PATIENT_FIELDS, Outcomes
@@ -90,14 +90,7 @@ def make_envs(
         if problem.observe_when_evaluated is not None:
             given["observe"] = problem.observe_when_evaluated
     if problem.reward_model is not None or problem.pessimism is not None:
-        given["reward_model"] = load_reward_model(
-            problem.reward_model_name, device, pessimism=problem.pessimism
-        )
-        if problem.env_id == ADAPTIVE and not isinstance(given["reward_model"], MechanisticModel):
-            raise UsageError(
-                f"--reward-model is {problem.reward_model_name!r}, which takes no patient's "
-                f"response; allowed with {ADAPTIVE}: mechanistic"
-            )
+        given["reward_model"] = _reward_model(problem, device)
     if compile:
         given["compile"] = True
     if dtype != "float32":
@@ -124,6 +117,17 @@ def make_envs(
         raise
     except ValueError as error:
         raise UsageError(f"--env-id {problem.env_id}: {first_line(error)}") from error
+
+
+def _reward_model(problem: ProblemOptions, device: torch.device) -> RewardModel:
+    name = problem.reward_model_name
+    model = load_reward_model(name, device, pessimism=problem.pessimism)
+    if problem.env_id == ADAPTIVE and not isinstance(model, MechanisticModel):
+        raise UsageError(
+            f"--reward-model is {name!r}, which takes no patient's response; allowed with "
+            f"{ADAPTIVE}: mechanistic"
+        )
+    return model
 
 
 @torch.no_grad()

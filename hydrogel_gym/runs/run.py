@@ -329,8 +329,32 @@ class Run:
             # A launcher ends all ranks once one of them was interrupted, so they end together.
             self.world.wait()
             return {"interrupted": interrupted}
-        wall_seconds = time.perf_counter() - self.began
         args, agent, output_dir = self.args, self.learner.agent, self.output_dir
+        summary, calibration = self._summary(interrupted)
+        with explaining_disk_failures(output_dir, len(self.rows)):
+            config, architecture = plain_config(args), self.learner.architecture
+            origin = {name: self.identity[name] for name in ORIGIN}
+            path = output_dir / POLICY_FILE
+            save_policy(path, agent, architecture, config, origin, calibration)
+            draw_learning_curve(output_dir / CURVE_FILE, self.rows)
+            draw_policy_selection(output_dir / SELECTION_FILE, summary["polymer_share"])
+            # Last: a summary says that the directory is complete.
+            write_json(output_dir / SUMMARY_FILE, summary)
+        self.logs.conclude(
+            lambda: Outcome(
+                summary,
+                output_dir / POLICY_FILE,
+                self.cohorts["train"].first(self.sets["train"].envs.num_envs),
+                policy_designs(self.policy, self.sets["train"].envs),
+            )
+        )
+        self.world.wait()
+        return summary | {"output_dir": str(output_dir)}
+
+    def _summary(self, interrupted: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What `summary.json` says, and how the policy's regret is predicted."""
+        wall_seconds = time.perf_counter() - self.began
+        args = self.args
         figures = final_figures(
             self.policy, self.sets, horizon=args.horizon, generator=self.learner.generator
         )
@@ -338,7 +362,7 @@ class Run:
             figures |= figures_after_checks(self.policy, self.sets["holdout"].envs, args.horizon)
         calibration, predicted = calibrate_policy(self.policy, self.sets)
         samples = self.rows[-1]["global_step"]
-        summary = {
+        return {
             "interrupted": interrupted,
             **self.labels,
             **figures,
@@ -356,23 +380,4 @@ class Run:
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "versions": versions(),
-        }
-        with explaining_disk_failures(output_dir, len(self.rows)):
-            config, architecture = plain_config(args), self.learner.architecture
-            origin = {name: self.identity[name] for name in ORIGIN}
-            path = output_dir / POLICY_FILE
-            save_policy(path, agent, architecture, config, origin, calibration)
-            draw_learning_curve(output_dir / CURVE_FILE, self.rows)
-            draw_policy_selection(output_dir / SELECTION_FILE, figures["polymer_share"])
-            # Last: a summary says that the directory is complete.
-            write_json(output_dir / SUMMARY_FILE, summary)
-        self.logs.conclude(
-            lambda: Outcome(
-                summary,
-                output_dir / POLICY_FILE,
-                self.cohorts["train"].first(self.sets["train"].envs.num_envs),
-                policy_designs(self.policy, self.sets["train"].envs),
-            )
-        )
-        self.world.wait()
-        return summary | {"output_dir": str(output_dir)}
+        }, calibration

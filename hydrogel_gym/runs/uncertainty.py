@@ -8,6 +8,7 @@ are known: its mean, and a quantile, in each tenth of them by what was gained.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -83,7 +84,6 @@ def try_designs(
     envs, best_score = evaluated
     problem: Any = envs.unwrapped.problem  # type: ignore[attr-defined]
     patients, config = problem.params.patients, problem.params.reward_config
-    low, high = (torch.from_numpy(x).to(patients) for x in (FORMULATION_LOW, FORMULATION_HIGH))
     rows = torch.arange(len(patients), device=patients.device)
 
     def rewards(*designs: Tensor) -> Tensor:
@@ -104,22 +104,32 @@ def try_designs(
     leading = of_polymer.topk(num_starts, dim=0).indices
     first = torch.where(designs.polymer_id == leading.unsqueeze(1), reward, -torch.inf).argmax(1)
     best = reward[first, rows]
-    polymer_id, formulation, coverage = (part[first, rows] for part in designs)
-    share, size = (formulation - low) / (high - low), torch.full_like(best, FIRST_STEP)
-    shape, noise = (num_frames, len(low), len(low)), torch.Generator().manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(shape, generator=noise)).Q.to(share)
-    for direction in torch.stack([axes, -axes], 2).flatten(0, 2):
-        trial = (share + size.unsqueeze(-1) * direction).clamp(0.0, 1.0)
-        found = rewards(polymer_id, torch.lerp(low, high, trial), coverage)
-        gained = found > best
-        share = torch.where(gained.unsqueeze(-1), trial, share)
-        best, size = torch.where(gained, found, best), size * torch.where(gained, LONGER, SHORTER)
+    best = _climbed(rewards, Design(*(part[first, rows] for part in designs)), best, num_frames)
     highest = torch.maximum(best, reward[:1]).amax(0)
     earned, beaten = (x.double().cpu().numpy() for x in (reward[0], highest))
     if best_score is None:
         return Tried(earned, beaten - earned, None)
     regret = (best_score.double().cpu().numpy() - earned).clip(min=0.0)
     return Tried(earned, beaten - earned, regret)
+
+
+def _climbed(
+    rewards: Callable[..., Tensor], design: Design, reward: Tensor, num_frames: int
+) -> Tensor:
+    """(S, P) rewards that small steps of (S, P) designs reach along the axes of random frames."""
+    polymer_id, formulation, coverage = design
+    low, high = (torch.from_numpy(x).to(formulation) for x in (FORMULATION_LOW, FORMULATION_HIGH))
+    share, size = (formulation - low) / (high - low), torch.full_like(reward, FIRST_STEP)
+    shape, noise = (num_frames, len(low), len(low)), torch.Generator().manual_seed(0)
+    axes = torch.linalg.qr(torch.randn(shape, generator=noise)).Q.to(share)
+    for direction in torch.stack([axes, -axes], 2).flatten(0, 2):
+        trial = (share + size.unsqueeze(-1) * direction).clamp(0.0, 1.0)
+        found = rewards(polymer_id, torch.lerp(low, high, trial), coverage)
+        gained = found > reward
+        share = torch.where(gained.unsqueeze(-1), trial, share)
+        reward = torch.where(gained, found, reward)
+        size = size * torch.where(gained, LONGER, SHORTER)
+    return reward
 
 
 def calibrate(gain: np.ndarray, regret: np.ndarray) -> Calibration:
