@@ -1,12 +1,11 @@
 """What learning from checks is worth: regret after each check where the response is hidden.
 
-    python benchmark/quality/adaptive.py                        # a quarter of an hour on one core
-    python benchmark/quality/adaptive.py --policy runs/adapt-s1
-    python benchmark/quality/adaptive.py --methods ei --patients 20
+    python benchmark/quality/adaptive.py --policy runs/adapt-s1    # most of an hour on one core
+    python benchmark/quality/adaptive.py --methods ei --patients 20 --seeds 0
 
 Every method checks eight designs of the same held-out patients in `HydrogelAdapt-v0`, with the same
-hidden responses. Regret is against the best design under the true response. Needs
-`pip install -e ".[bench]"`.
+hidden responses, which each seed draws anew. Regret is against the best design under the true
+response. Needs `pip install -e ".[bench]"`.
 """
 
 from __future__ import annotations
@@ -69,11 +68,11 @@ BARS = ("policy", "thompson", "bo", "predicted")
 
 
 class Runs(NamedTuple):
-    """What a method reached for each of the first P patients."""
+    """What a method reached for each of the first P patients under each of S responses."""
 
-    regret: Tensor  # (P, HORIZON) after each check
-    calls: float  # of the reward model per patient, besides the checks
-    seconds: float  # of the CPU per patient, reward model included
+    regret: Tensor  # (S, P, HORIZON) after each check
+    calls: float  # of the reward model per episode, besides the checks
+    seconds: float  # of the CPU per episode, reward model included
 
 
 def regrets(best: Tensor, gained: Tensor) -> Tensor:
@@ -136,6 +135,19 @@ def play(
     return torch.stack(rewards, -1), episode, seconds
 
 
+def compared(
+    method: Method, best: list[Tensor], noise: Mapping[str, float], seeds: Sequence[int]
+) -> Runs:
+    """Episodes of a method under the responses of each seed, for which (P,) `best` is the best."""
+    num = min(len(best[0]), method.patients)
+    played = [play(method, num, noise, seed) for seed in seeds]
+    pairs = zip(best, played, strict=True)
+    regret = torch.stack([regrets(scores[:num], gained) for scores, (gained, _, _) in pairs])
+    calls = sum(episode.model.calls for _, episode, _ in played)
+    seconds, episodes = sum(seconds for _, _, seconds in played), num * len(seeds)
+    return Runs(regret, calls / episodes, seconds / episodes)
+
+
 def quartiles(values: Tensor) -> str:
     """Median and interquartile range."""
     low, middle, high = values.quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
@@ -146,13 +158,13 @@ def report(every: dict[str, Runs], methods: Mapping[str, Method]) -> list[str]:
     """The tables of one kind of measurement."""
     means, medians = [], []
     for name, runs in every.items():
-        head = [methods[name].label, len(runs.regret)]
+        head = [methods[name].label, runs.regret.shape[1]]
         cost = [f"{runs.calls:,.0f}", f"{runs.seconds:.2g}"]
-        means.append([*head, *(f"{x:.3f}" for x in runs.regret.mean(0)), *cost])
-        medians.append([*head, *map(quartiles, runs.regret.unbind(-1))])
+        means.append([*head, *(f"{x:.3f}" for x in runs.regret.mean((0, 1))), *cost])
+        medians.append([*head, *map(quartiles, runs.regret.flatten(0, 1).unbind(-1))])
     checks = ["method", "patients", *range(1, HORIZON + 1)]
     return [
-        "Mean regret after each check, calls of the reward model and CPU seconds per patient:",
+        "Mean regret after each check, calls of the reward model and CPU seconds per episode:",
         "",
         *table([*checks, "calls", "seconds"], means),
         "",
@@ -162,26 +174,29 @@ def report(every: dict[str, Runs], methods: Mapping[str, Method]) -> list[str]:
     ]
 
 
-def bars(every: Mapping[str, Runs]) -> list[str]:
+def bars(every: Mapping[str, Runs], seeds: Sequence[int]) -> list[str]:
     """What a trained policy must reach."""
     policy, base, bo, still = (every[name] for name in BARS)
-    num, few = len(policy.regret), len(bo.regret)
-    regret = last_of(policy, num) / last_of(base, num)
+    few = bo.regret.shape[1]
+    each = policy.regret[..., -1].mean(1) / base.regret[..., -1].mean(1)
+    regret = last_of(policy) / last_of(base)
     cheap = last_of(policy, few) / last_of(bo, few)
     faster = base.seconds / policy.seconds
-    behind = (policy.regret.mean(0) / still.regret.mean(0))[1:].max().item()
+    behind = (policy.regret.mean((0, 1)) / still.regret.mean((0, 1)))[1:].max().item()
+    of_seeds = "; ".join(f"{seed}: {x:.2f}" for seed, x in zip(seeds, each.tolist(), strict=True))
     rows = [
-        ["posterior sampling", f"{regret:.2f}", "1.25", verdict(regret <= 1.25)],
+        [f"posterior sampling ({of_seeds})", f"{regret:.2f}", "1.25", verdict(regret <= 1.25)],
         ["Bayesian optimisation from scratch", f"{cheap:.2f}", "0.5", verdict(cheap <= 0.5)],
         ["no learning, worst from the second check on", f"{behind:.2f}", "1", verdict(behind < 1)],
         ["posterior sampling, in seconds", f"1/{faster:,.0f}", "1/1,000", verdict(faster >= 1000)],
     ]
-    return ["", *table(["the policy's mean regret beside that of", "ratio", "at most", ""], rows)]
+    head = ["the policy's mean regret beside that of (of each seed)", "ratio", "at most", ""]
+    return ["", *table(head, rows)]
 
 
-def last_of(runs: Runs, size: int) -> float:
+def last_of(runs: Runs, size: int | None = None) -> float:
     """Mean regret of the first patients after the last check."""
-    return runs.regret[:size, -1].mean().item()
+    return runs.regret[:, :size, -1].mean().item()
 
 
 def draw(every: Mapping[str, dict[str, Runs]], methods: Mapping[str, Method]) -> Any:
@@ -191,7 +206,8 @@ def draw(every: Mapping[str, dict[str, Runs]], methods: Mapping[str, Method]) ->
     for axes, (title, results) in zip(panels, every.items(), strict=True):
         for name, runs in results.items():
             if name != "clairvoyant":
-                line, marker = runs.regret.mean(0).clamp(min=0.01), "o" if name == "policy" else "."
+                line = runs.regret.mean((0, 1)).clamp(min=0.01)
+                marker = "o" if name == "policy" else "."
                 label, colour, *_ = methods[name]
                 axes.plot(range(1, HORIZON + 1), line, color=colour, label=label, marker=marker)
         axes.set(title=title, xlabel="checks", yscale="log")
@@ -208,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flag("--policy", type=Path, help="finished run directory of the trainer")
     flag("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="to compare")
     flag("--patients", type=count, default=200, help="held out; at most 40 for bo and bo_prior")
-    flag("--seed", type=int, default=0, help="of responses and methods")
+    flag("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of responses and methods")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     chosen = {name: METHODS[name] for name in METHODS if name in args.methods}
@@ -225,27 +241,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         chosen["policy"] = Method(label, "#D55E00", make, observe=observe)
     every = {}
     for title, noise in NOISE.items():
-        gained, _, _ = play(METHODS["clairvoyant"], args.patients, noise, args.seed)
-        best, every[title] = gained[:, 0], {}
+        every[title], knowing = {}, METHODS["clairvoyant"]
+        best = [play(knowing, args.patients, noise, seed)[0][:, 0] for seed in args.seeds]
         for name, method in chosen.items():
-            num = min(args.patients, method.patients)
-            gained, episode, seconds = play(method, num, noise, args.seed)
-            found = regrets(best[:num], gained)
-            every[title][name] = Runs(found, episode.model.calls / num, seconds / num)
+            every[title][name] = compared(method, best, noise, args.seeds)
     lines = [
         "Regret: the best score under the true response less the best true score so far, points of "
         f"the reward; held-out patients 1 to {args.patients}, `response_sd` {DEFAULT_RESPONSE_SD}, "
-        f"responses by seed {args.seed}. Calls and seconds are what choosing takes; the checks "
-        "themselves, and the shipped search of the predicted designs, are not counted, but for a "
-        "policy that observes samples of the response, whose seconds are with all that the "
-        "environment does. Deviations "
-        f"of noise: {', '.join(f'{v} of {k}' for k, v in DEVIATIONS.items())}.",
+        f"responses by seeds {', '.join(map(str, args.seeds))}. Calls and seconds are what "
+        "choosing takes; the checks themselves, and the shipped search of the predicted designs, "
+        "are not counted, but for a policy that observes samples of the response, whose seconds "
+        "are with all that the environment does. Deviations of noise: "
+        f"{', '.join(f'{v} of {k}' for k, v in DEVIATIONS.items())}.",
         "",
     ]
     for title, results in every.items():
         lines += [f"## {title}", "", *report(results, chosen)]
         if {*BARS} <= {*results}:
-            lines += bars(results)
+            lines += bars(results, args.seeds)
         lines.append("")
     write(args.output_dir, "adaptive", lines, draw(every, chosen), made_by(1, "botorch"))
 
