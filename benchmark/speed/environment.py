@@ -1,4 +1,4 @@
-"""What a step of the vector environment costs: time and memory, compiled and not.
+"""What a step of the vector environments costs: time and memory, compiled and not.
 
     python benchmark/speed/environment.py
 
@@ -9,6 +9,7 @@ and the figures worthless. `benchmark/gpu.py` measures the same on a GPU.
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import statistics
 import sys
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from gymnasium.vector import SyncVectorEnv
@@ -24,8 +25,9 @@ from gymnasium.vector import SyncVectorEnv
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from common import Parser, count, in_turn, made_by, spread, table, write
 
-from hydrogel_gym import HydrogelEnv, HydrogelVectorEnv
+from hydrogel_gym import HydrogelAdaptVectorEnv, HydrogelEnv, HydrogelVectorEnv
 from hydrogel_gym.memory import keep_freed_memory
+from hydrogel_gym.problem.adaptive import SLOT_WIDTH, Observe
 from hydrogel_gym.runs.command_line import run_script
 
 VARIANTS = {
@@ -37,16 +39,17 @@ DEFAULT_ENVS = 2000  # one environment per shipped patient
 SYNC_ENVS = 32
 MEMORY_FROM = 2**18  # fewer environments fit into what the compiler needed before them
 ROUND_SECONDS = 0.1
+CHECKS = 8  # of an adaptive episode
+FIRST, COPIES = "`HydrogelDesign-v0`", "three copies of a history"
 
 
-def stepper(variant: str, num_envs: int, device: str) -> Callable[[], Any]:
+def stepper(env: HydrogelVectorEnv) -> Callable[[], Any]:
     """The step of a new environment."""
-    env = HydrogelVectorEnv(num_envs, device=device, **VARIANTS[variant])
     env.reset(seed=0)
     env.action_space.seed(0)
     action = env.action_space.sample()
     if env.output == "torch":
-        action = {head: torch.from_numpy(value).to(device) for head, value in action.items()}
+        action = {head: torch.from_numpy(value) for head, value in action.items()}
     return lambda: env.step(action)
 
 
@@ -67,9 +70,36 @@ def milliseconds(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, 
     return {name: values[1:] for name, values in in_turn(calls, 1 + rounds, measure).items()}
 
 
+def copies() -> Callable[[], Any]:
+    """What a step writes of histories: those of the state, of `obs` and of `final_obs`.
+
+    Beside those of the step before, which a user may still hold.
+    """
+    history = torch.rand(DEFAULT_ENVS, CHECKS * SLOT_WIDTH)
+    steps = itertools.cycle([[torch.empty_like(history) for _ in range(3)] for _ in range(2)])
+    return lambda: [block.copy_(history) for block in next(steps)]
+
+
+def adaptive_rows(rounds: int) -> list[list[str]]:
+    """Milliseconds of a step for all that an adaptive problem may observe, beside the first id."""
+    shown: dict[str, list[str]] = {}
+    for compile in (False, True):
+        same: dict[str, Any] = {"output": "torch", "compile": compile, "horizon": CHECKS}
+        calls = {FIRST: stepper(HydrogelVectorEnv(DEFAULT_ENVS, **same))}
+        for observe in get_args(Observe):
+            env = HydrogelAdaptVectorEnv(DEFAULT_ENVS, observe=observe, **same)
+            calls[f"`HydrogelAdapt-v0`, `observe={observe!r}`"] = stepper(env)
+        times = milliseconds(calls | {COPIES: copies()}, rounds)
+        base = statistics.median(times[FIRST])
+        for name, values in times.items():
+            speed = "" if name == COPIES else f"{base / statistics.median(values):.2f}"
+            shown.setdefault(name, [name]).extend([spread(values), speed])
+    return list(shown.values())
+
+
 def peak_bytes(variant: str, num_envs: int) -> int:
     """Peak memory of this process over the life of an environment."""
-    step = stepper(variant, num_envs, "cpu")
+    step = stepper(HydrogelVectorEnv(num_envs, **VARIANTS[variant]))
     for _ in range(3):
         returned = step()  # held until the next step has been made, as a user does
     del returned
@@ -104,7 +134,7 @@ def main(argv: list[str] | None = None) -> None:
     sync = statistics.median(timings) / SYNC_ENVS  # per environment
     default, every = [], []
     for size in sizes:
-        calls = {variant: stepper(variant, size, "cpu") for variant in VARIANTS}
+        calls = {name: stepper(HydrogelVectorEnv(size, **x)) for name, x in VARIANTS.items()}
         times, largest = milliseconds(calls, args.rounds), {}
         if size == DEFAULT_ENVS:
             default_times = times
@@ -119,6 +149,7 @@ def main(argv: list[str] | None = None) -> None:
         default.append([variant, *cells, f"{held:,.0f}" if held else ""])
     name = f"SyncVectorEnv of {SYNC_ENVS} `HydrogelEnv`"
     default.append([name, f"{sync * SYNC_ENVS:.2f}", f"{1e-3 / sync:.4f}", "1", ""])
+    adaptive = adaptive_rows(args.rounds)
     columns = ["ms per step", "M steps/s", "times SyncVectorEnv", "bytes per environment"]
     lines = [
         "The step of `HydrogelVectorEnv` (`horizon=1`, actions checked on the CPU) after "
@@ -132,6 +163,12 @@ def main(argv: list[str] | None = None) -> None:
         f"from {MEMORY_FROM:,} environments):",
         "",
         *table(["environments", *VARIANTS], every),
+        "",
+        f"The adaptive problem, {DEFAULT_ENVS:,} environments, episodes of {CHECKS} steps, and "
+        "how many steps a second are taken beside the first id. A step writes a history three "
+        "times, which takes as long as is shown whatever else it does:",
+        "",
+        *table(["", "ms per step", "speed", "compiled: ms per step", "speed"], adaptive),
     ]
     write(args.output_dir, "environment", lines, made=made_by())
 
