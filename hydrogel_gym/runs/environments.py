@@ -52,8 +52,12 @@ def stricter_reward(
     params = unwrapped.problem.params
     strict = params.reward_config.stricter(limit_margin, penalty_scale)
     outcomes = Outcomes(*(data[name] for name in Outcomes._fields))
-    score = compute_reward(outcomes, data["reward_novelty"] != 0.0, strict).to(data["reward"])
-    if params.reward_mode == "score":
+    by_score, is_novel = params.reward_mode == "score", data["reward_novelty"] != 0.0
+    if by_score and params.adaptive is not None and params.adaptive.observe == "response":
+        # Which polymers were used is not observed: the bonus would be noise, and pay for variety.
+        is_novel = torch.ones_like(is_novel)
+    score = compute_reward(outcomes, is_novel, strict).to(data["reward"])
+    if by_score:
         return score
     best_before = data["obs"][..., len(PATIENT_FIELDS)]  # `current_best_score`
     return (score - best_before).clamp_min(0.0)

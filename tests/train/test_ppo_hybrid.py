@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 
 import hydrogel_gym
 from hydrogel_gym import errors
-from hydrogel_gym.problem.reward import RewardTerms
+from hydrogel_gym.problem.reward import SAFETY_LIMITS, RewardTerms
 from hydrogel_gym.runs import compiled, environments, metrics, ranks
 from hydrogel_gym.train import ppo_hybrid as ppo
 
@@ -394,6 +394,23 @@ def test_learner_is_paid_by_stricter_limits_of_its_own_environment_and_the_repor
         torch.testing.assert_close(paid[-1], expected, rtol=1e-5, atol=1e-5)
     assert torch.equal(paid[1], infos["reward"])
     assert not torch.equal(*paid)
+
+
+def test_learner_that_sees_the_response_is_paid_for_each_design_as_if_no_other_had_been_tried(
+    small_run, tmp_path, monkeypatch
+):
+    problem = dict(env_id="HydrogelAdapt-v0", horizon=8, observe="response", reward_mode="score")
+    args = small_run(tmp_path, **problem, num_steps=8, num_envs=50, limit_margin=0.0)
+    envs = environments.make_envs(args, hydrogel_gym.load_cohort(), CPU, num_envs=50)
+    paid, plain = [], ppo.compute_gae
+    monkeypatch.setattr(ppo, "compute_gae", lambda *a: paid.append(a[0]) or plain(*a))
+    obs, generator = envs.reset(seed=0)[0], torch.Generator().manual_seed(0)
+    _, _, infos = ppo.rollout(envs, make_agent(obs_dim=19), obs, args, generator)
+    is_spent = infos["reward_novelty"] == 0.0
+    assert 0.05 < is_spent.float().mean() < 0.5
+    is_safe = sum(infos[f"reward_{name}"] for name in SAFETY_LIMITS) == 0.0
+    expected = infos["reward"] + 0.1 * is_spent
+    torch.testing.assert_close(paid[0][is_safe], expected[is_safe], rtol=1e-5, atol=1e-5)
 
 
 def test_learner_of_an_environment_that_names_no_limits_takes_its_reward_as_it_is(
