@@ -162,8 +162,9 @@ class AdaptiveProblem(DesignProblem):
 
 
 def response_field(factor: ResponseField) -> Field:
-    """The column of an observation that has a factor of the response."""
-    return Field(factor.name, factor.low, factor.high, "factor as observed")
+    """The column of an observation that has the logarithm of a factor of the response."""
+    low, high = math.log(factor.low) - 1e-6, math.log(factor.high) + 1e-6  # rounding
+    return Field(f"log_{factor.name}", low, high, "logarithm of the factor as observed")
 
 
 @with_numbers
@@ -206,8 +207,9 @@ class HydrogelAdaptEnv(HydrogelEnv):
 
     `obs_format="dict"` has the groups of `HydrogelEnv` and `history`, (`horizon`, $slot_width).
 
-    With another `observe` than `"history"` the slots are replaced by the $num_responses factors (in
-    the dict `response`), so that a policy need not learn what measurements mean:
+    With another `observe` than `"history"` the slots are replaced by the natural logarithms of the
+    $num_responses factors (in the dict `response`), so that a policy need not learn what
+    measurements mean. Factors are those of one of:
 
     - `"estimate"`: the means of a Gaussian belief, which an iterated extended Kalman filter has
       from the prior, the checks and the built-in model's equations.

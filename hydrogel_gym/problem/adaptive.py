@@ -148,7 +148,9 @@ def with_history(columns: Tensor, checks: Checks, iteration: Tensor) -> Tensor:
 def observed_response(
     checks: Checks, params: AdaptiveParams, seed: Tensor, episode: Tensor, step: Tensor
 ) -> Tensor:
-    """(B, R) factors as they are observed: the true ones, their estimates, or a draw of the belief.
+    """(B, R) logarithms of the true factors, of their estimates, or of a draw of the belief.
+
+    Logarithms, since what is best depends on the ratios of factors.
 
     Args:
         checks: what was measured so far.
@@ -158,11 +160,11 @@ def observed_response(
         step: (B,) int64, checks so far.
     """
     if params.observe == "response":
-        return checks.response
+        return checks.response.log()
     if params.observe == "estimate":
-        return checks.belief[..., 0]
+        return checks.belief[..., 0].log()
     levels = draw_levels(checks.response.shape[-1], seed, episode, step, 1)
-    return sample_belief(checks.belief, params.normal_levels[levels])
+    return sample_belief(checks.belief, params.normal_levels[levels]).log()
 
 
 def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:

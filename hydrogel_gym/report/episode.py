@@ -143,7 +143,7 @@ def patient_episode(run: SavedRun) -> Episode:
     episode = episode_of(episodes, chosen, cohort.patient_ids[chosen], held)
     if options.observe_when_evaluated in (None, "history"):
         return episode
-    seen = episodes.obs[:, chosen, -len(RESPONSE_NAMES) :].numpy()
+    seen = episodes.obs[:, chosen, -len(RESPONSE_NAMES) :].exp().numpy()
     return episode._replace(observed_response=seen)
 
 
