@@ -116,7 +116,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
     "quick": SHORT | dict(num_iterations=100, num_steps=2, learning_rate=2.5e-3),
     "full": SHORT | dict(num_steps=5, learning_rate=1.2e-3, limit_margin=0.002),
-    "adapt": SHORT | ADAPT | dict(num_iterations=1500, learning_rate=2e-3),
+    "adapt": SHORT | ADAPT | dict(num_iterations=3000, learning_rate=2e-3),
 }
 
 LOG_STD_RANGE = (-6.0, 1.0)  # binds nowhere in practice; keeps a diverging run from overflow
