@@ -89,9 +89,9 @@ def test_who_is_trained_with_the_response_is_evaluated_with_samples_of_it(tmp_pa
     every = evaluation.evaluation_sets(problem, {"holdout": cohort}, place, cache_dir=tmp_path)
     evaluated = every["holdout"].envs
     (trained_on, _), (seen, info) = (each.reset(seed=0) for each in (envs, evaluated))
-    response = info["response"]
-    assert trained_on[:200, 13:].equal(response)  # of the same streams
-    assert not (seen[:, 13:] == response).all(0).any()
+    hidden = info["response"].log()
+    torch.testing.assert_close(trained_on[:200, 13:], hidden)  # of the same streams
+    assert ((seen[:, 13:] - hidden).abs() > 0.01).float().mean() > 0.9
 
 
 def test_of_each_cohort_the_first_200_patients_are_evaluated(tmp_path):
