@@ -30,7 +30,7 @@ from speed.trainers.protocol import read_iterations, train
 from torch.autograd import DeviceType
 from torch.profiler import profile
 
-from hydrogel_gym import load_cohort, runs
+from hydrogel_gym import HydrogelVectorEnv, load_cohort, runs
 from hydrogel_gym.errors import UsageError, first_line
 from hydrogel_gym.files import write_atomically
 from hydrogel_gym.oracle import best_designs
@@ -130,8 +130,10 @@ def iteration(plan: Plan, compile: bool, graphs: bool, precision: str, products:
 
 def environments(plan: Plan, size: int) -> str:
     """Steps per second of so many environments."""
-    variants = ("torch", "torch, compiled")
-    calls = {each: environment.stepper(each, size, plan.device) for each in variants}
+    calls = {}
+    for each in ("torch", "torch, compiled"):
+        envs = HydrogelVectorEnv(size, device=plan.device, **environment.VARIANTS[each])
+        calls[each] = environment.stepper(envs)
     times = environment.milliseconds(calls, plan.rounds).values()
     plain, fast = (size / statistics.median(each) / 1e3 for each in times)
     return f"{plain:,.2f} M steps/s; compiled {fast:,.2f} M"

@@ -49,7 +49,8 @@ def stepper(env: HydrogelVectorEnv) -> Callable[[], Any]:
     env.action_space.seed(0)
     action = env.action_space.sample()
     if env.output == "torch":
-        action = {head: torch.from_numpy(value) for head, value in action.items()}
+        device = env.problem.device
+        action = {head: torch.from_numpy(value).to(device) for head, value in action.items()}
     return lambda: env.step(action)
 
 
