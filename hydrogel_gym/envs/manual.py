@@ -15,7 +15,6 @@ from hydrogel_gym.problem.fields import (
     FORMULATION_FIELDS,
     NUM_PATIENT_FEATURES,
     PATIENT_FIELDS,
-    Field,
 )
 from hydrogel_gym.problem.polymers import NUM_POLYMERS
 from hydrogel_gym.problem.response import MAX_RESPONSE_SD, RESPONSE_FIELDS, ResponseField
@@ -71,19 +70,6 @@ def _numbers() -> dict[str, object]:
 
 def _adaptive_numbers(config: RewardConfig, slot_start: int) -> dict[str, object]:
     slot, horizon = slot_fields(config), 8
-    names = [item.name for item in slot]
-    rows: list[tuple[int, object, str, Field]] = []
-    for prefix in ("polymer_", "coverage_"):
-        one_hot = [i for i, name in enumerate(names) if name.startswith(prefix)]
-        field = slot[one_hot[0]]
-        rows.append(
-            (one_hot[0], f"{one_hot[0]} to {one_hot[-1]}", f"{prefix[:-1]}, one-hot", field)
-        )
-    rows += [
-        (i, i, item.name, item)
-        for i, item in enumerate(slot)
-        if not item.name.startswith(("polymer_", "coverage_"))
-    ]
     return {
         "slot_start": slot_start,
         "slot_width": len(slot),
@@ -91,8 +77,8 @@ def _adaptive_numbers(config: RewardConfig, slot_start: int) -> dict[str, object
         "adapt_obs_dim": slot_start + horizon * len(slot),
         "slot_rows": _table(
             *(
-                (num, name, item.low, item.high, _unit(item.meaning) if "," in item.meaning else "")
-                for _, num, name, item in sorted(rows, key=lambda row: row[0])
+                (i, item.name, item.low, item.high, _unit(item.meaning))
+                for i, item in enumerate(slot)
             )
         ),
         "num_responses": len(RESPONSE_FIELDS),

@@ -43,27 +43,25 @@ MEASURED_FIELDS = tuple(
 def slot_fields(config: RewardConfig) -> tuple[Field, ...]:
     """The W columns of one slot of a history: a design and what was measured; 0 while empty.
 
+    Polymers and coverages are numbers: with a column for each, an observation would be three times
+    as wide, and a step of 2,000 environments slower by a fifth.
+
     Args:
         config: bounds the score.
     """
-    polymers = (Field(f"polymer_{i}", 0.0, 1.0, "polymer tried") for i in range(NUM_POLYMERS))
-    coverages = (Field(f"coverage_{name}", 0.0, 1.0, "coverage tried") for name in COVERAGES)
     measured = (item._replace(name=f"measured_{item.name}") for item in MEASURED_FIELDS)
     score = Field("measured_score", config.min_score, config.max_score, "score as measured, reward")
     columns = (
-        Field("tried", 0.0, 1.0, "whether the slot is filled"),
-        *polymers,
+        Field("polymer_number", 0.0, float(NUM_POLYMERS), "polymer_id + 1, index"),
         *FORMULATION_FIELDS,
-        *coverages,
+        Field("coverage", 0.0, len(COVERAGES) - 1.0, "index"),
         *measured,
         score,
     )
     return tuple(x._replace(low=min(x.low, 0.0), high=max(x.high, 0.0)) for x in columns)
 
 
-_NAMES = [item.name for item in slot_fields(RewardConfig())]
-SLOT_WIDTH = len(_NAMES)
-_POLYMER, _COVERAGE = _NAMES.index("polymer_0"), _NAMES.index(f"coverage_{COVERAGES[0]}")
+SLOT_WIDTH = len(slot_fields(RewardConfig()))
 
 
 class Checks(NamedTuple):
@@ -141,7 +139,7 @@ class AdaptiveParams:
 
 def with_history(columns: Tensor, checks: Checks, iteration: Tensor) -> Tensor:
     """(B, F + H W) of (B, F) columns and the history as it is observed: blank in a first step."""
-    joined: Tensor = _join(columns, checks.history, _has_begun(iteration, columns.dtype))
+    joined: Tensor = torch.ops.hydrogel_gym.join_history(columns, checks.history, iteration)
     return joined
 
 
@@ -167,56 +165,44 @@ def observed_response(
     return sample_belief(checks.belief, params.normal_levels[levels]).log()
 
 
-def _has_begun(iteration: Tensor, dtype: torch.dtype) -> Tensor:
-    """(B, 1) of 0 or 1, to multiply a history with: a choice by a mask is far slower."""
-    return (iteration > 0).to(dtype).unsqueeze(-1)
+def _blanked(history: Tensor, iteration: Tensor) -> Tensor:
+    """(B, H W) history, 0 where an episode has just begun."""
+    begun, rows = iteration == 0, history.flatten(1)
+    if rows.device.type == "cpu" and not begun.any():  # elsewhere to look would be to wait
+        return rows
+    return rows * (~begun).unsqueeze(-1).to(rows.dtype)  # a choice by a mask is far slower
 
 
-# Operators of their own, since a compiler that sees into them moves the numbers of a history one by
-# one, which takes six times as long.
-# Schemas, since torch before 2.5 reads none of annotations that are text.
-@torch.library.custom_op(
-    "hydrogel_gym::join_history",
-    mutates_args=(),
-    schema="(Tensor columns, Tensor history, Tensor has_begun) -> Tensor",
-)
-def _join(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
-    num = columns.shape[-1]
-    joined = columns.new_empty(len(columns), num + history[0].numel())
-    joined[:, :num] = columns
-    torch.mul(history.flatten(1), has_begun, out=joined[:, num:])
-    return joined
+def _join(columns: Tensor, history: Tensor, iteration: Tensor) -> Tensor:
+    return torch.cat([columns, _blanked(history, iteration)], -1)
 
 
-@torch.library.custom_op(
-    "hydrogel_gym::record_slot",
-    mutates_args=(),
-    schema="(Tensor history, Tensor has_begun, Tensor index, Tensor one_hot, Tensor numbers)"
-    " -> Tensor",
-)
-def _record(
-    history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
-) -> Tensor:
-    slot = numbers.new_zeros(numbers.shape[0], SLOT_WIDTH)
-    slot[:, 0] = 1.0
-    slot.scatter_(1, one_hot, 1.0)
-    num = len(FORMULATION_FIELDS)
-    slot[:, _COVERAGE - num : _COVERAGE] = numbers[:, :num]
-    slot[:, _COVERAGE + len(COVERAGES) :] = numbers[:, num:]
-    kept = history.flatten(1) * has_begun
-    return kept.view(-1, SLOT_WIDTH).index_copy_(0, index, slot).view_as(history)
+def _record(history: Tensor, iteration: Tensor, slot: Tensor) -> Tensor:
+    num_envs, num_slots, width = history.shape
+    first = torch.arange(num_envs, device=history.device) * num_slots
+    # An episode that has ended and is not reset overwrites its last slot.
+    index = first + iteration.clamp(0, num_slots - 1)
+    return _blanked(history, iteration).view(-1, width).index_copy(0, index, slot).view_as(history)
 
 
-@_join.register_fake
-def _(columns: Tensor, history: Tensor, has_begun: Tensor) -> Tensor:
+def _like_joined(columns: Tensor, history: Tensor, iteration: Tensor) -> Tensor:
     return columns.new_empty(columns.shape[0], columns.shape[1] + history[0].numel())
 
 
-@_record.register_fake
-def _(
-    history: Tensor, has_begun: Tensor, index: Tensor, one_hot: Tensor, numbers: Tensor
-) -> Tensor:
+def _like_recorded(history: Tensor, iteration: Tensor, slot: Tensor) -> Tensor:
     return torch.empty_like(history)
+
+
+# Operators of their own, since a compiler that sees into them moves the numbers of a history one by
+# one, which takes six times as long. Registered one by one, since a call of what `custom_op` makes
+# takes as long as half of such an operator.
+_LIBRARY = torch.library.Library("hydrogel_gym", "DEF")
+_LIBRARY.define("join_history(Tensor columns, Tensor history, Tensor iteration) -> Tensor")
+_LIBRARY.define("record_slot(Tensor history, Tensor iteration, Tensor slot) -> Tensor")
+_LIBRARY.impl("join_history", _join, "CompositeExplicitAutograd")
+_LIBRARY.impl("record_slot", _record, "CompositeExplicitAutograd")
+torch.library.register_fake("hydrogel_gym::join_history", _like_joined, lib=_LIBRARY)
+torch.library.register_fake("hydrogel_gym::record_slot", _like_recorded, lib=_LIBRARY)
 
 
 def measured(
@@ -249,17 +235,17 @@ def recorded(
     score: Tensor,
 ) -> Tensor:
     """(B, H, W) history with the slot of this check filled, if it has any."""
-    num_envs, horizon, _ = history.shape
-    if not horizon:
+    if not history.shape[1]:
         return history
     rows = zip(outcomes, MEASURED_FIELDS, strict=True)
-    columns = [*(x.clamp(item.low, item.high) for x, item in rows), score]
+    columns = [
+        (design.polymer_id + 1).to(score.dtype),
+        *design.formulation.unbind(-1),
+        design.coverage.to(score.dtype),
+        *(x.clamp(item.low, item.high) for x, item in rows),
+        score,
+    ]
     # Finite also for an action that is not allowed; times 0 it would not be blank.
-    numbers = torch.stack([*design.formulation.unbind(-1), *columns], -1).nan_to_num()
-    # An episode that has ended and is not reset overwrites its last slot.
-    first = torch.arange(num_envs, device=history.device) * horizon
-    index = first + iteration.clamp(0, horizon - 1)
-    has_begun = _has_begun(iteration, history.dtype)
-    one_hot = torch.stack([design.polymer_id + _POLYMER, design.coverage + _COVERAGE], -1)
-    recorded: Tensor = _record(history, has_begun, index, one_hot, numbers)
+    slot = torch.stack(columns, -1).nan_to_num()
+    recorded: Tensor = torch.ops.hydrogel_gym.record_slot(history, iteration, slot)
     return recorded

@@ -109,7 +109,7 @@ def explored_polymers(state: State) -> Tensor:
 
 def observation(state: State, params: EnvParams) -> Tensor:
     """(B, F) observation in physical units, with what was explored and tried where wanted."""
-    patients, checks = params.patients[state.patient_index], state.checks
+    patients, checks = params.patients.index_select(0, state.patient_index), state.checks
     columns = [
         patients,
         (checks.best_measured if checks else state.best_score).unsqueeze(-1),
@@ -154,7 +154,7 @@ def transition(
         applied.
     """
     formulation = clip_formulation(design.formulation)
-    patients = params.patients[state.patient_index]
+    patients = params.patients.index_select(0, state.patient_index)
     response = (state.checks.response,) if state.checks else ()
     outcomes = reward_model(patients, design.polymer_id, formulation, design.coverage, *response)
 

@@ -142,7 +142,9 @@ def draw_response(seed: Tensor, episode: Tensor, levels: Tensor) -> Tensor:
         (B, R) factors.
     """
     num = len(RESPONSE_FIELDS)
-    return levels[draw_levels(num, seed, episode, 0), torch.arange(num, device=seed.device)]
+    # By one index of the flat table, which takes half as long as by two.
+    index = draw_levels(num, seed, episode, 0) * num + torch.arange(num, device=seed.device)
+    return levels.flatten().index_select(0, index.flatten()).view(-1, num)
 
 
 def _normal_cdf(z: float) -> float:

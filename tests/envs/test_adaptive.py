@@ -82,7 +82,7 @@ def test_checker_says_nothing_but_that_physical_units_are_not_normalised(
         check_env(env)
     assert all("symmetric and normalized" in str(warning.message) for warning in record)
     leaves = tree_leaves(env.observation_space.sample())
-    assert sum(leaf.size for leaf in leaves) == 13 + 8 * SLOT_WIDTH == 333
+    assert sum(leaf.size for leaf in leaves) == 13 + 8 * SLOT_WIDTH == 117
 
 
 @pytest.mark.parametrize("reward_mode", ["score", "improvement"])
@@ -148,11 +148,11 @@ def test_history_has_designs_and_outcomes_of_the_revealed_response_in_their_orde
         inputs = (patient, action["polymer_id"], action["formulation"], action["coverage"], first)
         outcomes = MechanisticModel()(*map(torch.as_tensor, inputs))
         row, tried = obs["history"][step], obs["history"][: step + 1]
-        assert slot(tried, "tried").tolist() == [1.0] * (step + 1)
-        assert slot(row, f"polymer_{action['polymer_id']}") == 1.0
-        assert row[1:25].sum() == row[29:33].sum() == row[29 + action["coverage"]] == 1.0
-        assert_same(row[25:29], action["formulation"])
-        np.testing.assert_allclose(row[33:39], torch.stack(list(outcomes)), rtol=1e-5, atol=1e-6)
+        assert slot(tried, "polymer_number").all()
+        assert slot(row, "polymer_number") == action["polymer_id"] + 1
+        assert slot(row, "coverage") == action["coverage"]
+        assert_same(row[1:5], action["formulation"])
+        np.testing.assert_allclose(row[6:12], torch.stack(list(outcomes)), rtol=1e-5, atol=1e-6)
         assert slot(row, "measured_score") == info["score"]
         best = max(best, info["score"])
         assert obs["current_best_score"] == best
@@ -308,10 +308,10 @@ def test_loaded_state_continues_as_the_saved_one_and_another_layout_is_refused()
     for action in actions[1:]:
         assert_same(again.step(action), env.step(action))
     other = make(horizon=4)
-    message = r"'history' is a \(3, 3, 40\) tensor of torch.float32; expected \(3, 0, 40\) of"
+    message = r"'history' is a \(3, 3, 13\) tensor of torch.float32; expected \(3, 0, 13\) of"
     with pytest.raises(ValueError, match=message):
         make(observe="sample").load_state_dict(saved)
-    message = r"'history' is a \(3, 3, 40\) tensor of torch.float32; expected \(3, 4, 40\) of"
+    message = r"'history' is a \(3, 3, 13\) tensor of torch.float32; expected \(3, 4, 13\) of"
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(saved)
     with pytest.raises(ValueError, match=r"^state has \['belief', .*; expected \['best_sc"):
@@ -389,6 +389,5 @@ def test_arguments_have_the_defaults_of_the_manual_and_those_of_the_vector_but_o
     assert documented == {name: repr(x).replace("'", '"') for name, x in single.items()}
     assert {name for name in single if single[name] != vector[name]} == {"patient_assignment"}
     for i, item in enumerate(slot_fields(RewardConfig())):
-        if not item.name.startswith(("polymer_", "coverage_")):
-            assert f"\n| {i} | {item.name} | {item.low:g} | {item.high:g} |" in manual
+        assert f"\n| {i} | {item.name} | {item.low:g} | {item.high:g} |" in manual
     assert "$" not in manual
