@@ -7,7 +7,6 @@ formulation (four continuous parameters) and a coverage pattern (categorical).
     python train/ppo_hybrid.py --preset full                                   # 2 M samples
     python train/ppo_hybrid.py --resume runs/quick-s1                          # an interrupted run
     torchrun --nproc-per-node=8 train/ppo_hybrid.py --preset source            # eight GPUs
-    python train/evaluate.py runs/quick-s1                                     # a saved policy
 
 What any run needs besides (options, ranks, run directory, checkpoints, logs, evaluation) is in
 `hydrogel_gym.runs`. *The source* is the HYDRA-BERT Stage-2 document, faults of which are mended.
@@ -108,7 +107,7 @@ class Args(runs.RunOptions, runs.ProblemOptions):
 # Short rollouts, so that what was learnt is tried at once: `benchmark/quality/learning_quality.py`.
 SHORT = dict(minibatch_size=1000, num_epochs=4, vf_coef=2.0)
 SHORT |= dict(ent_coef=0.1, temperature=0.3, patient_baseline=True)
-ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_envs=500)
+ADAPT = dict(env_id=runs.ADAPTIVE, reward_mode="score", horizon=8, num_steps=8, num_epochs=1)
 # Which design has the best score under any response; evaluated with samples of the response.
 ADAPT |= dict(gamma=0.0, patient_assignment="random", observe="response")
 PRESETS: dict[Preset, dict[str, Any]] = {
@@ -116,7 +115,7 @@ PRESETS: dict[Preset, dict[str, Any]] = {
     "source": dict(policy="factored", state_std=False, limit_margin=0.0, penalty_scale=1.0),
     "quick": SHORT | dict(num_iterations=100, num_steps=2, learning_rate=2.5e-3),
     "full": SHORT | dict(num_steps=5, learning_rate=1.2e-3, limit_margin=0.002),
-    "adapt": SHORT | ADAPT | dict(num_iterations=3000, learning_rate=2e-3),
+    "adapt": SHORT | ADAPT | dict(num_iterations=3000, learning_rate=3e-3),
 }
 
 LOG_STD_RANGE = (-6.0, 1.0)  # binds nowhere in practice; keeps a diverging run from overflow
@@ -527,8 +526,13 @@ def rollout(
     if args.patient_baseline and count > 1 and args.num_steps % args.horizon == 0:
         # They differ in the designs alone; what the value misses of the patient is no more noise.
         same = advantages.unflatten(0, (-1, args.horizon))
-        advantages = (same - same.mean(int(alike), keepdim=True)).flatten(0, 1)
-        advantages = advantages * (count / (count - 1))
+        same = (same - same.mean(int(alike), keepdim=True)) * (count / (count - 1))
+        if alike:
+            # Few have a design beyond a limit, and would outweigh what all others teach.
+            spread = same.std(1, keepdim=True).clamp_min(1e-6)
+            typical = world.average(spread.log().mean()).exp()
+            same = same * typical / (spread + typical)
+        advantages = same.flatten(0, 1)
     action = HybridAction(data["polymer_id"], data["presquash"], data["coverage"])
     batch = Batch(data["obs"], action, data["logprob"], advantages, returns, data["value"])
     infos = {name: data[name] for name in ("reward", *runs.INFOS)}
@@ -700,11 +704,10 @@ def train(args: Args) -> dict[str, Any]:
             rolled_out_at = time.perf_counter()
             if iteration == 1:
                 agent.set_return_scale(batch.returns)
-            optimizer.param_groups[0]["lr"] = learning_rate_at(iteration, args)
+            optimizer.param_groups[0]["lr"] = rate = learning_rate_at(iteration, args)
             losses = update(step, batch, args, generator, world, advantage_unit_at(iteration, args))
             unexplained = (batch.returns - batch.value).var() / batch.returns.var().clamp_min(1e-12)
-            losses["explained_variance"] = 1.0 - unexplained
-            losses["learning_rate"] = optimizer.param_groups[0]["lr"]
+            losses |= {"explained_variance": 1.0 - unexplained, "learning_rate": rate}
             run.record(infos, losses, rolled_out_at)
             run.save_if_due(obs)
         return run.finish()
