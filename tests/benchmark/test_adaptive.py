@@ -97,14 +97,14 @@ def test_a_policy_plays_and_one_of_another_id_is_refused(agent, ppo, tmp_path, m
     monkeypatch.setattr(adaptive, "NOISE", {"Measured exactly": {}})
     make_envs = adaptive.make_envs
     monkeypatch.setattr(adaptive, "make_envs", lambda *args, compile=False: make_envs(*args))
-    for obs_dim, observe in ((333, None), (19, "response"), (13, None)):
+    for obs_dim, observe in ((117, None), (19, "response"), (13, None)):
         architecture = sizes | {"obs_dim": obs_dim, "policy": "factored"}
         run, config = tmp_path / str(obs_dim), {"observe": observe}
         run.mkdir()
         save_policy(run / "stage2_policy.pt", ppo.Agent(**architecture), architecture, config, {})
     argv = "--methods predicted --patients 2 --seeds 0 1 --output-dir".split() + [str(tmp_path)]
-    for obs_dim in (333, 19):
+    for obs_dim in (117, 19):
         adaptive.main([*argv, "--policy", str(tmp_path / str(obs_dim))])
         assert f"| trained policy, {obs_dim} | 2 |" in capsys.readouterr().out
-    with pytest.raises(Exception, match=r"--policy .*13: it sees 13 numbers; expected: 333"):
+    with pytest.raises(Exception, match=r"--policy .*13: it sees 13 numbers; expected: 117"):
         adaptive.main([*argv, "--policy", str(tmp_path / "13")])
